@@ -1,0 +1,44 @@
+"""ABM-LoRA for timm vision transformers: LoRA that starts at the pretrained model's activation boundaries."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from abm_vision.abm.backbone import Backbone, find_backbone, register_backbone
+from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.initialize import initialize_lora_abm_weights
+from abm_vision.abm.lora import add_lora, check_adapters, load_adapter, save_adapter
+from abm_vision.abm.report import ABMReport
+from abm_vision.vit import VIT
+
+if TYPE_CHECKING:
+    from abm_vision.weights import WeightSource, create_backbone
+
+register_backbone(VIT)
+
+_NEEDS_TIMM = ("WeightSource", "create_backbone")
+
+__all__ = [
+    "VIT",
+    "ABMConfig",
+    "ABMReport",
+    "Backbone",
+    "WeightSource",
+    "add_lora",
+    "check_adapters",
+    "create_backbone",
+    "find_backbone",
+    "initialize_lora_abm_weights",
+    "load_adapter",
+    "register_backbone",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # timm is loaded on first use: the core and its other hosts do without.
+    if name in _NEEDS_TIMM:
+        from abm_vision import weights
+
+        return getattr(weights, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,89 @@
+"""All that differs between host models, gathered in one record each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """What the core needs to know of a family of models. Names are matched whole (`re.fullmatch`).
+
+    Args:
+        name: for messages.
+        matches: whether a (bare) model belongs to the family.
+        target_modules: where LoRA sits: kind of projection ("attention", "mlp") to a pattern of module names.
+        boundary_modules: where signs are compared: stack to a pattern of *activation* modules, whose input is the
+            pre-activation. A stack is a sequence of blocks with a depth of its own (T5 has two).
+        key_modules: pattern of the attention projections that give keys alone.
+        fused_qkv: the names of the linear layers whose output is q, k and v one after the other.
+        head_modules: the names of the classifier's modules, trained and saved with the adapter.
+        prepare: called with the names of the adapted modules before LoRA is added; puts right what would keep
+            an adapter from running, and raises what it cannot put right.
+        forward_fn: runs the model on one batch as the user's loader yields it.
+        token_mask_fn: (batch, stack) to a boolean (batch, tokens) mask of the tokens that count, or None for all.
+    """
+
+    name: str
+    matches: Callable[[nn.Module], bool]
+    target_modules: Mapping[str, str]
+    boundary_modules: Mapping[str, str]
+    key_modules: str
+    fused_qkv: Callable[[nn.Module], list[str]]
+    head_modules: Callable[[nn.Module], list[str]]
+    prepare: Callable[[nn.Module, list[str]], None]
+    forward_fn: Callable[[nn.Module, Any], Any]
+    token_mask_fn: Callable[[Any, str], Tensor | None]
+
+    def find_targets(self, model: nn.Module) -> dict[str, list[str]]:
+        """Kind of projection to the names of its linear layers, in the model's order."""
+        return {
+            kind: [n for n, m in model.named_modules() if re.fullmatch(pattern, n) and is_projection(m)]
+            for kind, pattern in self.target_modules.items()
+        }
+
+    def find_boundaries(self, model: nn.Module) -> dict[str, list[str]]:
+        """Stack to the names of its activation modules, in the model's order: the index is the depth."""
+        return {
+            stack: [n for n, _ in model.named_modules() if re.fullmatch(pattern, n)]
+            for stack, pattern in self.boundary_modules.items()
+        }
+
+
+def is_projection(module: nn.Module) -> bool:
+    """A linear map of the channels: `nn.Linear`, a 1x1 convolution, or peft's wrapper of one."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    if isinstance(base, nn.Conv2d):
+        return base.kernel_size == (1, 1) and base.groups == 1
+    return isinstance(base, nn.Linear)
+
+
+_backbones: list[Backbone] = []
+
+
+def register_backbone(backbone: Backbone) -> None:
+    """Make a family known to `find_backbone`; later records are asked first."""
+    _backbones.insert(0, backbone)
+
+
+def find_backbone(model: nn.Module) -> Backbone:
+    """The record of the family that a model (bare or adapted by peft) belongs to.
+
+    Raises:
+        ValueError: the model is of no known family.
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    for backbone in _backbones:
+        if backbone.matches(bare):
+            return backbone
+    known = ", ".join(b.name for b in _backbones) or "none"
+    raise ValueError(
+        f"{type(bare).__module__}.{type(bare).__name__} is no model that this package knows (known: {known}). "
+        "Pass backbone=Backbone(...) with the module names of its attention and MLP projections and of its "
+        "activation modules."
+    )

@@ -1,0 +1,236 @@
+"""What the reference says about the calibration batches: signs as bits, computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from abm_vision.abm.backbone import Backbone
+from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.loss import boundary_loss, inside_margin, layer_weight, pack_signs, sign_agreement, unpack_signs
+from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A matched boundary: its module, its stack, w_l^2, and the margin m in units of z."""
+
+    name: str
+    stack: str
+    weight: float
+    margin: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """One calibration batch and the reference's signs on it, eight to a byte."""
+
+    batch: Any
+    packed: dict[str, tuple[Tensor, torch.Size]]
+    masks: dict[str, Tensor | None]
+
+    def sign(self, name: str) -> Tensor:
+        """The reference's signs at one boundary: boolean, (batch, ..., hidden)."""
+        return unpack_signs(*self.packed[name])
+
+    def mask(self, layer: Layer) -> Tensor | None:
+        """The tokens of the layer's stack that count: boolean, (batch, tokens), or None for all."""
+        return self.masks[layer.stack]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Everything that the matching needs of the reference.
+
+    Args:
+        layers: in the order in which they fire; nothing above the last has to run.
+        parts: the batches with their signs.
+        samples: their number.
+        before: (layers, 3) state of the adapted model before matching, where it is the reference itself; else None.
+    """
+
+    layers: list[Layer]
+    parts: list[Part]
+    samples: int
+    before: Tensor | None
+
+    @property
+    def names(self) -> list[str]:
+        return [layer.name for layer in self.layers]
+
+    @property
+    def last(self) -> str:
+        return self.layers[-1].name
+
+
+def choose_layers(model: nn.Module, backbone: Backbone, config: ABMConfig) -> dict[str, tuple[str, float]]:
+    """The boundaries to match: module name to (stack, w_l^2).
+
+    Raises:
+        ValueError: `config.layers` asks for more layers than a stack has, or for a name that is no boundary.
+    """
+    stacks = backbone.find_boundaries(model)
+    if isinstance(config.layers, int):
+        for stack, names in stacks.items():
+            if len(names) < config.layers:
+                raise ValueError(f"layers is {config.layers}, but stack {stack!r} has only {len(names)} boundaries")
+        stacks = {stack: names[-config.layers :] for stack, names in stacks.items()}
+    elif not isinstance(config.layers, str):
+        known = [n for names in stacks.values() for n in names]
+        unknown = [n for n in config.layers if n not in known]
+        if unknown or not config.layers:
+            given = ", ".join(unknown) or "an empty list"
+            raise ValueError(f"layers names {given}; the boundaries of this model are {', '.join(known)}")
+        stacks = {stack: [n for n in names if n in config.layers] for stack, names in stacks.items()}
+    return {
+        name: (stack, layer_weight(depth, len(names), config.layer_weights))
+        for stack, names in stacks.items()
+        for depth, name in enumerate(names)
+    }
+
+
+def collect_batches(dataloader: Iterable[Any], samples: int, device: torch.device) -> list[Any]:
+    """Whole batches on `device` until there are `samples` samples, or the loader ends.
+
+    Raises:
+        ValueError: the loader yields nothing, or a batch without tensors.
+    """
+    batches, seen = [], 0
+    for batch in dataloader:
+        batch = dict(batch) if isinstance(batch, Mapping) else batch
+        batches.append(tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch))
+        seen += batch_size(batch)
+        if seen >= samples:
+            break
+    if not batches:
+        raise ValueError("the dataloader is empty: boundary matching needs at least one batch of samples")
+    return batches
+
+
+def batch_size(batch: Any) -> int:
+    """The first dimension of the first tensor in a batch of any structure."""
+    for leaf in tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return len(leaf)
+    raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor; expected tensors, tuples or mappings")
+
+
+@torch.no_grad()
+def calibrate(
+    model: PeftModel,
+    batches: list[Any],
+    chosen: dict[str, tuple[str, float]],
+    config: ABMConfig,
+    reference: str | nn.Module,
+    adapter_name: str,
+    forward_fn: ForwardFn,
+    token_mask_fn: TokenMaskFn,
+) -> Calibration:
+    """Run the reference once over every batch, and forget all but the signs.
+
+    Raises:
+        ValueError: a batch cannot be run, a boundary never fires, or an activation is not finite.
+    """
+    idle = reference == "pretrained" and _does_nothing(model, adapter_name)
+    layers: list[Layer] = []
+    parts: list[Part] = []
+    states: list[Tensor] = []
+    for batch in batches:
+        with _as_reference(model, reference, adapter_name) as teacher:
+            recorded = _run(teacher, batch, list(chosen), forward_fn, layers[-1].name if layers else None)
+        for name, z in recorded.items():
+            if not torch.isfinite(z).all():
+                raise ValueError(f"the reference's pre-activation at {name} is NaN or infinite; check model and batch")
+        if not layers:
+            layers = [Layer(name, *chosen[name], _margin(z, config)) for name, z in recorded.items()]
+        masks = {layer.stack: token_mask_fn(batch, layer.stack) for layer in layers}
+        parts.append(Part(batch, {n: (pack_signs(z > 0), z.shape) for n, z in recorded.items()}, masks))
+        if idle:
+            states.append(layer_states(layers, recorded, parts[-1]))
+    samples = [batch_size(b) for b in batches]
+    return Calibration(layers, parts, sum(samples), _average(states, samples) if idle else None)
+
+
+def _margin(z: Tensor, config: ABMConfig) -> float:
+    """m in units of z; a relative one is scaled by the first batch's root mean square."""
+    scale = z.float().square().mean().sqrt().item() if config.margin_unit == "relative" else 1.0
+    return config.margin * scale
+
+
+def _does_nothing(model: PeftModel, adapter_name: str) -> bool:
+    """Whether every B of the adapter is zero, so that the adapted model is the pretrained one."""
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_B]
+    return all(not m.lora_B[adapter_name].weight.any() for m in layers) and not any(m.lora_variant for m in layers)
+
+
+@contextmanager
+def _as_reference(model: PeftModel, reference: str | nn.Module, adapter_name: str) -> Iterator[nn.Module]:
+    if isinstance(reference, nn.Module):
+        training = reference.training
+        reference.eval()
+        try:
+            yield reference
+        finally:
+            reference.train(training)
+    elif reference == "pretrained":
+        with model.disable_adapter():
+            yield model
+    else:
+        model.set_adapter(reference)
+        try:
+            yield model
+        finally:
+            model.set_adapter(adapter_name)
+
+
+def _run(
+    model: nn.Module, batch: Any, names: list[str], forward_fn: ForwardFn, last: str | None
+) -> dict[str, Tensor]:
+    try:
+        return preactivations(model, batch, names, forward_fn, last)
+    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
+        shapes = [tuple(v.shape) for v in tree_leaves(batch) if isinstance(v, Tensor)]
+        raise ValueError(
+            f"the model cannot take a calibration batch of type {type(batch).__name__} with tensors {shapes}: {error}. "
+            "Pass forward_fn=lambda model, batch: ... that runs the model on what the loader yields."
+        ) from error
+
+
+@torch.no_grad()
+def measure(model: PeftModel, calibration: Calibration, forward_fn: ForwardFn) -> Tensor:
+    """(layers, 3): loss, match rate and share inside the margin of the adapted model, over all batches; on CPU."""
+    states = []
+    for part in calibration.parts:
+        recorded = preactivations(model, part.batch, calibration.names, forward_fn, calibration.last)
+        states.append(layer_states(calibration.layers, recorded, part))
+    return _average(states, [batch_size(part.batch) for part in calibration.parts])
+
+
+def layer_states(layers: list[Layer], recorded: dict[str, Tensor], part: Part) -> Tensor:
+    """(layers, 3): boundary loss, match rate, share inside the margin on one batch."""
+    rows = []
+    for layer in layers:
+        z, sign, mask = recorded[layer.name], part.sign(layer.name), part.mask(layer)
+        rows.append(
+            torch.stack(
+                [
+                    boundary_loss(z, sign, layer.margin, mask),
+                    sign_agreement(z, sign, mask),
+                    inside_margin(z, sign, layer.margin, mask),
+                ]
+            )
+        )
+    return torch.stack(rows)
+
+
+def _average(states: list[Tensor], samples: list[int]) -> Tensor:
+    weights = torch.tensor(samples, dtype=torch.float64) / sum(samples)
+    return torch.einsum("b,blk->lk", weights, torch.stack(states).double().cpu()).float()

@@ -1,0 +1,49 @@
+"""ABMConfig: the settings of the boundary matching."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from abm_vision.abm.lora import check_choice
+
+
+@dataclass(frozen=True)
+class ABMConfig:
+    """How activation boundaries are matched.
+
+    Args:
+        margin: m of Eq. (22), arXiv:2511.19145, in the unit that `margin_unit` names; >= 0.
+        margin_unit: "absolute" (units of the pre-activation) or "relative" (multiples of each layer's root mean
+            square pre-activation in the reference).
+        steps: optimiser steps.
+        learning_rate: of AdamW on the adapter's weights.
+        samples: calibration samples; whole batches of the loader are taken until there are as many.
+        layers: which boundaries of each stack: "all", the last n, or a list of module names.
+        layer_weights: "quadratic" (w_l^2 = ((l + 1) / L)^2 over the matched layers of a stack) or "uniform".
+        seed: fixes what the loader and the model draw during the initialisation.
+    """
+
+    margin: float = 0.5
+    margin_unit: str = "absolute"
+    steps: int = 100
+    learning_rate: float = 3e-3
+    samples: int = 128
+    layers: str | int | Sequence[str] = "all"
+    layer_weights: str = "quadratic"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_choice("margin_unit", self.margin_unit, ("absolute", "relative"))
+        check_choice("layer_weights", self.layer_weights, ("quadratic", "uniform"))
+        if not self.margin >= 0:
+            raise ValueError(f"margin is {self.margin}; it must be 0 or more")
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; it must be more than 0")
+        for field in ("steps", "samples"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be 1 or more")
+        if isinstance(self.layers, str):
+            check_choice("layers", self.layers, ("all",), hint="a number of last layers, or a list of module names")
+        elif isinstance(self.layers, int) and self.layers < 1:
+            raise ValueError(f"layers is {self.layers}; it must be 1 or more, 'all', or a list of module names")

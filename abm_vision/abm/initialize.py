@@ -1,0 +1,172 @@
+"""Activation boundary matching: fit a LoRA adapter so that hidden units stay on their side of the boundary.
+
+Paper: Lee, Park, Kim, Kwon, "ABM-LoRA", arXiv:2511.19145, Eq. (22).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.calibration import (
+    Calibration,
+    Layer,
+    calibrate,
+    choose_layers,
+    collect_batches,
+    measure,
+)
+from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.guards import check_ready, given_back, random_state_given_back
+from abm_vision.abm.loss import boundary_loss
+from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
+from abm_vision.abm.report import ABMReport, BoundaryState, LayerReport
+
+
+def initialize_lora_abm_weights(
+    model: PeftModel,
+    dataloader: Iterable[Any],
+    config: ABMConfig | None = None,
+    *,
+    reference: str | nn.Module = "pretrained",
+    adapter_name: str = "default",
+    forward_fn: ForwardFn | None = None,
+    token_mask_fn: TokenMaskFn | None = None,
+    backbone: Backbone | None = None,
+    show_progress_bar: bool = True,
+) -> ABMReport:
+    """Match the adapter's activation boundaries to a reference's, in place, before training.
+
+    Signs of the reference are computed once per calibration batch and kept as bits; the forward pass ends at the
+    last matched layer; dropout and stochastic depth are off. Autocast is as the caller has it, the loss is in
+    float32. Base weights are never touched. Modes, hooks, `requires_grad` and random states are given back, and
+    if anything raises, the adapter's weights too. Make the optimiser, and call `torch.compile`, afterwards.
+
+    With the "pretrained" reference nothing is to be matched at first: with B = 0 the adapted model is the
+    reference. The loss then comes from the units that lie inside the margin; minimising it makes B non-zero and
+    lets the match rate fall a little. An adapter that was tuned on the task is a different reference, and its
+    tuning is part of the cost.
+
+    Args:
+        model: the adapted model, on its device.
+        dataloader: yields calibration batches: tensors, tuples or mappings that `forward_fn` takes.
+        config: the settings, `ABMConfig()` if None.
+        reference: where the signs come from: "pretrained" (this model with its adapters switched off), the name
+            of another adapter of this model, or another model with the same activation modules.
+        adapter_name: the adapter to initialise; it must be the active one.
+        forward_fn: (model, batch) runs the model; the backbone's if None.
+        token_mask_fn: (batch, stack) to the boolean mask of tokens that count; the backbone's if None.
+        backbone: the record of the model's family; found from the model if None.
+        show_progress_bar: a tqdm bar over the optimiser steps.
+
+    Returns:
+        Losses, match rates and shares inside the margin before and after, per layer and overall.
+
+    Raises:
+        ValueError: the model is not ready (merged, compiled, 4-bit, several active adapters, changed base ...), the
+            loader is empty, a batch cannot be run, a boundary never fires, or an activation is not finite.
+    """
+    start = time.perf_counter()
+    config = config or ABMConfig()
+    backbone = backbone or find_backbone(model)
+    forward_fn = forward_fn or backbone.forward_fn
+    token_mask_fn = token_mask_fn or backbone.token_mask_fn
+    factors = check_ready(model, reference, adapter_name)
+    with given_back(model, adapter_name, factors), random_state_given_back(), torch.enable_grad():
+        torch.manual_seed(config.seed)
+        model.eval()
+        layers = choose_layers(model.get_base_model(), backbone, config)
+        batches = collect_batches(dataloader, config.samples, factors[0].device)
+        calibration = calibrate(
+            model, batches, layers, config, reference, adapter_name, forward_fn, token_mask_fn
+        )
+        before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
+        losses = _optimise(model, calibration, factors, forward_fn, config, show_progress_bar)
+        after = measure(model, calibration, forward_fn)
+    seconds = time.perf_counter() - start
+    return _report(calibration, before, after, losses, seconds, _reference_name(reference), config)
+
+
+def _optimise(
+    model: PeftModel,
+    calibration: Calibration,
+    factors: list[Tensor],
+    forward_fn: ForwardFn,
+    config: ABMConfig,
+    show_progress_bar: bool,
+) -> list[float]:
+    """AdamW on the adapter's factors; one calibration batch a step, in turn. Returns the loss of every step."""
+    optimiser = torch.optim.AdamW(factors, lr=config.learning_rate)
+    losses: list[Tensor] = []
+    bar = tqdm(range(config.steps), desc="ABM", unit="step", disable=not show_progress_bar)
+    for step in bar:
+        part = calibration.parts[step % len(calibration.parts)]
+        recorded = preactivations(model, part.batch, calibration.names, forward_fn, calibration.last)
+        per_layer = layer_losses(calibration.layers, recorded, part)
+        if not torch.isfinite(per_layer).all():
+            bad = [layer.name for layer, ok in zip(calibration.layers, per_layer.isfinite(), strict=True) if not ok]
+            raise ValueError(f"the boundary loss is not finite at step {step}, in {', '.join(bad)}; lower learning_rate")
+        if not per_layer.requires_grad:
+            raise ValueError(
+                "no matched pre-activation depends on the adapter. Either every adapted layer lies behind the matched "
+                "boundaries, or gradient checkpointing of the reentrant kind cuts the graph: use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch it off while matching."
+            )
+        loss = per_layer.mean()
+        gradients = torch.autograd.grad(loss, factors, allow_unused=True)
+        for factor, gradient in zip(factors, gradients, strict=True):
+            factor.grad = gradient  # None behind the last boundary: AdamW leaves such a factor alone
+        optimiser.step()
+        losses.append(loss.detach())
+        if not bar.disable:
+            bar.set_postfix(loss=f"{loss.item():.5f}", refresh=False)
+    return torch.stack(losses).tolist()
+
+
+def layer_losses(layers: list[Layer], recorded: dict[str, Tensor], part: Any) -> Tensor:
+    """w_l^2 times the boundary loss of each layer, Eq. (22), arXiv:2511.19145: (layers,), float32."""
+    return torch.stack(
+        [
+            layer.weight * boundary_loss(recorded[layer.name], part.sign(layer.name), layer.margin, part.mask(layer))
+            for layer in layers
+        ]
+    )
+
+
+def _reference_name(reference: str | nn.Module) -> str:
+    if isinstance(reference, nn.Module):
+        return f"another {type(reference).__name__}"
+    return reference if reference == "pretrained" else f"adapter {reference!r}"
+
+
+def _report(
+    calibration: Calibration,
+    before: Tensor,
+    after: Tensor,
+    losses: list[float],
+    seconds: float,
+    reference: str,
+    config: ABMConfig,
+) -> ABMReport:
+    weights = torch.tensor([layer.weight for layer in calibration.layers])
+    overall = [torch.cat([(weights * s[:, 0]).mean()[None], s[:, 1:].mean(0)]).tolist() for s in (before, after)]
+    return ABMReport(
+        layers=tuple(
+            LayerReport(layer.name, layer.stack, layer.weight, layer.margin, BoundaryState(*b), BoundaryState(*a))
+            for layer, b, a in zip(calibration.layers, before.tolist(), after.tolist(), strict=True)
+        ),
+        before=BoundaryState(*overall[0]),
+        after=BoundaryState(*overall[1]),
+        loss_per_step=tuple(losses),
+        seconds=seconds,
+        samples=calibration.samples,
+        reference=reference,
+        config=config,
+    )

@@ -1,0 +1,79 @@
+"""Recording pre-activations: what goes into a model's activation modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+ForwardFn = Callable[[nn.Module, Any], Any]
+TokenMaskFn = Callable[[Any, str], Tensor | None]
+
+
+class _LastBoundaryReached(Exception):
+    """Ends a forward pass whose remaining layers nobody needs."""
+
+
+@contextmanager
+def record_preactivations(
+    model: nn.Module, names: Sequence[str], stop_after: str | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """Collect the inputs of the named activation modules while forward passes run.
+
+    The dictionary is filled in the order in which the modules fire; a module that fires again (a recomputation
+    by gradient checkpointing) keeps its first value. Tensors are the graph's own: gradients flow through them.
+
+    Args:
+        model: a bare module; the names are its own.
+        names: activation modules.
+        stop_after: the forward pass ends when this module is reached; the code in the `with` block after the
+            call of the model is then skipped.
+
+    Yields:
+        name to pre-activation z, (batch, ..., hidden), in the model's dtype.
+    """
+    recorded: dict[str, Tensor] = {}
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+        z = args[0]
+        # An in-place activation would overwrite what was recorded.
+        recorded.setdefault(name, z.clone() if getattr(module, "inplace", False) else z)
+        if name == stop_after:
+            raise _LastBoundaryReached
+
+    handles = [model.get_submodule(n).register_forward_pre_hook(partial(record, n)) for n in names]
+    try:
+        yield recorded
+    except _LastBoundaryReached:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def preactivations(
+    model: nn.Module,
+    batch: Any,
+    names: Sequence[str],
+    forward_fn: ForwardFn,
+    stop_after: str | None = None,
+) -> dict[str, Tensor]:
+    """One forward pass of `model` on `batch`, and the pre-activations of the named modules in firing order.
+
+    Raises:
+        ValueError: a named module was not called.
+    """
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with record_preactivations(bare, names, stop_after) as recorded:
+        forward_fn(model, batch)
+    silent = [n for n in names if n not in recorded]
+    if silent:
+        raise ValueError(
+            f"These boundaries never fired: {', '.join(silent)}. The model's forward pass does not call them; "
+            "leave them out with ABMConfig(layers=[...]), or pass a forward_fn that runs the blocks they are in."
+        )
+    return recorded

@@ -1,0 +1,80 @@
+"""ABMReport: what a boundary matching did, printable and as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from abm_vision.abm.config import ABMConfig
+
+
+@dataclass(frozen=True)
+class BoundaryState:
+    """One layer's figures at one moment, on the calibration samples.
+
+    Args:
+        loss: mean of [max(0, m - tau z)]^2, units of the pre-activation squared, before layer weighting.
+        match: share of elements on the reference's side of the boundary, in [0, 1].
+        inside: share of elements with tau z < m, in [0, 1].
+    """
+
+    loss: float
+    match: float
+    inside: float
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One matched layer: its module name, stack, weight w_l^2, margin m in units of z, and both states."""
+
+    name: str
+    stack: str
+    weight: float
+    margin: float
+    before: BoundaryState
+    after: BoundaryState
+
+
+@dataclass(frozen=True)
+class ABMReport:
+    """The outcome of `initialize_lora_abm_weights`.
+
+    Args:
+        layers: the matched layers in the order in which they fire.
+        before, after: the same figures overall; the loss is Eq. (22), arXiv:2511.19145 (weighted mean over
+            layers), the shares are averaged over layers.
+        loss_per_step: the loss of each optimiser step on its own batch.
+        seconds: wall time of the whole call.
+        samples: calibration samples used. `config.samples` says how many were asked for.
+        reference: "pretrained", "adapter NAME" or "model".
+        config: the settings.
+    """
+
+    layers: tuple[LayerReport, ...]
+    before: BoundaryState
+    after: BoundaryState
+    loss_per_step: tuple[float, ...]
+    seconds: float
+    samples: int
+    reference: str
+    config: ABMConfig
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dictionaries, lists, strings and numbers, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        head = (
+            f"ABM: {len(self.layers)} layers matched to {self.reference} in {self.config.steps} steps, "
+            f"{self.samples} of {self.config.samples} samples, {self.seconds:.1f} s\n"
+            f"{'layer':<32} {'w^2':>5} {'margin':>6}   {'loss':^17}  {'match rate':^15}  {'inside margin':^15}"
+        )
+        rows = [_row(r.name, f"{r.weight:5.3f} {r.margin:6.3f}", r.before, r.after) for r in self.layers]
+        return "\n".join([head, *rows, _row("all (weighted loss)", " " * 12, self.before, self.after)])
+
+
+def _row(name: str, middle: str, before: BoundaryState, after: BoundaryState) -> str:
+    return (
+        f"{name:<32} {middle}   {before.loss:.5f} > {after.loss:.5f}  "
+        f"{before.match:.4f} > {after.match:.4f}  {before.inside:.4f} > {after.inside:.4f}"
+    )

@@ -1,0 +1,105 @@
+"""VIT: what the core needs to know of timm's vision transformers, as data. Nothing here imports timm."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from abm_vision.abm.backbone import Backbone, is_projection
+
+# Module names are matched whole. `_INSIDE` keeps out whatever is not part of a block: attention pooling and
+# classifier heads, and the small MLPs that compute position biases inside an attention.
+_INSIDE = r"(?!.*(?:attn_pool|rel_pos|meta_mlp|cpb_mlp|pos_embed|merger|aligner|head)\b)(?:.+\.)?"
+_ATTENTION = r"(?:\w*attn\w*|factoratt_crpe\d?|xca|token_mixer|e_mhsa)"
+_QKV = r"(?:qkv|qkv_proj|kv|q|k|v|qk|[qkv]_proj|w[qkv]|attn)"
+_OUT = r"(?:proj|out_proj|o_proj|proj_l|proj_w)"
+_MLP = r"(?:mlp\d?|mlp_in)"
+_FC = r"(?:fc1|fc2|fc1_g|fc1_x|w[012]|ln[12]|conv[123]|gate_proj|up_proj|down_proj)"
+_WRAPPED = r"(?:\.ln)?(?:\.linear)?"  # LeViT and Gemma wrap the projection
+# Blocks that compute attention and MLP from one projection hold the parts themselves.
+_PARALLEL = r"(?:in_proj|attn_out_proj|out_proj)"
+
+# Attention classes whose fused projection gives q, k and v one after the other (others interleave them by head).
+_Q_THEN_K_THEN_V = (
+    "timm.layers.attention",
+    "timm.models.beit",
+    "timm.models.cait",
+    "timm.models.eva",
+    "timm.models.hiera",
+    "timm.models.mvitv2",
+    "timm.models.swin_transformer",
+    "timm.models.swin_transformer_v2",
+    "timm.models.swin_transformer_v2_cr",
+    "timm.models.twins",
+    "timm.models.vision_transformer_relpos",
+    "timm.models.vision_transformer_sam",
+    "timm.models.xcit",
+)
+
+
+def _is_timm_transformer(model: nn.Module) -> bool:
+    return any(t.__module__.startswith("timm.models.") for t in type(model).__mro__)
+
+
+def _head_modules(model: nn.Module) -> list[str]:
+    """The classifier's modules (two in distilled models), by identity: names differ between families."""
+    if not hasattr(model, "get_classifier"):
+        return []
+    classifier = model.get_classifier()
+    heads = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
+    trainable = [h for h in heads if isinstance(h, nn.Module) and any(True for _ in h.parameters())]
+    return [name for name, module in model.named_modules() if any(module is h for h in trainable)]
+
+
+def _fused_qkv(model: nn.Module) -> list[str]:
+    def parent(name: str) -> nn.Module:
+        return model.get_submodule(name.rpartition(".")[0])
+
+    names = [n for n, m in model.named_modules() if n.endswith(".qkv") and is_projection(m)]
+    return [n for n in names if type(parent(n)).__module__ in _Q_THEN_K_THEN_V]
+
+
+def _prepare(model: nn.Module, adapted: list[str]) -> None:
+    """Make every adapted layer run.
+
+    The attention of BEiT, EVA-02 and SwinV2 reads `self.qkv.weight` itself, so an adapter around `qkv` would
+    never be called; with `qkv_bias_separate` it calls the layer, and computes the same.
+    """
+    for name in adapted:
+        parent = model.get_submodule(name.rpartition(".")[0])
+        if name.endswith(".qkv") and hasattr(parent, "qkv_bias_separate"):
+            parent.qkv_bias_separate = True
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    """Images alone, (images, ...) or a mapping with "pixel_values", "image" or "images"."""
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, (tuple, list)):
+        return model(batch[0])
+    for key in ("pixel_values", "image", "images"):
+        if key in batch:
+            return model(batch[key])
+    raise KeyError(f"no images among the batch's keys {sorted(batch)}; expected pixel_values, image or images")
+
+
+def _no_mask(batch: Any, stack: str) -> None:
+    return None
+
+
+VIT = Backbone(
+    name="timm vision transformer",
+    matches=_is_timm_transformer,
+    target_modules={
+        "attention": rf"{_INSIDE}{_ATTENTION}\.(?:{_QKV}|{_OUT}){_WRAPPED}|{_INSIDE}\d+\.{_PARALLEL}",
+        "mlp": rf"{_INSIDE}{_MLP}\.{_FC}{_WRAPPED}|{_INSIDE}\d+\.mlp_out_proj",
+    },
+    boundary_modules={"blocks": rf"{_INSIDE}{_MLP}\.act\d?|{_INSIDE}\d+\.mlp_act"},
+    key_modules=r".*\.(?:k|k_proj|wk)(?:\.linear)?",
+    fused_qkv=_fused_qkv,
+    head_modules=_head_modules,
+    prepare=_prepare,
+    forward_fn=_forward,
+    token_mask_fn=_no_mask,
+)
