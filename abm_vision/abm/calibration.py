@@ -191,9 +191,7 @@ def _as_reference(model: PeftModel, reference: str | nn.Module, adapter_name: st
             model.set_adapter(adapter_name)
 
 
-def _run(
-    model: nn.Module, batch: Any, names: list[str], forward_fn: ForwardFn, last: str | None
-) -> dict[str, Tensor]:
+def _run(model: nn.Module, batch: Any, names: list[str], forward_fn: ForwardFn, last: str | None) -> dict[str, Tensor]:
     try:
         return preactivations(model, batch, names, forward_fn, last)
     except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:

@@ -29,7 +29,9 @@ def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str)
         raise ValueError(f"{type(model).__name__} is no PeftModel: {hint}")
     compiled = next((n or "the model" for n, m in model.named_modules() if _is_compiled(m)), None)
     if compiled:
-        raise ValueError(f"{compiled} is compiled, so hooks would not fire: call torch.compile after the initialisation")
+        raise ValueError(
+            f"{compiled} is compiled, so hooks would not fire: call torch.compile after the initialisation"
+        )
     _check_adapter(model, adapter_name)
     _check_reference(model, reference, adapter_name)
     check_saved_modules(model)
@@ -38,9 +40,15 @@ def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str)
         if layer.merged:
             raise ValueError(f"{name} is merged into the base weights: call model.unmerge_adapter() first")
         if not layer.get_base_layer().weight.is_floating_point():
-            raise ValueError(f"{name} is quantised ({layer.get_base_layer().weight.dtype}): matching needs float weights")
+            raise ValueError(
+                f"{name} is quantised ({layer.get_base_layer().weight.dtype}): matching needs float weights"
+            )
     factors = [
-        p for m in layers.values() for f in (m.lora_A, m.lora_B) for p in f[adapter_name].parameters() if p.requires_grad
+        p
+        for m in layers.values()
+        for f in (m.lora_A, m.lora_B)
+        for p in f[adapter_name].parameters()
+        if p.requires_grad
     ]
     if not factors:
         raise ValueError(f"adapter {adapter_name!r} is frozen: load it with is_trainable=True")

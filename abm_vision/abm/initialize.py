@@ -84,9 +84,7 @@ def initialize_lora_abm_weights(
         model.eval()
         layers = choose_layers(model.get_base_model(), backbone, config)
         batches = collect_batches(dataloader, config.samples, factors[0].device)
-        calibration = calibrate(
-            model, batches, layers, config, reference, adapter_name, forward_fn, token_mask_fn
-        )
+        calibration = calibrate(model, batches, layers, config, reference, adapter_name, forward_fn, token_mask_fn)
         before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
         losses = _optimise(model, calibration, factors, forward_fn, config, show_progress_bar)
         after = measure(model, calibration, forward_fn)
@@ -112,7 +110,9 @@ def _optimise(
         per_layer = layer_losses(calibration.layers, recorded, part)
         if not torch.isfinite(per_layer).all():
             bad = [layer.name for layer, ok in zip(calibration.layers, per_layer.isfinite(), strict=True) if not ok]
-            raise ValueError(f"the boundary loss is not finite at step {step}, in {', '.join(bad)}; lower learning_rate")
+            raise ValueError(
+                f"the boundary loss is not finite at step {step}, in {', '.join(bad)}; lower learning_rate"
+            )
         if not per_layer.requires_grad:
             raise ValueError(
                 "no matched pre-activation depends on the adapter. Either every adapted layer lies behind the matched "

@@ -247,7 +247,13 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
     check_saved_modules(model)
     layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
     factors = {
-        n: [p for part in (m.lora_A, m.lora_B) for k, f in part.items() if k in m.active_adapters for p in f.parameters()]
+        n: [
+            p
+            for part in (m.lora_A, m.lora_B)
+            for k, f in part.items()
+            if k in m.active_adapters
+            for p in f.parameters()
+        ]
         for n, m in layers.items()
     }
     trainable = {n: [p for p in ps if p.requires_grad] for n, ps in factors.items()}

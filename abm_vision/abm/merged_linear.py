@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -35,12 +36,16 @@ class _MergedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, lora_a, lora_b)
-        ctx.scaling = scaling
         merged = merge_weight(weight, lora_a, lora_b, scaling, x.dtype)
+        # Under autocast the copy in x's dtype is kept, as autocast itself keeps its cast of W0. Otherwise it is
+        # merged again in the backward pass: a copy of every weight would cost more memory than LoRA saves.
+        ctx.kept = merged.dtype != weight.dtype
+        ctx.save_for_backward(x, merged if ctx.kept else weight, lora_a, lora_b)
+        ctx.scaling = scaling
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))  # (..., out)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, lora_a, lora_b = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
@@ -48,16 +53,17 @@ class _MergedLoRA(torch.autograd.Function):
         # The caller's autocast must not touch products whose precision the forward pass has settled.
         with torch.autocast(grad.device.type, enabled=False):
             if needs_x:
-                # Merged again rather than kept: a copy of every weight would cost more memory than LoRA saves.
-                dx = grad @ merge_weight(weight, lora_a, lora_b, ctx.scaling, grad.dtype)  # (..., in)
+                dx = grad @ (weight if ctx.kept else merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype))
             rows = grad.flatten(0, -2)  # (tokens, out)
             inputs = x.flatten(0, -2)  # (tokens, in)
             if needs_bias:
                 dbias = rows.sum(0)
             if needs_a:
-                da = ctx.scaling * ((rows @ lora_b.to(rows.dtype)).T @ inputs).to(lora_a.dtype)  # (r, in)
+                da = ctx.scaling * ((rows @ lora_b.to(x.dtype)).T @ inputs).to(lora_a.dtype)  # (r, in)
             if needs_b:
-                db = ctx.scaling * (rows.T @ (inputs @ lora_a.to(rows.dtype).T)).to(lora_b.dtype)  # (out, r)
+                # (x A^T)^T g, not g^T (x A^T): two to three times faster on CPU, where g is the large factor.
+                narrow = (inputs @ lora_a.to(x.dtype).T).T.contiguous()  # (r, tokens)
+                db = ctx.scaling * (narrow @ rows).T.to(lora_b.dtype)  # (out, r)
         return dx, None, dbias, da, db, None
 
 
@@ -109,10 +115,7 @@ class MergedLinear(PeftLinear):
 
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-
 ForwardFn = Callable[[nn.Module, Any], Any]
 TokenMaskFn = Callable[[Any, str], Tensor | None]
 

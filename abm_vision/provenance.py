@@ -1,0 +1,53 @@
+"""Where a number comes from: versions, commit, device."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = ("abm-lora", "torch", "torchvision", "timm", "peft", "numpy")
+
+
+def environment(device: str) -> dict[str, Any]:
+    """Versions, commit, device and threads, as plain JSON values, to be kept with every result."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "commit": git_commit(),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+    }
+
+
+def git_commit() -> dict[str, Any] | None:
+    """The checkout's commit and whether tracked files differ from it; None outside a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        return {"id": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+        return None
+
+
+def device_name(device: str) -> str:
+    """The accelerator's or the processor's own name."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    if device == "mps":
+        return f"Apple {platform.processor() or platform.machine()}"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor() or platform.machine()} ({torch.get_num_threads()} threads)"

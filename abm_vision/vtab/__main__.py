@@ -1,0 +1,149 @@
+"""The command line: `python -m abm_vision.vtab` or `abm-vtab`. The only place that prints."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, fields
+from typing import Any, NoReturn
+
+import vtab_tasks
+from abm_vision.vtab.config import PRESETS, RunConfig, make_config, read_config, resolve_device
+
+EPILOG = "Other commands: list (the tasks and where their data is), predict (classify image files)."
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = COMMANDS.get(words[0] if words else "", _run)
+    try:
+        return command(words[1:] if command is not _run else words)
+    except (ValueError, OSError, _weights_not_found()) as error:
+        print(f"abm-vtab: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _weights_not_found() -> type[Exception]:
+    from abm_vision.weights import WeightsNotFound
+
+    return WeightsNotFound
+
+
+def run_parser() -> argparse.ArgumentParser:
+    """One flag for every field of `RunConfig`, and those that do not change a result."""
+    parser = _Parser("abm-vtab", description="Adapt a pretrained timm ViT to a VTAB-1K task.", epilog=EPILOG)
+    for field in fields(RunConfig):
+        flag = f"--{field.name.replace('_', '-')}"
+        kind = {"int": int, "float": float}.get(str(field.type), str)
+        choices = tuple(PRESETS) if field.name == "preset" else field.metadata.get("choices")
+        default = "none" if field.default is None or field.default is MISSING else field.default
+        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+        parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
+    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
+    parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
+    parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
+    parser.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
+    return parser
+
+
+def _run(words: list[str]) -> int:
+    options = vars(run_parser().parse_args(words))
+    out, rerun, as_json, quiet = (options.pop(k) for k in ("out", "rerun", "json", "quiet"))
+    path = options.pop("config")
+    config = make_config(**{**(read_config(path) if path else {}), **options})
+    quiet = quiet or as_json
+    if not quiet:
+        print_config(config)
+
+    from abm_vision.vtab.run import run  # imports timm: `--help` and a wrong flag answer at once
+
+    try:
+        result = run(config, out, rerun=rerun, quiet=quiet, say=None if quiet else _say)
+    except KeyboardInterrupt:
+        print("\nabm-vtab: interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        return 130
+    print(json.dumps(result) if as_json else summary(result))
+    return 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+def print_config(config: RunConfig) -> None:
+    """Every setting, marked where it differs from the default."""
+    defaults = asdict(RunConfig())
+    for name, value in asdict(config).items():
+        print(f"{'*' if value != defaults[name] else ' '} {name:<18} {value}")
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The run in one line, with what kind of data it was tested on, and where its files are."""
+    test, config = result["test"], result["config"]
+    data = result["data"]["test"]
+    return (
+        f"{config['task']} [{data['source']}]  top-1 {100 * test['top1']:.2f} % of {test['count']} test images  "
+        f"init {config['init']}  seed {config['seed']}  {sum(result['seconds'].values()):.0f} s  {result['folder']}"
+    )
+
+
+def _list(words: list[str]) -> int:
+    parser = _Parser("abm-vtab list", description="The tasks, and where their data was found.")
+    parser.add_argument("--data-dir", help="folder with vtab-1k files or with prepared TFDS data")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(words)
+    rows = [
+        {
+            "task": task.name,
+            "group": task.group,
+            "classes": task.num_classes,
+            "test_images": task.sizes["test"],
+            "data": [f"{source}: {place}" for source, place in vtab_tasks.locate(task.name, options.data_dir)],
+        }
+        for task in vtab_tasks.TASKS.values()
+    ]
+    if options.json:
+        print(json.dumps(rows))
+        return 0
+    print(f"{'task':<16}{'group':<13}{'classes':>7}{'test':>9}  data")
+    for row in rows:
+        print(
+            f"{row['task']:<16}{row['group']:<13}{row['classes']:>7}{row['test_images']:>9}  {', '.join(row['data'])}"
+        )
+    return 0
+
+
+def _predict(words: list[str]) -> int:
+    parser = _Parser("abm-vtab predict", description="Classify image files with a saved adapter.")
+    parser.add_argument("--adapter", required=True, metavar="DIR", help="a run's folder, or the adapter's own")
+    parser.add_argument("--weights", help="of the backbone, as for a run (default: as the run had them)")
+    parser.add_argument("--device", default="auto", help="auto, or a torch device (default: auto)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    options = parser.parse_args(words)
+
+    from abm_vision.vtab.predict import predict
+
+    device = resolve_device(options.device)
+    rows = predict(options.adapter, options.images, weights=options.weights, device=device)
+    if options.json:
+        print(json.dumps(rows))
+    else:
+        for row in rows:
+            print(f"{row['image']}: class {row['label']} of {row['task']}, probability {row['probability']:.3f}")
+    return 0
+
+
+COMMANDS = {"list": _list, "predict": _predict}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,113 @@
+"""From a task's images to batches on the device: uint8 until the last moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resize
+
+from vtab_tasks import TaskData
+
+CHUNK = 256  # images that are drawn or decoded, and resized, together
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """What the pretrained model expects: square images without cropping, normalised by its own statistics.
+
+    Args:
+        image_size: pixels.
+        interpolation: a torchvision name, antialiased.
+        mean, std: per channel, of pixels in [0, 1].
+    """
+
+    image_size: int
+    interpolation: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def resize(self, images: np.ndarray) -> Tensor:
+        """uint8 (n, height, width, 3) to uint8 (n, 3, size, size); the aspect ratio is not kept, as in VTAB."""
+        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
+        size = [self.image_size, self.image_size]
+        return resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 (n, 3, size, size) to float32, on the device of the pixels."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return (pixels.float() / 255 - mean) / std
+
+
+def preprocessing_for(model: nn.Module, image_size: int) -> Preprocessing:
+    """The preprocessing that timm records with the pretrained weights."""
+    recorded = timm.data.resolve_model_data_config(model)
+    return Preprocessing(image_size, recorded["interpolation"], tuple(recorded["mean"]), tuple(recorded["std"]))
+
+
+class _Chunks(Dataset):
+    """Item k is the k-th chunk of resized images and labels."""
+
+    def __init__(self, data: TaskData, preprocessing: Preprocessing) -> None:
+        self.data = data
+        self.preprocessing = preprocessing
+        self.parts = np.array_split(np.arange(len(data)), -(-len(data) // CHUNK))
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+        indices = self.parts[k]
+        return self.preprocessing.resize(self.data.images(indices)), torch.from_numpy(self.data.labels[indices])
+
+
+def stream(data: TaskData, preprocessing: Preprocessing, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    """Chunks of (uint8 images (n, 3, size, size), int64 labels (n,)) in order, never the whole set at once."""
+    return iter(DataLoader(_Chunks(data, preprocessing), batch_size=None, num_workers=workers))
+
+
+def load_all(data: TaskData, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+    """The whole set in memory: uint8 (n, 3, size, size) and int64 (n,)."""
+    chunks = list(stream(data, preprocessing))
+    return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
+
+
+def shuffled(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
+    """The batches of one epoch as index tensors; a function of seed and epoch alone, so that a run can resume."""
+    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
+    return list(torch.randperm(count, generator=generator).split(batch_size))
+
+
+class Images:
+    """The training set on the device, as an iterable of calibration batches and a source of training batches."""
+
+    def __init__(self, pixels: Tensor, labels: Tensor, preprocessing: Preprocessing, device: torch.device) -> None:
+        self.pixels, self.labels = pixels.to(device), labels.to(device)
+        self.preprocessing = preprocessing
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(float images (b, 3, size, size), labels (b,)) of one epoch; the last batch may be smaller."""
+        for indices in shuffled(len(self), batch_size, seed, epoch):
+            indices = indices.to(self.pixels.device)
+            yield self.preprocessing.normalise(self.pixels[indices]), self.labels[indices]
+
+
+def data_record(data: TaskData) -> dict[str, Any]:
+    """What a result says of its data."""
+    return {
+        "task": data.task.name,
+        "split": data.split,
+        "source": data.source,
+        "description": data.description,
+        "images": len(data),
+    }

@@ -1,0 +1,71 @@
+"""Classify image files with a saved adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from abm_vision.abm.lora import ABM_FILE, load_adapter
+from abm_vision.vtab.data import Preprocessing
+from abm_vision.vtab.results import ADAPTER
+from abm_vision.weights import create_backbone
+
+
+def predict(
+    adapter: str | Path, images: Sequence[str | Path], *, weights: str | None = None, device: str | torch.device = "cpu"
+) -> list[dict[str, Any]]:
+    """The class of every image.
+
+    Args:
+        adapter: a run's folder, or the adapter's own.
+        images: image files of any format that Pillow reads; they are squashed to the model's square, as in training.
+        weights: of the backbone, as in `create_backbone`; None means those that the run was given.
+        device: where to compute.
+
+    Returns:
+        One dictionary an image: image (as given), label, probability, and the run's task.
+
+    Raises:
+        FileNotFoundError, ValueError: an image or the adapter is missing or broken, or was not saved by a run.
+    """
+    folder = Path(adapter)
+    folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    settings = _read_settings(folder)
+    run, shape = settings["run"], Preprocessing(**settings["preprocessing"])
+    pixels = torch.cat([shape.resize(_read_image(path)[None]) for path in images])
+    backbone, _ = create_backbone(
+        run["model"], settings["num_classes"], shape.image_size, run["weights"] if weights is None else weights
+    )
+    model = load_adapter(backbone, folder).eval().to(device)
+    with torch.no_grad():
+        probabilities = model(shape.normalise(pixels.to(device))).softmax(-1).cpu()
+    return [
+        {"image": str(path), "task": run["task"], "label": int(p.argmax()), "probability": float(p.max())}
+        for path, p in zip(images, probabilities, strict=True)
+    ]
+
+
+def _read_settings(folder: Path) -> dict[str, Any]:
+    path = folder / ABM_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {ABM_FILE} in {folder}: pass the folder of a finished run, or its adapter folder")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if "run" not in settings:
+        raise ValueError(f"{path} was not written by a run, so model and image size are not known: use load_adapter")
+    return settings
+
+
+def _read_image(path: str | Path) -> np.ndarray:
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image {path}") from None
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"{path} cannot be read as an image: {error}") from None

@@ -1,0 +1,135 @@
+"""Files of a run: configuration, checkpoint, result, adapter, figures. All whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from abm_vision.abm.files import write_atomically, write_json
+from abm_vision.abm.lora import save_adapter
+from abm_vision.vtab.config import SCHEMA, RunConfig
+from abm_vision.vtab.train import Progress
+
+CHECKPOINT, CONFIG, RESULT, ADAPTER, CURVES = (
+    "checkpoint.pt",
+    "config.json",
+    "result.json",
+    "adapter",
+    "curves.png",
+)
+
+
+def open_folder(out: str | Path, config: RunConfig) -> Path:
+    """The run's folder under `out`, made, with its configuration inside.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    folder = Path(out) / config.run_name()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / CONFIG, {"schema": SCHEMA, "config": asdict(config)})
+    except OSError as error:
+        raise OSError(f"cannot write results under {out} ({error.strerror}); choose another --out") from error
+    return folder
+
+
+def read_result(folder: Path) -> dict[str, Any] | None:
+    """The result of a finished run, None for one that is not.
+
+    Raises:
+        ValueError: it was written under another schema, or is no result.
+    """
+    path = folder / RESULT
+    if not path.is_file():
+        return None
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); move it away to run again") from None
+    schema = result.get("schema") if isinstance(result, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}; move it away to run again")
+    return result
+
+
+def save_checkpoint(
+    folder: Path, model: nn.Module, optimiser: torch.optim.Optimizer, progress: Progress, notes: dict[str, Any]
+) -> None:
+    """What a killed run needs to go on: trained weights, optimiser, progress, and notes (plain JSON values)."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    state = {
+        "trained": trained,
+        "optimiser": optimiser.state_dict(),
+        "progress": asdict(progress),
+        "notes": json.dumps(notes),
+    }
+    write_atomically(folder / CHECKPOINT, lambda beside: torch.save(state, beside))
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """The last whole checkpoint, or None."""
+    path = folder / CHECKPOINT
+    if not path.is_file():
+        return None
+    state = torch.load(path, map_location=device, weights_only=True)
+    return {**state, "progress": Progress(**state["progress"]), "notes": json.loads(state["notes"])}
+
+
+def restore(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Put a checkpoint's weights and optimiser state in place."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in state["trained"].items():
+            parameters[name].copy_(value)
+    optimiser.load_state_dict(state["optimiser"])
+
+
+def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
+    """The adapter in peft's format with `abm.json` and a model card, as a folder that appears whole."""
+    beside = folder / f".{ADAPTER}.{os.getpid()}.part"
+    save_adapter(model, beside, **settings)
+    (beside / "README.md").write_text(card, encoding="utf-8")
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+    os.replace(beside, folder / ADAPTER)
+
+
+def write_result(folder: Path, result: dict[str, Any]) -> None:
+    """The last file of a run: with it the run is finished, and its checkpoint is no longer needed."""
+    write_json(folder / RESULT, result)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+
+
+def model_card(result: dict[str, Any]) -> str:
+    """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
+    config, test, weights = result["config"], result["test"], result["weights"]
+    return f"""---
+library_name: peft
+base_model: timm/{config["model"]}
+tags: [lora, abm-lora, timm]
+---
+# {config["model"]}, adapted to {config["task"]}
+
+LoRA of rank {config["rank"]} (targets: {config["targets"]}, qkv: {config["qkv"]}), started with `{config["init"]}`, trained for
+{config["epochs"]} epochs on {result["data"]["train"]["images"]} images ({result["data"]["train"]["description"]}).
+
+Test top-1: {100 * test["top1"]:.2f} % of {test["count"]} images ({result["data"]["test"]["description"]}), seed {config["seed"]}.
+Base weights: {weights["origin"]}, sha256 {weights["sha256"]}.
+
+```python
+from abm_vision import create_backbone, load_adapter
+
+model, _ = create_backbone("{config["model"]}", num_classes={result["num_classes"]}, img_size={config["image_size"]})
+model = load_adapter(model, "path/to/this/folder").eval()
+```
+
+Stock peft loads it too: `PeftModel.from_pretrained(model, "path/to/this/folder")`.
+"""
