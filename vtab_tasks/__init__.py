@@ -1,0 +1,14 @@
+"""The tasks of VTAB-1K as data: what they are, and (image, label) items from three sources.
+
+>>> import vtab_tasks
+>>> data = vtab_tasks.load("dsprites_loc", "train800val200", source="rendered")
+>>> image, label = data[0]          # uint8 (64, 64, 3), int
+
+Needs numpy and Pillow; `tensorflow_datasets` only for data that it has prepared.
+"""
+
+from vtab_tasks.data import load, locate
+from vtab_tasks.taskdata import TaskData
+from vtab_tasks.tasks import SPLITS, TASKS, Task, get_task
+
+__all__ = ["SPLITS", "TASKS", "Task", "TaskData", "get_task", "load", "locate"]

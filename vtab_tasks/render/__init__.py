@@ -1,0 +1,1 @@
+"""Scenes that can be drawn offline, one file each."""

@@ -1,0 +1,1 @@
+"""Three ways to the same items: community folders, data prepared by TFDS, drawings."""

@@ -1,0 +1,134 @@
+"""The community's image folders, first written by github.com/ZhangYuanhan-AI/NOAH.
+
+A task's folder holds a list for each split, `<split>.txt`, with lines `images/<split>/<index>.jpg <label>`,
+paths relative to the folder.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from vtab_tasks.sources.items import stack_images
+from vtab_tasks.taskdata import TaskData
+from vtab_tasks.tasks import SPLITS, Task
+
+_LINE = re.compile(r"(?P<path>\S+) (?P<label>\S+)")
+# What Pillow raises on files that are no image, are cut short, damaged, or claim an absurd size.
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, eq=False)
+class FolderItems:
+    """Images named by a list file: line i + 1 of `list_file` names `paths[i]`, relative to its folder."""
+
+    list_file: Path
+    paths: tuple[str, ...]
+    all_labels: NDArray[np.int64]
+
+    def images(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return stack_images((self._image(position) for position in positions), len(positions))
+
+    def labels(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        return self.all_labels[positions]
+
+    def _image(self, position: int) -> NDArray[np.uint8]:
+        path = self.list_file.parent / self.paths[position]
+        try:
+            with Image.open(path) as image:
+                return np.asarray(image.convert("RGB"))
+        except _BROKEN as error:
+            raise ValueError(
+                f"{self.list_file}:{position + 1}: {path} cannot be read as an image ({error}): "
+                "fetch this file again"
+            ) from error
+
+
+def layouts(task: Task) -> list[str]:
+    """Where the task's folder may be, below data_dir."""
+    return [prefix + name for prefix in ("", "vtab-1k/") for name in task.folders]
+
+
+def find(task: Task, data_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The task's folder below `data_dir`, or None: a folder counts if it has any of the four lists."""
+    if data_dir is None:
+        return None
+    for layout in layouts(task):
+        folder = Path(data_dir) / layout
+        if any((folder / f"{split}.txt").is_file() for split in SPLITS):
+            return folder
+    return None
+
+
+def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> TaskData:
+    """The split from the task's folder. All is checked here, except that the images can be decoded.
+
+    Raises:
+        ValueError: No `data_dir`; or the list is not the one of this task and split.
+        FileNotFoundError: The folder, the list, or an image that the list names is missing.
+    """
+    if data_dir is None:
+        raise ValueError('source="folder" needs data_dir, the folder that holds vtab-1k or tasks')
+    folder = find(task, data_dir)
+    if folder is None or not (folder / f"{split}.txt").is_file():
+        raise FileNotFoundError(_missing_layout(task, split, folder or Path(data_dir)))
+    list_file = folder / f"{split}.txt"
+    entries = list(_entries(task, list_file))
+    if len(entries) != task.size(split):
+        raise ValueError(
+            f"{list_file} has {len(entries)} lines, but {task.name}/{split} has {task.size(split)} images: "
+            "fetch the whole list"
+        )
+    items = FolderItems(
+        list_file=list_file,
+        paths=tuple(path for path, _ in entries),
+        all_labels=np.array([label for _, label in entries], dtype=np.int64),
+    )
+    description = f"folder: images and lists in {folder}"
+    return TaskData(task, split, "folder", str(folder), description, items, np.arange(len(entries)))
+
+
+def _entries(task: Task, list_file: Path) -> Iterator[tuple[str, int]]:
+    """The (path, label) of every line, each checked."""
+    try:
+        text = list_file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{list_file} is not a text file in UTF-8 ({error}): fetch it again") from error
+    for number, line in enumerate(text.splitlines(), start=1):
+        where = f"{list_file}:{number}"
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise ValueError(f"{where}: {line!r} is not of the form 'images/<split>/<index>.jpg <label>'")
+        path = match["path"]
+        image = list_file.parent / path
+        if not os.path.isfile(image):
+            raise FileNotFoundError(f"{where}: there is no {image}: fetch the missing image")
+        yield path, _label(task, match["label"], where)
+
+
+def _label(task: Task, text: str, where: str) -> int:
+    """The label, if it is one of the task's classes."""
+    if re.fullmatch("-?[0-9]{1,9}", text) is None:
+        raise ValueError(f"{where}: the label {text!r} is not an integer")
+    label = int(text)
+    if not 0 <= label < task.num_classes:
+        raise ValueError(
+            f"{where}: the label {label} is out of range: {task.name} has classes 0 to {task.num_classes - 1}"
+        )
+    return label
+
+
+def _missing_layout(task: Task, split: str, place: Path) -> str:
+    """What was expected, drawn as a tree."""
+    tree = [
+        f"{' or '.join(layouts(task))}/",
+        f"  {split}.txt              lines 'images/{split}/000000.jpg <label>', {task.size(split)} of them",
+        f"  images/{split}/000000.jpg ...",
+    ]
+    problem = f"{place} does not hold {task.name}/{split} in the community layout."
+    return "\n".join([f"{problem} Expected below data_dir:", *tree])

@@ -1,0 +1,138 @@
+"""Data sets that tensorflow-datasets (TFDS) has prepared, read without TensorFlow."""
+
+import os
+import re
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from vtab_tasks.sources.items import stack_images
+from vtab_tasks.taskdata import TaskData
+from vtab_tasks.tasks import Task
+
+
+@dataclass(frozen=True, eq=False)
+class TfdsItems:
+    """Two views on the same records: with the image decoded, and with the image left as it is."""
+
+    task: Task
+    decoded: Any
+    undecoded: Any
+
+    def images(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
+        return stack_images((self._image(position) for position in positions), len(positions))
+
+    def labels(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        labels = [self.task.label_fn(self.undecoded[int(position)]) for position in positions]
+        return np.array(labels, dtype=np.int64)
+
+    def _image(self, position: int) -> NDArray[np.uint8]:
+        """uint8 (H, W, 3); grey images are replicated."""
+        image = self.decoded[int(position)]["image"]
+        if image.max() > 255 // self.task.pixel_scale:
+            raise ValueError(
+                f"a pixel of {self.task.tfds_name} is {image.max()}, but the official data go up to "
+                f"{255 // self.task.pixel_scale}: this is another data set, prepare the official one"
+            )
+        return np.broadcast_to(image * np.uint8(self.task.pixel_scale), (*image.shape[:2], 3))
+
+
+def default_data_dir() -> Path:
+    """Where TFDS keeps its data unless told otherwise."""
+    return Path(os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets"))
+
+
+def _data_set_dir(task: Task, data_dir: str | os.PathLike[str] | None) -> Path:
+    return (default_data_dir() if data_dir is None else Path(data_dir)) / task.tfds_name
+
+
+def _versions(data_set: Path) -> list[str]:
+    """The prepared versions in the data set's folder, newest first. TFDS writes dataset_info.json last."""
+    names = (info.parent.name for info in data_set.glob("*/dataset_info.json"))
+    numbered = (name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name))
+    return sorted(numbered, key=lambda name: [int(number) for number in name.split(".")], reverse=True)
+
+
+def find(task: Task, data_dir: str | os.PathLike[str] | None) -> Path | None:
+    """The folder of the newest prepared version that VTAB accepts, or None."""
+    data_set = _data_set_dir(task, data_dir)
+    accepted = (data_set / name for name in _versions(data_set) if fnmatchcase(name, task.tfds_version))
+    return next(accepted, None)
+
+
+def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> TaskData:
+    """The split from prepared TFDS data.
+
+    Raises:
+        ValueError: The package is missing, or the data was prepared in a format, or with sizes, that cannot
+            be used.
+        FileNotFoundError: The data set, or one of its files, is missing.
+    """
+    directory = find(task, data_dir)
+    if directory is None:
+        raise FileNotFoundError(_not_prepared(task, _data_set_dir(task, data_dir)))
+    tfds = _import_tfds()
+    builder = tfds.builder_from_directory(directory)
+    _check_parts(task, split, builder)
+    spec = "+".join(str(part) for part in task.parts(split))
+    skip_image = {"image": tfds.decode.SkipDecoding()}
+    try:
+        items = TfdsItems(
+            task, builder.as_data_source(spec), builder.as_data_source(spec, decoders=skip_image)
+        )
+    except NotImplementedError as error:  # TFDS's word for a file format without random access
+        raise ValueError(
+            f"{directory} was prepared as {builder.info.file_format.value}, which only TensorFlow reads: "
+            f"{_how_to_prepare(task)}, in another data_dir or after deleting this one"
+        ) from error
+    description = f"tfds: official {task.tfds_name} {directory.name} in {directory}"
+    return TaskData(task, split, "tfds", str(directory), description, items, np.arange(task.size(split)))
+
+
+def _import_tfds() -> Any:
+    """TFDS is imported only when its data is read; it does not import TensorFlow for that."""
+    try:
+        import array_record  # noqa: F401  (TFDS imports it when the first record is read)
+        import tensorflow_datasets
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f'reading TFDS data needs the package {error.name}: pip install "abm-lora[tfds]"'
+        ) from error
+    return tensorflow_datasets
+
+
+def _check_parts(task: Task, split: str, builder: Any) -> None:
+    """The prepared data has the items that VTAB's slices name, and all of its files."""
+    for part in task.parts(split):
+        if part.split not in builder.info.splits:
+            raise ValueError(
+                f"{builder.data_dir} has no split {part.split!r}, but {task.name}/{split} is {part} "
+                f"of the official data: {_how_to_prepare(task)}"
+            )
+        info = builder.info.splits[part.split]
+        if info.num_examples < part.stop:
+            raise ValueError(
+                f"{builder.data_dir} has {info.num_examples} examples in {part.split!r}, but "
+                f"{task.name}/{split} is {part} of the official data: prepare the whole data set"
+            )
+        for path in info.filepaths:
+            if not path.exists():
+                raise FileNotFoundError(f"{path} is missing: copy it, or {_how_to_prepare(task)}")
+
+
+def _how_to_prepare(task: Task) -> str:
+    return (
+        f'prepare it where TensorFlow is installed, with tfds.builder("{task.tfds_name}", data_dir=..., '
+        'file_format="array_record").download_and_prepare()'
+    )
+
+
+def _not_prepared(task: Task, data_set: Path) -> str:
+    others = _versions(data_set)
+    found = f"only version {', '.join(others)}" if others else "no prepared version"
+    problem = f"{data_set} holds {found} of {task.tfds_name}, VTAB takes {task.tfds_version}"
+    return f"{problem}: {_how_to_prepare(task)}"
