@@ -35,9 +35,7 @@ def locate(task: str, data_dir: str | os.PathLike[str] | None = None) -> list[tu
     return found
 
 
-def load(
-    task: str, split: str, *, source: str = "auto", data_dir: str | os.PathLike[str] | None = None
-) -> TaskData:
+def load(task: str, split: str, *, source: str = "auto", data_dir: str | os.PathLike[str] | None = None) -> TaskData:
     """The items of one split of a task.
 
     Args:

@@ -31,9 +31,7 @@ def tfds_order(salt: str, keys: Iterable[int | str]) -> NDArray[np.int64]:
         int64 (n,): which key comes first, second, ...
     """
     prefix = salt.encode()
-    digests = b"".join(
-        hashlib.md5(prefix + str(key).encode(), usedforsecurity=False).digest() for key in keys
-    )
+    digests = b"".join(hashlib.md5(prefix + str(key).encode(), usedforsecurity=False).digest() for key in keys)
     high, low = np.frombuffer(digests, dtype=">u8").astype(np.uint64).reshape(-1, 2).T
     return np.lexsort((low, high))
 

@@ -106,7 +106,7 @@ def _list(words: list[str]) -> int:
             "task": task.name,
             "group": task.group,
             "classes": task.num_classes,
-            "test_images": task.sizes["test"],
+            "test_images": task.size("test"),
             "data": [f"{source}: {place}" for source, place in vtab_tasks.locate(task.name, options.data_dir)],
         }
         for task in vtab_tasks.TASKS.values()

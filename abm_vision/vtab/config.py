@@ -83,7 +83,7 @@ class RunConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
         if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}; it must be more than 0")
-        if self.test_images > task.sizes["test"]:
+        if self.test_images > task.size("test"):
             raise ValueError(f"test_images is {self.test_images}; {self.task} has {task.sizes['test']}")
         self.abm()
         resolve_device(self.device)

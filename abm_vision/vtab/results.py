@@ -111,6 +111,9 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def model_card(result: dict[str, Any]) -> str:
     """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
     config, test, weights = result["config"], result["test"], result["weights"]
+    train_data, test_data = (
+        f"{result['data'][k]['images']} images ({result['data'][k]['description']})" for k in ("train", "test")
+    )
     return f"""---
 library_name: peft
 base_model: timm/{config["model"]}
@@ -118,10 +121,10 @@ tags: [lora, abm-lora, timm]
 ---
 # {config["model"]}, adapted to {config["task"]}
 
-LoRA of rank {config["rank"]} (targets: {config["targets"]}, qkv: {config["qkv"]}), started with `{config["init"]}`, trained for
-{config["epochs"]} epochs on {result["data"]["train"]["images"]} images ({result["data"]["train"]["description"]}).
+LoRA of rank {config["rank"]} (targets: {config["targets"]}, qkv: {config["qkv"]}), started with `{config["init"]}`.
+Trained for {config["epochs"]} epochs on {train_data}, seed {config["seed"]}.
 
-Test top-1: {100 * test["top1"]:.2f} % of {test["count"]} images ({result["data"]["test"]["description"]}), seed {config["seed"]}.
+Test top-1: {100 * test["top1"]:.2f} % of {test_data}.
 Base weights: {weights["origin"]}, sha256 {weights["sha256"]}.
 
 ```python

@@ -133,7 +133,7 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
             "top1": correct / count,
             "correct": correct,
             "count": count,
-            "split_size": train_data.task.sizes["test"],
+            "split_size": train_data.task.size("test"),
         },
         "data": {"train": data_record(train_data), "test": data_record(test_data)},
         "num_classes": num_classes,

@@ -44,8 +44,7 @@ class FolderItems:
                 return np.asarray(image.convert("RGB"))
         except _BROKEN as error:
             raise ValueError(
-                f"{self.list_file}:{position + 1}: {path} cannot be read as an image ({error}): "
-                "fetch this file again"
+                f"{self.list_file}:{position + 1}: {path} cannot be read as an image ({error}): fetch this file again"
             ) from error
 
 

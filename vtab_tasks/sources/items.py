@@ -32,8 +32,7 @@ def stack_images(images: Iterable[NDArray[np.uint8]], count: int) -> NDArray[np.
     for position, image in enumerate(images, start=1):
         if image.shape != first.shape:
             raise ValueError(
-                f"images of {first.shape[:2]} and {image.shape[:2]} pixels cannot make one array: "
-                "read them one by one"
+                f"images of {first.shape[:2]} and {image.shape[:2]} pixels cannot make one array: read them one by one"
             )
         stacked[position] = image
     return stacked

