@@ -146,9 +146,7 @@ def calibrate(
     for batch in batches:
         with _as_reference(model, reference, adapter_name) as teacher:
             recorded = _run(teacher, batch, list(chosen), forward_fn, layers[-1].name if layers else None)
-        for name, z in recorded.items():
-            if not torch.isfinite(z).all():
-                raise ValueError(f"the reference's pre-activation at {name} is NaN or infinite; check model and batch")
+        _check_finite(recorded, "reference")
         if not layers:
             layers = [Layer(name, *chosen[name], _margin(z, config)) for name, z in recorded.items()]
         masks = {layer.stack: token_mask_fn(batch, layer.stack) for layer in layers}
@@ -204,12 +202,26 @@ def _run(model: nn.Module, batch: Any, names: list[str], forward_fn: ForwardFn, 
 
 @torch.no_grad()
 def measure(model: PeftModel, calibration: Calibration, forward_fn: ForwardFn) -> Tensor:
-    """(layers, 3): loss, match rate and share inside the margin of the adapted model, over all batches; on CPU."""
+    """(layers, 3): loss, match rate and share inside the margin of the adapted model, over all batches; on CPU.
+
+    Raises:
+        ValueError: an activation is not finite.
+    """
     states = []
     for part in calibration.parts:
         recorded = preactivations(model, part.batch, calibration.names, forward_fn, calibration.last)
+        _check_finite(recorded, "adapted model")
         states.append(layer_states(calibration.layers, recorded, part))
     return _average(states, [batch_size(part.batch) for part in calibration.parts])
+
+
+def _check_finite(recorded: dict[str, Tensor], whose: str) -> None:
+    for name, z in recorded.items():
+        if not torch.isfinite(z).all():
+            raise ValueError(
+                f"the {whose}'s pre-activation at {name} is NaN or infinite: check the weights and the batch, "
+                "lower learning_rate, or match without autocast"
+            )
 
 
 def layer_states(layers: list[Layer], recorded: dict[str, Tensor], part: Part) -> Tensor:

@@ -17,7 +17,7 @@ class ABMConfig:
         margin_unit: "absolute" (units of the pre-activation) or "relative" (multiples of each layer's root mean
             square pre-activation in the reference).
         steps: optimiser steps.
-        learning_rate: of AdamW on the adapter's weights.
+        learning_rate: of AdamW on the adapter's weights at the first step; it falls linearly to zero.
         samples: calibration samples; whole batches of the loader are taken until there are as many.
         layers: which boundaries of each stack: "all", the last n, or a list of module names.
         layer_weights: "quadratic" (w_l^2 = ((l + 1) / L)^2 over the matched layers of a stack) or "uniform".

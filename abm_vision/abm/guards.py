@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from abm_vision.abm.lora import check_saved_modules
+from abm_vision.abm.lora import check_saved_modules, is_compiled
 
 # Starts of peft that move a part of the base weights into the adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -25,9 +25,9 @@ def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str)
         ValueError: it cannot; the message names what is in the way and how to remove it.
     """
     if not isinstance(model, PeftModel):
-        hint = "call torch.compile after the initialisation" if _is_compiled(model) else "call add_lora first"
+        hint = "call torch.compile after the initialisation" if is_compiled(model) else "call add_lora first"
         raise ValueError(f"{type(model).__name__} is no PeftModel: {hint}")
-    compiled = next((n or "the model" for n, m in model.named_modules() if _is_compiled(m)), None)
+    compiled = next((n or "the model" for n, m in model.named_modules() if is_compiled(m)), None)
     if compiled:
         raise ValueError(
             f"{compiled} is compiled, so hooks would not fire: call torch.compile after the initialisation"
@@ -53,10 +53,6 @@ def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str)
     if not factors:
         raise ValueError(f"adapter {adapter_name!r} is frozen: load it with is_trainable=True")
     return factors
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None
 
 
 def _check_adapter(model: PeftModel, adapter_name: str) -> None:

@@ -75,10 +75,10 @@ def initialize_lora_abm_weights(
     """
     start = time.perf_counter()
     config = config or ABMConfig()
+    factors = check_ready(model, reference, adapter_name)
     backbone = backbone or find_backbone(model)
     forward_fn = forward_fn or backbone.forward_fn
     token_mask_fn = token_mask_fn or backbone.token_mask_fn
-    factors = check_ready(model, reference, adapter_name)
     with given_back(model, adapter_name, factors), random_state_given_back(), torch.enable_grad():
         torch.manual_seed(config.seed)
         model.eval()
@@ -100,8 +100,12 @@ def _optimise(
     config: ABMConfig,
     show_progress_bar: bool,
 ) -> list[float]:
-    """AdamW on the adapter's factors; one calibration batch a step, in turn. Returns the loss of every step."""
+    """AdamW on the adapter's factors; one calibration batch a step, in turn. Returns the loss of every step.
+
+    The rate falls linearly to zero: a constant one ends wherever its last batch, often a single one, has pushed.
+    """
     optimiser = torch.optim.AdamW(factors, lr=config.learning_rate)
+    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / config.steps, total_iters=config.steps - 1)
     losses: list[Tensor] = []
     bar = tqdm(range(config.steps), desc="ABM", unit="step", disable=not show_progress_bar)
     for step in bar:
@@ -124,6 +128,7 @@ def _optimise(
         for factor, gradient in zip(factors, gradients, strict=True):
             factor.grad = gradient  # None behind the last boundary: AdamW leaves such a factor alone
         optimiser.step()
+        schedule.step()
         losses.append(loss.detach())
         if not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.5f}", refresh=False)

@@ -70,8 +70,8 @@ def add_lora(
         ValueError: an argument out of its range, a name that selects nothing, a model that has this adapter
             already or was reset after it was adapted, or a model of no known family.
     """
-    backbone = backbone or find_backbone(model)
     bare = _bare_model(model, adapter_name)
+    backbone = backbone or find_backbone(bare)
     check_choice("qkv", qkv, QKV_MODES)
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1)")
@@ -113,6 +113,10 @@ def add_lora(
 
 
 def _bare_model(model: nn.Module, adapter_name: str) -> nn.Module:
+    if is_compiled(model):
+        raise ValueError(
+            "the model is compiled: add the adapter to the model itself, and call torch.compile afterwards"
+        )
     if isinstance(model, PeftModel):
         if adapter_name in model.peft_config:
             raise ValueError(
@@ -126,6 +130,11 @@ def _bare_model(model: nn.Module, adapter_name: str) -> nn.Module:
             "or a bare model (model.unload())"
         )
     return model
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile(model)` made it, or `model.compile()` was called."""
+    return "_orig_mod" in model._modules or model._compiled_call_impl is not None
 
 
 def _select_targets(model: nn.Module, backbone: Backbone, targets: str | Sequence[str]) -> list[str]:
@@ -213,8 +222,12 @@ def guard_saved_modules(model: PeftModel) -> PeftModel:
 
     timm's `reset_classifier()` puts a bare layer where peft's wrapper was; peft then writes no head at all.
     """
-    model.register_state_dict_pre_hook(lambda module, prefix, keep_vars: check_saved_modules(module))
+    model.register_state_dict_pre_hook(_check_before_saving)
     return model
+
+
+def _check_before_saving(model: PeftModel, prefix: str, keep_vars: bool) -> None:
+    check_saved_modules(model)
 
 
 def check_saved_modules(model: PeftModel) -> None:
@@ -261,7 +274,9 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
     if not flat:
         raise ValueError("no LoRA weight is trainable; load the adapter with is_trainable=True")
     kept = [(p, p.grad) for p in model.parameters()]
+    training = [(m, m.training) for m in model.modules()]
     try:
+        model.eval()  # stochastic depth would skip blocks, batch norm would count the batch
         for parameter in model.parameters():
             parameter.grad = None
         with torch.random.fork_rng(), torch.enable_grad():
@@ -272,6 +287,8 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
     finally:
         for parameter, grad in kept:
             parameter.grad = grad
+        for module, mode in training:
+            module.training = mode
     silent = [n for n, ps in trainable.items() if not any(id(p) in reached for p in ps)]
     if silent:
         raise ValueError(
@@ -340,8 +357,8 @@ def load_adapter(
     folder = Path(directory)
     if not (folder / "adapter_config.json").is_file():
         raise FileNotFoundError(f"no adapter_config.json in {directory}: pass a folder that save_adapter wrote")
-    backbone = backbone or find_backbone(model)
     bare = _bare_model(model, adapter_name)
+    backbone = backbone or find_backbone(bare)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{directory} holds a {config.peft_type} adapter; only LoRA adapters can be loaded")

@@ -54,8 +54,8 @@ class _MergedLoRA(torch.autograd.Function):
         with torch.autocast(grad.device.type, enabled=False):
             if needs_x:
                 dx = grad @ (weight if ctx.kept else merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype))
-            rows = grad.flatten(0, -2)  # (tokens, out)
-            inputs = x.flatten(0, -2)  # (tokens, in)
+            rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
+            inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if needs_bias:
                 dbias = rows.sum(0)
             if needs_a:

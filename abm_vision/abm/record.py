@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 ForwardFn = Callable[[nn.Module, Any], Any]
@@ -67,6 +68,9 @@ def preactivations(
         ValueError: a named module was not called.
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Autocast keeps its casts of trained weights for as long as it lasts. They would outlive an optimiser step, and
+    # those made without gradient would cut the graph.
+    torch.clear_autocast_cache()
     with record_preactivations(bare, names, stop_after) as recorded:
         forward_fn(model, batch)
     silent = [n for n in names if n not in recorded]

@@ -46,7 +46,7 @@ class ABMReport:
         loss_per_step: the loss of each optimiser step on its own batch.
         seconds: wall time of the whole call.
         samples: calibration samples used. `config.samples` says how many were asked for.
-        reference: "pretrained", "adapter NAME" or "model".
+        reference: "pretrained", "adapter 'NAME'" or "another CLASS".
         config: the settings.
     """
 

@@ -22,7 +22,15 @@ from abm_vision.provenance import environment
 from abm_vision.vtab import results
 from abm_vision.vtab.config import SCHEMA, RunConfig, resolve_device
 from abm_vision.vtab.data import Images, data_record, load_all, preprocessing_for, stream
-from abm_vision.vtab.train import Progress, autocast, count_correct, faster_with_bf16, make_optimiser, train
+from abm_vision.vtab.train import (
+    Progress,
+    autocast,
+    choose_attention,
+    count_correct,
+    faster_with_bf16,
+    make_optimiser,
+    train,
+)
 from abm_vision.weights import create_backbone
 
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
@@ -92,6 +100,7 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
 
     state = results.load_checkpoint(folder, device)
     precision = _precision(config, device, state)
+    choose_attention(model, device, precision)
     if state is None:
         with stage("init"):
             report = _initialise(model, images, config, device, precision, quiet)

@@ -47,6 +47,17 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
+    """Take timm's plain attention where torch's fused kernel is slow: its backward pass in bfloat16 on CPU.
+
+    `benchmarks/attention.py` measures both.
+    """
+    if device.type == "cpu" and precision == "bf16":
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+
+
 def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     """Linear warm-up, then constant, or cosine to a hundredth of the peak."""
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch

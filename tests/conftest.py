@@ -1,0 +1,43 @@
+"""Models small enough for every test: timm's own `test_vit` and its relatives, with random weights."""
+
+import os
+
+# Set before any Hugging Face library is imported: nothing here may reach for a network.
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import timm
+import torch
+
+SIDE = 32  # pixels
+
+
+def build_vit(name="test_vit", num_classes=5, **options):
+    """A tiny ViT whose every weight is random: timm starts many at zero, which would hide mistakes."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=num_classes, **{"img_size": SIDE, **options})
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 or name.startswith("head"):
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def randomise(model, scale=0.3, adapter="default"):
+    """Give every B of an adapter a value, so that the adapter does something."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if f"lora_B.{adapter}" in name:
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    return model
+
+
+def images(count=4, side=SIDE, seed=0):
+    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def vit():
+    return build_vit().eval()
