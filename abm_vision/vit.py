@@ -17,8 +17,8 @@ _OUT = r"(?:proj|out_proj|o_proj|proj_l|proj_w)"
 _MLP = r"(?:mlp\d?|mlp_in)"
 _FC = r"(?:fc1|fc2|fc1_g|fc1_x|w[012]|ln[12]|conv[123]|gate_proj|up_proj|down_proj)"
 _WRAPPED = r"(?:\.ln)?(?:\.linear)?"  # LeViT and Gemma wrap the projection
-# Blocks that compute attention and MLP from one projection hold the parts themselves.
-_PARALLEL = r"(?:in_proj|attn_out_proj|out_proj)"
+# Blocks that compute attention and MLP from one projection hold the parts themselves; what both share is of both kinds.
+_SHARED = r"in_proj|out_proj"
 
 # Attention classes whose fused projection gives q, k and v one after the other (others interleave them by head).
 _Q_THEN_K_THEN_V = (
@@ -92,8 +92,8 @@ VIT = Backbone(
     name="timm vision transformer",
     matches=_is_timm_transformer,
     target_modules={
-        "attention": rf"{_INSIDE}{_ATTENTION}\.(?:{_QKV}|{_OUT}){_WRAPPED}|{_INSIDE}\d+\.{_PARALLEL}",
-        "mlp": rf"{_INSIDE}{_MLP}\.{_FC}{_WRAPPED}|{_INSIDE}\d+\.mlp_out_proj",
+        "attention": rf"{_INSIDE}{_ATTENTION}\.(?:{_QKV}|{_OUT}){_WRAPPED}|{_INSIDE}\d+\.(?:{_SHARED}|attn_out_proj)",
+        "mlp": rf"{_INSIDE}{_MLP}\.{_FC}{_WRAPPED}|{_INSIDE}\d+\.(?:{_SHARED}|mlp_out_proj)",
     },
     boundary_modules={"blocks": rf"{_INSIDE}{_MLP}\.act\d?|{_INSIDE}\d+\.mlp_act"},
     key_modules=r".*\.(?:k|k_proj|wk)(?:\.linear)?",

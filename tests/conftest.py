@@ -10,6 +10,8 @@ import pytest
 import timm
 import torch
 
+from abm_vision.abm.merged_linear import BlockLinear
+
 SIDE = 32  # pixels
 
 
@@ -31,6 +33,9 @@ def randomise(model, scale=0.3, adapter="default"):
         for name, parameter in model.named_parameters():
             if f"lora_B.{adapter}" in name:
                 parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+        for module in model.modules():
+            if isinstance(module, BlockLinear):
+                module.weight.mul_(module.mask)
     return model
 
 

@@ -282,7 +282,8 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
         with torch.random.fork_rng(), torch.enable_grad():
             output = _first_tensor(backbone.forward_fn(model, batch)).float()
             # A plain sum is blind behind a normalisation, so weigh the outputs at random.
-            (output * torch.randn_like(output)).sum().backward()
+            if output.requires_grad:
+                (output * torch.randn_like(output)).sum().backward()
         reached = {id(p) for p in flat if p.grad is not None and bool((p.grad != 0).any())}
     finally:
         for parameter, grad in kept:
