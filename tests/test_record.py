@@ -38,7 +38,7 @@ def test_nothing_above_the_last_boundary_runs(vit):
     vit.blocks[2].mlp.act.register_forward_hook(never)
     vit.blocks[3].register_forward_pre_hook(never)
     before = hooks(vit)
-    recorded = preactivations(vit, images(), acts(vit)[:3], forward, stop_after=acts(vit)[2])
+    recorded = preactivations(vit, images(), acts(vit)[:3], forward)
     assert list(recorded) == acts(vit)[:3] and hooks(vit) == before
 
 

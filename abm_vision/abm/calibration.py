@@ -51,7 +51,7 @@ class Calibration:
     """Everything that the matching needs of the reference.
 
     Args:
-        layers: in the order in which they fire; nothing above the last has to run.
+        layers: in the order in which they fire.
         parts: the batches with their signs.
         samples: their number.
         before: (layers, 3) state of the adapted model before matching, where it is the reference itself; else None.
@@ -65,10 +65,6 @@ class Calibration:
     @property
     def names(self) -> list[str]:
         return [layer.name for layer in self.layers]
-
-    @property
-    def last(self) -> str:
-        return self.layers[-1].name
 
 
 def choose_layers(model: nn.Module, backbone: Backbone, config: ABMConfig) -> dict[str, tuple[str, float]]:
@@ -137,15 +133,21 @@ def calibrate(
     """Run the reference once over every batch, and forget all but the signs.
 
     Raises:
-        ValueError: a batch cannot be run, a boundary never fires, or an activation is not finite.
+        ValueError: the reference lacks a boundary, a batch cannot be run, a boundary never fires, or an activation is
+            not finite.
     """
+    if isinstance(reference, nn.Module):
+        there = {name for name, _ in reference.named_modules()}
+        absent = [name for name in chosen if name not in there]
+        if absent:
+            raise ValueError(f"the reference {type(reference).__name__} has no modules {', '.join(absent)}")
     idle = reference == "pretrained" and _does_nothing(model, adapter_name)
     layers: list[Layer] = []
     parts: list[Part] = []
     states: list[Tensor] = []
     for batch in batches:
         with _as_reference(model, reference, adapter_name) as teacher:
-            recorded = _run(teacher, batch, list(chosen), forward_fn, layers[-1].name if layers else None)
+            recorded = _run(teacher, batch, list(chosen), forward_fn)
         _check_finite(recorded, "reference")
         if not layers:
             layers = [Layer(name, *chosen[name], _margin(z, config)) for name, z in recorded.items()]
@@ -189,9 +191,9 @@ def _as_reference(model: PeftModel, reference: str | nn.Module, adapter_name: st
             model.set_adapter(adapter_name)
 
 
-def _run(model: nn.Module, batch: Any, names: list[str], forward_fn: ForwardFn, last: str | None) -> dict[str, Tensor]:
+def _run(model: nn.Module, batch: Any, names: list[str], forward_fn: ForwardFn) -> dict[str, Tensor]:
     try:
-        return preactivations(model, batch, names, forward_fn, last)
+        return preactivations(model, batch, names, forward_fn)
     except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
         shapes = [tuple(v.shape) for v in tree_leaves(batch) if isinstance(v, Tensor)]
         raise ValueError(
@@ -209,7 +211,7 @@ def measure(model: PeftModel, calibration: Calibration, forward_fn: ForwardFn) -
     """
     states = []
     for part in calibration.parts:
-        recorded = preactivations(model, part.batch, calibration.names, forward_fn, calibration.last)
+        recorded = preactivations(model, part.batch, calibration.names, forward_fn)
         _check_finite(recorded, "adapted model")
         states.append(layer_states(calibration.layers, recorded, part))
     return _average(states, [batch_size(part.batch) for part in calibration.parts])

@@ -60,7 +60,7 @@ def _check_adapter(model: PeftModel, adapter_name: str) -> None:
     if adapter_name not in model.peft_config:
         raise ValueError(f"there is no adapter {adapter_name!r}; the model has {names}")
     if not isinstance(model.peft_config[adapter_name], LoraConfig):
-        raise ValueError(f"adapter {adapter_name!r} is {model.peft_config[adapter_name].peft_type}, not LoRA")
+        raise ValueError(f"adapter {adapter_name!r} is {model.peft_config[adapter_name].peft_type.value}, not LoRA")
     if list(model.active_adapters) != [adapter_name]:
         raise ValueError(
             f"the active adapters are {model.active_adapters}, but exactly {adapter_name!r} is to be initialised: "

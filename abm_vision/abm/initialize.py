@@ -110,7 +110,7 @@ def _optimise(
     bar = tqdm(range(config.steps), desc="ABM", unit="step", disable=not show_progress_bar)
     for step in bar:
         part = calibration.parts[step % len(calibration.parts)]
-        recorded = preactivations(model, part.batch, calibration.names, forward_fn, calibration.last)
+        recorded = preactivations(model, part.batch, calibration.names, forward_fn)
         per_layer = layer_losses(calibration.layers, recorded, part)
         if not torch.isfinite(per_layer).all():
             bad = [layer.name for layer, ok in zip(calibration.layers, per_layer.isfinite(), strict=True) if not ok]

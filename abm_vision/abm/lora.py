@@ -362,7 +362,7 @@ def load_adapter(
     backbone = backbone or find_backbone(bare)
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
-        raise ValueError(f"{directory} holds a {config.peft_type} adapter; only LoRA adapters can be loaded")
+        raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be loaded")
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
     adapted = PeftModel.from_pretrained(

@@ -14,13 +14,13 @@ ForwardFn = Callable[[nn.Module, Any], Any]
 TokenMaskFn = Callable[[Any, str], Tensor | None]
 
 
-class _LastBoundaryReached(Exception):
+class _AllRecorded(Exception):
     """Ends a forward pass whose remaining layers nobody needs."""
 
 
 @contextmanager
 def record_preactivations(
-    model: nn.Module, names: Sequence[str], stop_after: str | None = None
+    model: nn.Module, names: Sequence[str], stop_when_complete: bool = False
 ) -> Iterator[dict[str, Tensor]]:
     """Collect the inputs of the named activation modules while forward passes run.
 
@@ -30,8 +30,8 @@ def record_preactivations(
     Args:
         model: a bare module; the names are its own.
         names: activation modules.
-        stop_after: the forward pass ends when this module is reached; the code in the `with` block after the
-            call of the model is then skipped.
+        stop_when_complete: the forward pass ends when the last of the modules is reached; the code in the `with`
+            block after the call of the model is then skipped.
 
     Yields:
         name to pre-activation z, (batch, ..., hidden), in the model's dtype.
@@ -42,27 +42,23 @@ def record_preactivations(
         z = args[0]
         # An in-place activation would overwrite what was recorded.
         recorded.setdefault(name, z.clone() if getattr(module, "inplace", False) else z)
-        if name == stop_after:
-            raise _LastBoundaryReached
+        if stop_when_complete and len(recorded) == len(names):
+            raise _AllRecorded
 
     handles = [model.get_submodule(n).register_forward_pre_hook(partial(record, n)) for n in names]
     try:
         yield recorded
-    except _LastBoundaryReached:
+    except _AllRecorded:
         pass
     finally:
         for handle in handles:
             handle.remove()
 
 
-def preactivations(
-    model: nn.Module,
-    batch: Any,
-    names: Sequence[str],
-    forward_fn: ForwardFn,
-    stop_after: str | None = None,
-) -> dict[str, Tensor]:
+def preactivations(model: nn.Module, batch: Any, names: Sequence[str], forward_fn: ForwardFn) -> dict[str, Tensor]:
     """One forward pass of `model` on `batch`, and the pre-activations of the named modules in firing order.
+
+    Nothing above the last of them runs.
 
     Raises:
         ValueError: a named module was not called.
@@ -71,7 +67,7 @@ def preactivations(
     # Autocast keeps its casts of trained weights for as long as it lasts. They would outlive an optimiser step, and
     # those made without gradient would cut the graph.
     torch.clear_autocast_cache()
-    with record_preactivations(bare, names, stop_after) as recorded:
+    with record_preactivations(bare, names, stop_when_complete=True) as recorded:
         forward_fn(model, batch)
     silent = [n for n in names if n not in recorded]
     if silent:

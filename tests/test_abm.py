@@ -1,0 +1,595 @@
+"""initialize_lora_abm_weights: the figures against plain loops over two models, and everything that it guards."""
+
+import copy
+import json
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import build_vit, images, randomise
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from abm_vision import VIT, ABMConfig, add_lora, initialize_lora_abm_weights
+from abm_vision.abm import calibration
+
+ACTS = [f"blocks.{i}.mlp.act" for i in range(6)]
+FAST = ABMConfig(steps=3, samples=8, learning_rate=0.01)
+
+
+def match(model, batches=None, config=FAST, **options):
+    batches = [images(4, seed=s) for s in range(2)] if batches is None else batches
+    return initialize_lora_abm_weights(model, batches, config, show_progress_bar=False, **options)
+
+
+def factors(model, adapter="default"):
+    return {n: p for n, p in model.named_parameters() if f".{adapter}." in n and "lora_" in n}
+
+
+def values(model, adapter="default"):
+    return {n: p.detach().clone() for n, p in factors(model, adapter).items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def record(model, batch, names=ACTS):
+    """Pre-activations by plain hooks on a bare model or on an adapted one."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    z = {}
+    handles = [
+        bare.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: z.update({n: args[0]})) for n in names
+    ]
+    model(batch)
+    for handle in handles:
+        handle.remove()
+    return z
+
+
+def figures(adapted, reference, batches, margin, names=ACTS):
+    """Mean hinge loss, match rate and share inside the margin of each layer, from two models, in double precision."""
+    rows = []
+    for name in names:
+        z = torch.cat([record(adapted, b)[name].detach().double() for b in batches])
+        tau = torch.cat([record(reference, b)[name].detach() for b in batches]).sign().double()
+        hinge = (margin - tau * z).clamp_min(0)
+        rows.append([hinge.square().mean(), ((z > 0) == (tau > 0)).double().mean(), (tau * z < margin).double().mean()])
+    return torch.tensor(rows)
+
+
+def rows_of(report, moment):
+    states = [getattr(layer, moment) for layer in report.layers]
+    return torch.tensor([[s.loss, s.match, s.inside] for s in states], dtype=torch.float64)
+
+
+# The procedure
+
+
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("qkv", ["full", "qv"])
+def test_equals_the_procedure_of_the_paper_with_two_full_models(merged, qkv):
+    """Eq. (22) with two models side by side, plain hooks, autograd and AdamW, against ours."""
+    pretrained = build_vit().double().eval()
+    torch.manual_seed(1)
+    model = add_lora(copy.deepcopy(pretrained), 4, qkv=qkv, merged_linear=merged).double()
+    student = copy.deepcopy(model)
+    batches = [images(3, seed=s).double() for s in range(3)]
+    config = ABMConfig(steps=5, samples=9, margin=0.4, learning_rate=0.01, layers=4)
+    report = match(model, batches, config)
+
+    trained = list(factors(student).values())
+    optimiser = torch.optim.AdamW(trained, lr=0.01)
+    losses = []
+    for step in range(5):
+        batch = batches[step % 3]
+        z, reference = record(student, batch), record(pretrained, batch)
+        loss = 0
+        for depth, name in enumerate(ACTS[2:]):
+            tau = reference[name].detach().sign()
+            loss = loss + ((depth + 1) / 4) ** 2 * (0.4 - tau * z[name]).clamp_min(0).square().mean() / 4
+        optimiser.zero_grad()
+        loss.backward()
+        for group in optimiser.param_groups:
+            group["lr"] = 0.01 * (1 - step / 5)
+        optimiser.step()
+        losses.append(loss.item())
+
+    assert report.loss_per_step == pytest.approx(losses, rel=1e-4)
+    expected = values(student)
+    moved = 0
+    for name, value in values(model).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=2e-5, msg=name)
+        moved += bool(value.any())
+    assert moved > 30
+    torch.testing.assert_close(
+        rows_of(report, "after"), figures(student, pretrained, batches, 0.4, ACTS[2:]), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_report_before_and_after_equals_two_models_side_by_side():
+    pretrained = build_vit().eval()
+    model = randomise(add_lora(copy.deepcopy(pretrained))).eval()
+    batches = [images(4, seed=0), images(2, seed=1)]
+    before = figures(model, pretrained, batches, 0.5)
+    report = match(model, batches, replace(FAST, samples=6))
+    torch.testing.assert_close(rows_of(report, "before"), before, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rows_of(report, "after"), figures(model, pretrained, batches, 0.5), rtol=1e-4, atol=1e-5)
+    weights = torch.tensor([((i + 1) / 6) ** 2 for i in range(6)], dtype=torch.float64)
+    assert report.before.loss == pytest.approx((weights * before[:, 0]).mean().item(), rel=1e-4)
+    assert report.before.match == pytest.approx(before[:, 1].mean().item(), rel=1e-5)
+    assert report.samples == 6 and report.reference == "pretrained" and report.seconds > 0
+
+
+def test_a_fresh_adapter_is_the_pretrained_model():
+    """B = 0: every sign matches, and the loss comes from the units inside the margin alone."""
+    pretrained = build_vit().eval()
+    model = add_lora(copy.deepcopy(pretrained))
+    expected = figures(pretrained, pretrained, [images(4, seed=s) for s in range(2)], 0.5)
+    report = match(model)
+    assert report.before.match == 1 and report.before.inside > 0
+    torch.testing.assert_close(rows_of(report, "before"), expected, rtol=1e-4, atol=1e-6)
+    assert all(p.any() for n, p in factors(model).items() if "lora_B" in n and "5.mlp.fc2" not in n)
+
+
+def test_margin_zero_has_nothing_to_do():
+    model = add_lora(build_vit())
+    report = match(model, config=replace(FAST, margin=0.0))
+    assert report.loss_per_step == (0.0, 0.0, 0.0) and report.after.match == 1
+    assert not any(p.any() for n, p in factors(model).items() if "lora_B" in n)
+
+
+def test_layers_behind_the_last_boundary_are_left_alone():
+    model = add_lora(build_vit())
+    start = values(model)
+    match(model, config=replace(FAST, layers=[ACTS[2]]))
+    changed = {n for n, v in values(model).items() if not torch.equal(v, start[n])}
+    assert changed and all(int(n.split("blocks.")[1][0]) <= 2 for n in changed)
+    assert not any("blocks.2.mlp.fc2" in n for n in changed)
+
+
+@pytest.mark.parametrize("layers, names", [("all", ACTS), (2, ACTS[4:]), ([ACTS[3], ACTS[0]], [ACTS[0], ACTS[3]])])
+@pytest.mark.parametrize("weights", ["quadratic", "uniform"])
+def test_layers_and_their_weights(layers, names, weights):
+    report = match(add_lora(build_vit()), config=replace(FAST, layers=layers, layer_weights=weights))
+    assert [layer.name for layer in report.layers] == names
+    n = len(names)
+    expected = [((i + 1) / n) ** 2 for i in range(n)] if weights == "quadratic" else [1.0] * n
+    assert [layer.weight for layer in report.layers] == pytest.approx(expected)
+
+
+def test_relative_margin_is_a_multiple_of_each_layers_own_scale():
+    vit = build_vit().eval()
+    scale = {n: z.double().square().mean().sqrt().item() for n, z in record(vit, images(4)).items()}
+    report = match(add_lora(vit), [images(4)], replace(FAST, margin=0.25, margin_unit="relative", samples=4))
+    for layer in report.layers:
+        assert layer.margin == pytest.approx(0.25 * scale[layer.name], rel=1e-5)
+
+
+def test_nothing_above_the_last_boundary_runs_and_the_reference_runs_once_a_batch():
+    model = add_lora(build_vit())
+    calls = {"last": 0, "reference": 0, "adapted": 0}
+    layer = model.get_base_model().blocks[0].mlp.fc1
+    model.get_base_model().blocks[5].register_forward_pre_hook(lambda *_: calls.update(last=calls["last"] + 1))
+    layer.register_forward_pre_hook(
+        lambda m, _: calls.update({k: calls[k] + 1 for k in ["reference" if m.disable_adapters else "adapted"]})
+    )
+    match(model, config=replace(FAST, layers=ACTS[:5], steps=4))
+    assert calls == {"last": 0, "reference": 2, "adapted": 4 + 2}  # 4 steps, and 2 batches measured afterwards
+
+
+def test_signs_are_kept_as_bits():
+    model = add_lora(build_vit()).eval()
+    config = ABMConfig(samples=8)
+    chosen = calibration.choose_layers(model.get_base_model(), VIT, config)
+    arguments = ([images(8)], chosen, config, "pretrained", "default", VIT.forward_fn, VIT.token_mask_fn)
+    (part,) = calibration.calibrate(model, *arguments).parts
+    elements = 8 * 5 * 192  # images, tokens (2x2 patches and a class token), hidden units
+    reference = record(build_vit().eval(), images(8))
+    for name in ACTS:
+        assert part.packed[name][0].dtype == torch.uint8 and part.packed[name][0].numel() == elements // 8
+        assert torch.equal(part.sign(name), reference[name] > 0)
+
+
+def test_one_step_and_one_sample():
+    report = match(add_lora(build_vit()), config=replace(FAST, steps=1, samples=1))
+    assert len(report.loss_per_step) == 1 and report.samples == 4  # whole batches
+
+
+def test_same_seed_same_result():
+    loader = DataLoader(TensorDataset(torch.cat([images(8, seed=s) for s in range(4)])), batch_size=4, shuffle=True)
+    results = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(0)
+        model = add_lora(build_vit())
+        torch.manual_seed(random.getrandbits(30))  # the caller's own state has no say
+        match(model, loader, replace(FAST, seed=seed, samples=16))
+        results.append(values(model))
+    assert same(results[0], results[1]) and not same(results[0], results[2])
+
+
+# References
+
+
+def test_another_adapter_as_reference():
+    model = randomise(add_lora(build_vit(), adapter_name="tuned"), adapter="tuned")
+    tuned = copy.deepcopy(model).merge_and_unload().eval()
+    add_lora(model, adapter_name="fresh")
+    model.set_adapter("fresh")
+    kept = values(model, "tuned")
+    batches = [images(4, seed=s) for s in range(2)]
+    expected = figures(build_vit().eval(), tuned, batches, 0.5)
+    config = replace(FAST, steps=40)
+    report = match(model, batches, config, reference="tuned", adapter_name="fresh")
+    torch.testing.assert_close(rows_of(report, "before"), expected, rtol=1e-3, atol=1e-4)
+    assert report.before.match < 1 and report.after.match > report.before.match
+    assert report.after.loss < report.before.loss
+    assert model.active_adapters == ["fresh"] and same(values(model, "tuned"), kept)
+    assert {p.requires_grad for p in factors(model, "fresh").values()} == {True}
+    assert {p.requires_grad for p in factors(model, "tuned").values()} == {False}
+    assert report.reference == "adapter 'tuned'"
+
+
+def test_another_model_as_reference():
+    torch.manual_seed(5)
+    other = build_vit().train()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    batches = [images(4, seed=s) for s in range(2)]
+    expected = figures(build_vit().eval(), copy.deepcopy(other).eval(), batches, 0.5)
+    report = match(add_lora(build_vit()), batches, reference=other)
+    torch.testing.assert_close(rows_of(report, "before"), expected, rtol=1e-4, atol=1e-5)
+    assert other.training and report.reference == "another VisionTransformer"
+
+
+def test_changed_base_needs_another_model_as_reference():
+    config = LoraConfig(r=2, target_modules=["mlp.fc1"], init_lora_weights="pissa")
+    model = get_peft_model(build_vit().eval(), config)
+    with pytest.raises(ValueError, match=r"'default' was started with 'pissa', which changes the base weights.*copy"):
+        match(model)
+    assert match(model, reference=build_vit()).before.match > 0.999
+
+
+# What loaders yield
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda x: x,
+        lambda x: (x, torch.zeros(len(x), dtype=torch.long)),
+        lambda x: [x, "a name"],
+        lambda x: {"pixel_values": x, "labels": torch.zeros(len(x))},
+        lambda x: {"image": x},
+    ],
+)
+def test_batches_of_every_kind(wrap):
+    models = [add_lora(copy.deepcopy(build_vit())) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    batches = [images(4, seed=s) for s in range(2)]
+    match(models[0], batches)
+    match(models[1], [wrap(b) for b in batches])
+    assert same(values(models[0]), values(models[1]))
+
+
+def test_forward_fn_of_the_users_own():
+    batches = [{"x": images(4)}]
+    report = match(add_lora(build_vit()), batches, forward_fn=lambda model, batch: model(batch["x"]))
+    assert report.samples == 4
+
+
+def test_token_mask_leaves_out_tokens():
+    """Masking out whole images equals never having had them."""
+    results = []
+    for batch, mask in ((images(6)[:4], None), (images(6), torch.tensor([1, 1, 1, 1, 0, 0]).bool())):
+        torch.manual_seed(0)
+        model = add_lora(build_vit())
+        token_mask = None if mask is None else mask[:, None].expand(6, 5)
+        report = match(model, [batch], replace(FAST, samples=4), token_mask_fn=lambda b, stack, m=token_mask: m)
+        results.append(report)
+    torch.testing.assert_close(rows_of(results[1], "before"), rows_of(results[0], "before"), rtol=1e-5, atol=1e-6)
+    assert results[1].loss_per_step == pytest.approx(results[0].loss_per_step, rel=1e-4)
+
+
+# State given back
+
+
+def snapshot(model):
+    return {
+        "modes": [m.training for m in model.modules()],
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grads": [p.grad for p in model.parameters()],
+        "hooks": [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in model.modules()],
+        "torch": torch.get_rng_state().tolist(),
+        "numpy": np.random.get_state()[1].tolist(),
+        "python": random.getstate(),
+        "active": model.active_adapters,
+    }
+
+
+def awkward_model():
+    """Some modules in training mode, some not; a stray gradient; base weights partly trainable."""
+    model = add_lora(build_vit(drop_path_rate=0.5, attn_drop_rate=0.5, proj_drop_rate=0.5), dropout=0.5).train()
+    model.get_base_model().blocks[1].eval()
+    model.get_base_model().norm.weight.requires_grad_(True)
+    for parameter in factors(model).values():
+        parameter.grad = torch.ones_like(parameter)
+        break
+    return model
+
+
+def test_everything_is_given_back_and_dropout_is_off():
+    model = awkward_model()
+    base = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" not in n}
+    before = snapshot(model)
+    report = match(model)
+    assert snapshot(model) == before
+    assert report.before.match == 1 and report.loss_per_step[0] < report.before.loss * 1.5
+    assert same(base, {n: p.detach() for n, p in model.named_parameters() if "lora_" not in n})
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
+@pytest.mark.parametrize("call", [0, 3])
+def test_everything_is_given_back_after_an_error(error, call):
+    model = awkward_model()
+    add_lora(model, adapter_name="tuned", targets="mlp")
+    before, start = snapshot(model), values(model)
+    calls = iter(range(100))
+
+    def forward(model, batch):
+        if next(calls) == call:
+            np.random.rand(), random.random(), torch.rand(1)
+            raise error
+        return model(batch)
+
+    with pytest.raises(error):
+        match(model, forward_fn=forward, reference="tuned")
+    assert snapshot(model) == before and same(values(model), start)
+
+
+# Precision, checkpointing, compilation
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_autocast_of_the_caller(merged):
+    """Casts that autocast keeps must not outlive an optimiser step: the loss would never move."""
+    results = {}
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model = randomise(add_lora(build_vit(), merged_linear=merged), 0.5)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            results[enabled] = match(model, [images(8)], ABMConfig(steps=20, samples=8, learning_rate=3e-3))
+    assert results[True].after.loss < 0.8 * results[True].before.loss
+    assert results[True].loss_per_step == pytest.approx(results[False].loss_per_step, rel=0.15)
+
+
+def test_bfloat16_model():
+    model = add_lora(build_vit().bfloat16())
+    report = match(model, [images(4).bfloat16()])
+    assert report.before.match == 1 and all(p.dtype == torch.float32 for p in factors(model).values())
+
+
+def test_gradient_checkpointing_of_timm_changes_nothing():
+    results = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(build_vit())
+        model.get_base_model().set_grad_checkpointing(checkpointing)
+        match(model)
+        results.append(values(model))
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, msg=name)
+
+
+def test_reentrant_checkpointing_is_refused_by_name():
+    model = add_lora(build_vit())
+    block = model.get_base_model().blocks
+    inner = block.forward
+
+    def reentrant(x, *args, **kwargs):
+        return torch.utils.checkpoint.checkpoint(lambda x: inner(x, *args, **kwargs), x, use_reentrant=True)
+
+    block.forward = reentrant
+    with pytest.raises(ValueError, match="'use_reentrant': False"), pytest.warns(UserWarning, match="requires_grad"):
+        match(model)
+
+
+def test_compile_comes_afterwards():
+    model = add_lora(build_vit())
+    with pytest.raises(ValueError, match="call torch.compile after the initialisation"):
+        match(torch.compile(model, backend="eager"))
+    model.get_base_model().blocks[2].compile(backend="eager")
+    with pytest.raises(ValueError, match=r"base_model\.model\.blocks\.2 is compiled"):
+        match(model)
+
+
+def test_compiled_afterwards_it_computes_the_same():
+    model = add_lora(build_vit()).eval()
+    match(model)
+    expected = model(images())
+    torch.testing.assert_close(torch.compile(model, backend="eager")(images()), expected)
+
+
+def test_hooks_set_before_wrapping_still_fire():
+    vit = build_vit()
+    fired = []
+    vit.blocks[0].mlp.fc1.register_forward_hook(lambda *_: fired.append("fc1"))
+    vit.blocks[0].mlp.act.register_forward_hook(lambda *_: fired.append("act"))
+    report = match(add_lora(vit))
+    assert {"fc1", "act"} == set(fired) and report.before.match == 1
+
+
+# Refused, each by name
+
+
+def test_bare_model():
+    with pytest.raises(ValueError, match="VisionTransformer is no PeftModel: call add_lora first"):
+        match(build_vit())
+
+
+def test_adapter_that_does_not_exist_or_is_not_active():
+    model = add_lora(build_vit())
+    add_lora(model, adapter_name="second")
+    with pytest.raises(ValueError, match="no adapter 'third'; the model has 'default', 'second'"):
+        match(model, adapter_name="third")
+    with pytest.raises(ValueError, match=r"active adapters are \['default'\].*set_adapter\('second'\)"):
+        match(model, adapter_name="second")
+    headless = add_lora(add_lora(build_vit(num_classes=0)), adapter_name="second")
+    headless.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match=r"exactly 'default' is to be initialised"):
+        match(headless)
+
+
+def test_reference_that_does_not_exist():
+    model = add_lora(build_vit())
+    for reference in ("tuned", "default"):
+        with pytest.raises(ValueError, match=rf"'{reference}' is neither 'pretrained' nor .* other adapters \[\]"):
+            match(model, reference=reference)
+
+
+def test_reference_with_other_modules():
+    with pytest.raises(ValueError, match=r"reference VisionTransformer has no modules blocks\.5\.mlp\.act$"):
+        match(add_lora(build_vit()), reference=build_vit(depth=5))
+
+
+def test_frozen_merged_and_foreign_adapters():
+    model = add_lora(build_vit())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn\.qkv is merged .*unmerge_adapter"):
+        match(model)
+    model.unmerge_adapter()
+    model.requires_grad_(False)
+    with pytest.raises(ValueError, match="is frozen: load it with is_trainable=True"):
+        match(model)
+    ia3 = get_peft_model(build_vit(), IA3Config(target_modules=["mlp.fc1"], feedforward_modules=[]))
+    with pytest.raises(ValueError, match="is IA3, not LoRA"):
+        match(ia3)
+
+
+def test_quantised_base_is_named():
+    model = add_lora(build_vit())
+    layer = model.get_base_model().blocks[3].mlp.fc2.base_layer
+    layer.weight = nn.Parameter(torch.zeros(8, dtype=torch.uint8), requires_grad=False)  # as bitsandbytes keeps 4 bits
+    with pytest.raises(ValueError, match=r"blocks\.3\.mlp\.fc2 is quantised \(torch\.uint8\)"):
+        match(model)
+
+
+def test_replaced_head():
+    model = add_lora(build_vit())
+    model.get_base_model().reset_classifier(3)
+    with pytest.raises(ValueError, match="'head' was replaced"):
+        match(model)
+
+
+def test_empty_loader():
+    with pytest.raises(ValueError, match="the dataloader is empty"):
+        match(add_lora(build_vit()), [])
+
+
+@pytest.mark.parametrize(
+    "batch, message",
+    [
+        (images(2)[:, :1], r"batch of type Tensor with tensors \[\(2, 1, 32, 32\)\].*forward_fn=lambda"),
+        ({"pictures": images(2)}, r"no images among the batch's keys \['pictures'\].*forward_fn=lambda"),
+        ("picture.png", "of type str holds no tensor"),
+    ],
+)
+def test_batch_that_the_model_cannot_take(batch, message):
+    with pytest.raises(ValueError, match=message):
+        match(add_lora(build_vit()), [batch])
+
+
+def test_boundary_that_never_fires():
+    model = add_lora(build_vit())
+
+    def part(model, batch):
+        return model.get_base_model().forward_intermediates(batch, [3], stop_early=True)
+
+    with pytest.raises(ValueError, match=r"never fired: blocks\.4\.mlp\.act, blocks\.5\.mlp\.act\."):
+        match(model, forward_fn=part)
+
+
+def test_nothing_that_depends_on_the_adapter():
+    model = add_lora(build_vit(), targets=["blocks.5.mlp.fc2"])
+    with pytest.raises(ValueError, match="every adapted layer lies behind the matched boundaries"):
+        match(model)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_activation_that_is_not_finite(value):
+    batch = images(4)
+    batch[1, 0, 3, 3] = value
+    with pytest.raises(ValueError, match=r"reference's pre-activation at blocks\.0\.mlp\.act is NaN or infinite"):
+        match(add_lora(build_vit()), [batch])
+    model = add_lora(build_vit())
+    with torch.no_grad():
+        factors(model)["base_model.model.blocks.2.mlp.fc1.lora_B.default.weight"].fill_(value)
+    with pytest.raises(ValueError, match=r"adapted model's pre-activation at blocks\.2\.mlp\.act is NaN or infinite"):
+        match(model)
+
+
+def test_loss_that_explodes():
+    model = add_lora(build_vit())
+    start = values(model)
+    with pytest.raises(ValueError, match=r"loss is not finite at step \d+, in blocks.*; lower learning_rate"):
+        match(model, config=replace(FAST, learning_rate=1e30, steps=10))
+    assert same(values(model), start)
+
+
+@pytest.mark.parametrize(
+    "field, value, message",
+    [
+        ("margin", -0.1, "margin is -0.1; it must be 0 or more"),
+        ("margin", float("nan"), "margin is nan"),
+        ("margin_unit", "percent", "allowed are 'absolute', 'relative'"),
+        ("steps", 0, "steps is 0; it must be 1 or more"),
+        ("samples", -1, "samples is -1"),
+        ("learning_rate", 0.0, "learning_rate is 0.0"),
+        ("layers", 0, "layers is 0"),
+        ("layers", "last", "'last'; allowed are 'all', a number of last layers"),
+        ("layer_weights", "cubic", "allowed are 'quadratic', 'uniform'"),
+    ],
+)
+def test_config_out_of_range(field, value, message):
+    with pytest.raises(ValueError, match=message):
+        ABMConfig(**{field: value})
+
+
+@pytest.mark.parametrize(
+    "layers, message",
+    [
+        (7, "layers is 7, but stack 'blocks' has only 6 boundaries"),
+        (["blocks.9.mlp.act"], r"names blocks\.9\.mlp\.act; the boundaries of this model are blocks\.0\.mlp\.act"),
+        ([], "names an empty list"),
+    ],
+)
+def test_layers_that_the_model_does_not_have(layers, message):
+    with pytest.raises(ValueError, match=message):
+        match(add_lora(build_vit()), config=replace(FAST, layers=layers))
+
+
+# The report
+
+
+def test_report_prints_and_is_plain_json():
+    report = match(add_lora(build_vit()))
+    text = str(report)
+    assert text.count("\n") == 8 and "6 layers matched to pretrained in 3 steps, 8 of 8 samples" in text
+    content = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert content["config"]["steps"] == 3 and len(content["layers"]) == 6
+    assert content["layers"][0]["before"] == {
+        "loss": report.layers[0].before.loss,
+        "match": 1.0,
+        "inside": report.layers[0].before.inside,
+    }
+
+
+def test_progress_bar_can_be_switched_off(capsys):
+    initialize_lora_abm_weights(add_lora(build_vit()), [images(4)], FAST)
+    assert "ABM: 100%" in capsys.readouterr().err
+    match(add_lora(build_vit()))
+    assert capsys.readouterr() == ("", "")
