@@ -26,7 +26,7 @@ class ABMConfig:
 
     margin: float = 0.5
     margin_unit: str = "absolute"
-    steps: int = 100
+    steps: int = 50
     learning_rate: float = 3e-3
     samples: int = 128
     layers: str | int | Sequence[str] = "all"

@@ -346,14 +346,20 @@ def load_adapter(
     merged_linear: bool = True,
     backbone: Backbone | None = None,
 ) -> PeftModel:
-    """Put a saved adapter (ours or stock peft's) on a bare model, ready to run or to be trained further.
+    """Put a saved adapter (ours or stock peft's) on a model, ready to run or to be trained further.
 
     Unlike `PeftModel.from_pretrained` it makes a fused qkv run that the model would bypass, and keeps the k rows
     of an adapter for q and v alone at zero.
 
+    Args:
+        model: a bare model, or a `PeftModel` to which the adapter is added under a new name, inactive.
+        directory: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        is_trainable: whether the adapter is to be trained on; frozen otherwise, as in peft.
+        adapter_name, merged_linear, backbone: as in `add_lora`.
+
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: the adapter is no LoRA, or the model has LoRA layers already.
+        ValueError: the adapter is no LoRA, or the model has an adapter of this name already.
     """
     folder = Path(directory)
     if not (folder / "adapter_config.json").is_file():
@@ -365,9 +371,15 @@ def load_adapter(
         raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be loaded")
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
-    adapted = PeftModel.from_pretrained(
-        bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
-    )
+    if isinstance(model, PeftModel):
+        config.inference_mode = not is_trainable
+        model.add_adapter(adapter_name, config)
+        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        adapted = model
+    else:
+        adapted = PeftModel.from_pretrained(
+            bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
+        )
     names = [n for n, m in bare.named_modules() if isinstance(m, LoraLayer)]
     backbone.prepare(bare, names)
     settings = folder / ABM_FILE

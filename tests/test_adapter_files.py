@@ -1,0 +1,182 @@
+"""Saved adapters: peft's own files, read by stock peft without this package, and read back by it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import build_vit, images, randomise
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+
+from abm_vision import ABMConfig, add_lora, initialize_lora_abm_weights, load_adapter, save_adapter
+from abm_vision.abm.files import write_atomically, write_json
+from abm_vision.abm.merged_linear import BlockLinear, MergedLinear
+
+CHOICES = [
+    {},
+    {"targets": "attention", "rslora": True},
+    {"targets": "mlp", "rank_pattern": {"fc1": 2}, "alpha_pattern": {"fc2": 3}},
+    {"qkv": "qv"},
+    {"qkv": "qv", "targets": ["attn.qkv"], "rslora": True},
+    {"dora": True, "dropout": 0.1},
+]
+
+STOCK = """
+import sys, timm, torch
+from peft import PeftModel
+base, batch, out, *folders = sys.argv[1:]
+x, results = torch.load(batch, weights_only=True), []
+for folder in folders:
+    model = timm.create_model("test_vit", img_size=32, num_classes=5)
+    model.load_state_dict(torch.load(base, weights_only=True))
+    model = PeftModel.from_pretrained(model, folder).eval()
+    results.append([model(x).detach(), model.merge_and_unload()(x).detach()])
+torch.save(results, out)
+assert not [m for m in sys.modules if m.startswith("abm_vision")]
+"""
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Every choice of adapter, saved: folder and the outputs that it stands for."""
+    rows = []
+    for i, options in enumerate(CHOICES):
+        folder = tmp_path_factory.mktemp(f"choice{i}")
+        model = randomise(add_lora(build_vit(), 4, **options)).eval()
+        with torch.no_grad():
+            model.get_base_model().head.weight.add_(0.5)
+        save_adapter(model, folder)
+        rows.append((folder, model(images()).detach()))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def stock_outputs(saved, tmp_path_factory):
+    """What stock peft computes from the same files, adapted and merged, in a process without this package."""
+    folder = tmp_path_factory.mktemp("stock")
+    torch.save(build_vit().state_dict(), folder / "base.pt")
+    torch.save(images(), folder / "batch.pt")
+    paths = [folder / "base.pt", folder / "batch.pt", folder / "out.pt", *(f for f, _ in saved)]
+    command = [sys.executable, "-W", "error::UserWarning", "-c", STOCK, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "out.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("choice", range(len(CHOICES)), ids=[str(c) for c in CHOICES])
+def test_stock_peft_loads_it_in_a_process_without_this_package(saved, stock_outputs, choice):
+    for output in stock_outputs[choice]:
+        torch.testing.assert_close(output, saved[choice][1], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("choice", range(len(CHOICES)), ids=[str(c) for c in CHOICES])
+@pytest.mark.parametrize("merged_linear", [True, False])
+def test_load_adapter_gives_the_same_model_back(saved, choice, merged_linear):
+    folder, expected = saved[choice]
+    model = load_adapter(build_vit(), folder, merged_linear=merged_linear).eval()
+    torch.testing.assert_close(model(images()), expected, rtol=1e-5, atol=1e-6)
+    assert not any(p.requires_grad for p in model.parameters())
+    layers = [m for m in model.modules() if isinstance(m, MergedLinear)]
+    assert bool(layers) is merged_linear
+
+
+def test_files_are_pefts_and_the_config_is_plain_lora(tmp_path):
+    model = add_lora(build_vit(), qkv="qv")
+    config = ABMConfig(steps=2, samples=4)
+    report = initialize_lora_abm_weights(model, [images()], config, show_progress_bar=False)
+    save_adapter(model, tmp_path, report=report.to_dict())
+    assert {f.name for f in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "abm.json"}
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["init_lora_weights"] is True and saved["peft_type"] == "LORA"
+    assert set(saved) == set(LoraConfig().to_dict())
+    abm = json.loads((tmp_path / "abm.json").read_text())
+    assert abm["report"]["config"]["margin"] == 0.5
+    assert abm["qv_only"] == [f"blocks.{i}.attn.qkv" for i in range(6)]
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert weights["base_model.model.head.weight"].shape == (5, 64)
+    assert not any("mask" in name or name.endswith("base_layer.weight") for name in weights)
+    b = weights["base_model.model.blocks.0.attn.qkv.lora_B.weight"]
+    assert b.shape == (192, 16) and not b[64:128].any() and b[:64].any()
+
+
+def test_qv_adapter_trained_on_keeps_k_at_zero(saved):
+    model = load_adapter(build_vit(), saved[3][0], is_trainable=True)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        model(images()).square().sum().backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    layer = model.get_base_model().blocks[2].attn.qkv.lora_B["default"]
+    assert isinstance(layer, BlockLinear) and not layer.weight[64:128].any()
+
+
+def test_adapter_of_stock_peft_loads_here(tmp_path):
+    torch.manual_seed(0)
+    stock = get_peft_model(build_vit(), LoraConfig(r=3, target_modules=["mlp.fc1"], modules_to_save=["head"]))
+    randomise(stock).save_pretrained(tmp_path)
+    model = load_adapter(build_vit(), tmp_path, is_trainable=True)
+    torch.testing.assert_close(model.eval()(images()), stock.eval()(images()))
+
+
+def test_several_adapters_each_in_its_folder(tmp_path):
+    model = randomise(add_lora(build_vit(), 2))
+    randomise(add_lora(model, 4, qkv="qv", adapter_name="second"), adapter="second").eval()
+    outputs = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        outputs[name] = model(images())
+    save_adapter(model, tmp_path)
+    for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
+        loaded = load_adapter(build_vit(), folder).eval()
+        torch.testing.assert_close(loaded(images()), outputs[name])
+    both = load_adapter(load_adapter(build_vit(), tmp_path), tmp_path / "second", adapter_name="second").eval()
+    for name in ("default", "second", "default"):
+        both.set_adapter(name)
+        torch.testing.assert_close(both(images()), outputs[name])
+
+
+def test_bypassed_qkv_runs_after_loading(tmp_path):
+    def beit():
+        return build_vit("beit_base_patch16_224", depth=1, embed_dim=48, num_heads=2).eval()
+
+    model = randomise(add_lora(beit())).eval()
+    save_adapter(model, tmp_path)
+    assert not torch.allclose(model(images()), beit()(images()), atol=1e-3)
+    torch.testing.assert_close(load_adapter(beit(), tmp_path).eval()(images()), model(images()))
+
+
+def test_stock_from_pretrained_with_this_package_imported(saved):
+    folder, expected = saved[0]
+    torch.testing.assert_close(PeftModel.from_pretrained(build_vit(), folder).eval()(images()), expected)
+
+
+def test_loading_what_is_not_there_or_no_lora(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json in .*pass a folder that save_adapter wrote"):
+        load_adapter(build_vit(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["mlp.fc1"]}))
+    with pytest.raises(ValueError, match="holds a IA3 adapter; only LoRA"):
+        load_adapter(build_vit(), tmp_path)
+
+
+def test_loading_onto_a_model_that_has_this_adapter(saved):
+    model = load_adapter(build_vit(), saved[0][0])
+    with pytest.raises(ValueError, match="already has an adapter named 'default'"):
+        load_adapter(model, saved[0][0])
+
+
+def test_files_are_whole_or_absent(tmp_path):
+    target = tmp_path / "file.json"
+    write_json(target, {"a": 1})
+
+    def fail(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(target, fail)
+    assert json.loads(target.read_text()) == {"a": 1} and list(tmp_path.iterdir()) == [target]
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(target, {"a": float("nan")})
+    assert json.loads(target.read_text()) == {"a": 1}
