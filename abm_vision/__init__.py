@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from abm_vision.abm.adapters import load_adapter, save_adapter
 from abm_vision.abm.backbone import Backbone, find_backbone, register_backbone
+from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.initialize import initialize_lora_abm_weights
-from abm_vision.abm.lora import add_lora, check_adapters, load_adapter, save_adapter
+from abm_vision.abm.lora import add_lora
 from abm_vision.abm.report import ABMReport
 from abm_vision.vit import VIT
 

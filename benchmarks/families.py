@@ -32,8 +32,8 @@ OTHERS = tuple(
     swin_transformer_v2 swin_transformer_v2_cr tiny_vit tnt twins visformer vision_transformer_hybrid
     vision_transformer_relpos vision_transformer_sam vitamin volo xcit""".split()
 )
-# Parts with such names are no part of a block: heads, pooling, and the MLPs that compute position biases.
-_OUTSIDE = re.compile(r"(^|\.)(head|attn_pool|shared_rel_pos|rel_pos|meta_mlp)(\.|$)")
+# No attention or MLP of a block: heads, pooling, the MLPs that compute position biases, and convolutions by that name.
+_OUTSIDE = re.compile(r"(^|\.)(head|attn_pool|shared_rel_pos|rel_pos|meta_mlp|mhca)(\.|$)")
 
 
 def architectures() -> dict[str, list[str]]:
@@ -75,6 +75,7 @@ def refusal(model: nn.Module) -> str | None:
 
 
 def main() -> None:
+    RESULT.parent.mkdir(exist_ok=True)
     rows = []
     for family, names in architectures().items():
         supported = [name for name in names if refusal(build(name)) is None]

@@ -222,6 +222,13 @@ def test_check_adapters_names_a_layer_that_nobody_calls(vit):
         check_adapters(model, images())
 
 
+def test_check_adapters_takes_a_head_that_starts_at_zero(vit):
+    nn.init.zeros_(vit.head.weight)
+    model = add_lora(vit)
+    check_adapters(model, images())
+    assert not model.get_base_model().head.modules_to_save["default"].weight.any()
+
+
 def test_check_adapters_on_a_frozen_adapter(vit):
     model = add_lora(vit).requires_grad_(False)
     with pytest.raises(ValueError, match="is_trainable=True"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from abm_vision.abm.lora import check_choice
+from abm_vision.abm.checks import check_choice
 
 
 @dataclass(frozen=True)

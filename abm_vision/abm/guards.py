@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from abm_vision.abm.lora import check_saved_modules, is_compiled
+from abm_vision.abm.checks import check_saved_modules, is_compiled
 
 # Starts of peft that move a part of the base weights into the adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 import vtab_tasks
+from abm_vision.abm.checks import check_choice
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.lora import KINDS, QKV_MODES, check_choice
+from abm_vision.abm.lora import KINDS, QKV_MODES
 from abm_vision.initializers import INITIALIZERS, get_initializer
 
 SCHEMA = 1

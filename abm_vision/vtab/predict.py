@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
-from abm_vision.abm.lora import ABM_FILE, load_adapter
+from abm_vision.abm.adapters import ABM_FILE, load_adapter
 from abm_vision.vtab.data import Preprocessing
 from abm_vision.vtab.results import ADAPTER
 from abm_vision.weights import create_backbone

@@ -13,8 +13,8 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from abm_vision.abm.adapters import save_adapter
 from abm_vision.abm.files import write_atomically, write_json
-from abm_vision.abm.lora import save_adapter
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.train import Progress
 

@@ -16,7 +16,8 @@ from peft import PeftModel
 
 import vtab_tasks
 from abm_vision import plots
-from abm_vision.abm.lora import add_lora, check_adapters
+from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.lora import add_lora
 from abm_vision.initializers import get_initializer
 from abm_vision.provenance import environment
 from abm_vision.vtab import results

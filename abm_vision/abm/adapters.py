@@ -1,0 +1,99 @@
+"""Saved adapters: stock peft's files, and `abm.json` beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.checks import guard_saved_modules
+from abm_vision.abm.files import write_json
+from abm_vision.abm.lora import bare_model, restrict_to_blocks
+from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
+
+ABM_FILE = "abm.json"
+
+
+def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings: Any) -> None:
+    """`model.save_pretrained` (stock peft's files), and beside them `abm.json` with what peft has no word for.
+
+    Args:
+        model: the adapted model.
+        directory: made if it does not exist.
+        settings: JSON values to keep in `abm.json`, such as `report=report.to_dict()`.
+
+    Raises:
+        ValueError: a module that belongs to the adapter was replaced after LoRA was added.
+    """
+    model.save_pretrained(str(directory))
+    blocks = {
+        name: [n for n, m in model.get_base_model().named_modules() if _is_block(m, name)] for name in model.peft_config
+    }
+    for name, modules in blocks.items():  # peft puts every adapter but "default" into a folder of its own
+        folder = Path(directory) if name == "default" else Path(directory) / name
+        write_json(folder / ABM_FILE, {"format": 1, "qv_only": modules, **settings})
+
+
+def _is_block(module: nn.Module, adapter_name: str) -> bool:
+    return (
+        isinstance(module, LoraLayer)
+        and adapter_name in module.lora_B
+        and isinstance(module.lora_B[adapter_name], BlockLinear)
+    )
+
+
+def load_adapter(
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    is_trainable: bool = False,
+    adapter_name: str = "default",
+    merged_linear: bool = True,
+    backbone: Backbone | None = None,
+) -> PeftModel:
+    """Put a saved adapter (ours or stock peft's) on a model, ready to run or to be trained further.
+
+    Unlike `PeftModel.from_pretrained` it makes a fused qkv run that the model would bypass, and keeps the k rows
+    of an adapter for q and v alone at zero.
+
+    Args:
+        model: a bare model, or a `PeftModel` to which the adapter is added under a new name, inactive.
+        directory: a folder with `adapter_config.json` and `adapter_model.safetensors`.
+        is_trainable: whether the adapter is to be trained on; frozen otherwise, as in peft.
+        adapter_name, merged_linear, backbone: as in `add_lora`.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: the adapter is no LoRA, or the model has an adapter of this name already.
+    """
+    folder = Path(directory)
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"no adapter_config.json in {directory}: pass a folder that save_adapter wrote")
+    bare = bare_model(model, adapter_name)
+    backbone = backbone or find_backbone(bare)
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be loaded")
+    if merged_linear:
+        config._register_custom_module({nn.Linear: merged_linear_factory})
+    if isinstance(model, PeftModel):
+        config.inference_mode = not is_trainable
+        model.add_adapter(adapter_name, config)
+        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        adapted = model
+    else:
+        adapted = PeftModel.from_pretrained(
+            bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
+        )
+    names = [n for n, m in bare.named_modules() if isinstance(m, LoraLayer)]
+    backbone.prepare(bare, names)
+    settings = folder / ABM_FILE
+    if settings.is_file():
+        restrict_to_blocks(adapted, adapter_name, json.loads(settings.read_text())["qv_only"])
+    return guard_saved_modules(adapted)

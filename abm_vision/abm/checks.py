@@ -1,0 +1,124 @@
+"""Checks of models: that every adapter takes part, and that nothing is lost in silence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import nn
+
+from abm_vision.abm.backbone import Backbone, find_backbone
+
+
+def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = "") -> None:
+    """Raise a ValueError naming the allowed values unless `value` is one of them."""
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{field} is {value!r}; allowed are {choices}{', ' + hint if hint else ''}")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile(model)` made it, or `model.compile()` was called."""
+    return "_orig_mod" in model._modules or model._compiled_call_impl is not None
+
+
+def guard_saved_modules(model: PeftModel) -> PeftModel:
+    """Make `state_dict()` (and so every save) fail if a module that is saved with the adapter was replaced.
+
+    timm's `reset_classifier()` puts a bare layer where peft's wrapper was; peft then writes no head at all.
+    """
+    model.register_state_dict_pre_hook(_check_before_saving)
+    return model
+
+
+def _check_before_saving(model: PeftModel, prefix: str, keep_vars: bool) -> None:
+    check_saved_modules(model)
+
+
+def check_saved_modules(model: PeftModel) -> None:
+    """Raise a ValueError if a module of `modules_to_save` is no longer peft's wrapper."""
+    bare = model.get_base_model()
+    for config in model.peft_config.values():
+        for suffix in config.modules_to_save or ():
+            hits = [m for n, m in bare.named_modules() if n == suffix or n.endswith(f".{suffix}")]
+            if not any(isinstance(m, ModulesToSaveWrapper) for m in hits):
+                raise ValueError(
+                    f"{suffix!r} was replaced after LoRA was added (reset_classifier?): it would neither be saved "
+                    "nor loaded. Reset the head first, then call add_lora."
+                )
+
+
+def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = None) -> None:
+    """One forward and backward pass that proves that every adapter of the active set takes part.
+
+    Nothing is left behind: gradients, modes and the random state are as before.
+
+    Args:
+        model: the adapted model.
+        batch: as the user's loader yields it; it goes through the backbone's `forward_fn`.
+        backbone: as in `add_lora`.
+
+    Raises:
+        ValueError: adapted layers received no gradient; the message names them. Or a head was replaced.
+    """
+    backbone = backbone or find_backbone(model)
+    check_saved_modules(model)
+    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
+    trainable = {n: [p for p in _active_factors(m) if p.requires_grad] for n, m in layers.items()}
+    flat = [p for ps in trainable.values() for p in ps]
+    if not flat:
+        raise ValueError("no LoRA weight is trainable; load the adapter with is_trainable=True")
+    fitted = {id(p) for p in flat}
+    heads = [p for p in model.parameters() if p.requires_grad and id(p) not in fitted]
+    values = [p.detach().clone() for p in heads]
+    kept = [(p, p.grad) for p in model.parameters()]
+    training = [(m, m.training) for m in model.modules()]
+    try:
+        model.eval()  # stochastic depth would skip blocks, batch norm would count the batch
+        for parameter in model.parameters():
+            parameter.grad = None
+        with torch.random.fork_rng(), torch.enable_grad():
+            with torch.no_grad():
+                for head in heads:  # one that starts at zero passes nothing back until it has moved
+                    head.add_(torch.randn_like(head), alpha=0.02)
+            output = _first_tensor(backbone.forward_fn(model, batch)).float()
+            # A plain sum is blind behind a normalisation, so weigh the outputs at random.
+            if output.requires_grad:
+                (output * torch.randn_like(output)).sum().backward()
+        reached = {id(p) for p in flat if p.grad is not None and bool((p.grad != 0).any())}
+    finally:
+        with torch.no_grad():
+            for head, value in zip(heads, values, strict=True):
+                head.copy_(value)
+        for parameter, grad in kept:
+            parameter.grad = grad
+        for module, mode in training:
+            module.training = mode
+    silent = [n for n, ps in trainable.items() if not any(id(p) in reached for p in ps)]
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {len(layers)} adapted layers received no gradient: {', '.join(silent)}. The model's "
+            "forward pass does not call them, or frozen weights behind them are zero; leave them out of targets."
+        )
+
+
+def _active_factors(layer: LoraLayer) -> list[nn.Parameter]:
+    return [
+        parameter
+        for factors in (layer.lora_A, layer.lora_B)
+        for name in layer.active_adapters
+        if name in factors
+        for parameter in factors[name].parameters()
+    ]
+
+
+def _first_tensor(output: Any) -> torch.Tensor:
+    if isinstance(output, torch.Tensor):
+        return output
+    if hasattr(output, "logits"):
+        return output.logits
+    return _first_tensor(next(iter(output.values() if isinstance(output, Mapping) else output)))

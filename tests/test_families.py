@@ -1,0 +1,69 @@
+"""Every transformer of timm is supported whole or refused with a message."""
+
+import families
+import pytest
+import timm
+import torch
+from conftest import images
+
+from abm_vision import VIT, ABMConfig, add_lora, check_adapters, initialize_lora_abm_weights
+
+ARCHITECTURES = families.architectures()
+# The smallest of each family is run for real, at the size that it is made for.
+RUN = {
+    "vision_transformer": "vit_tiny_patch16_224",
+    "deit": "deit3_small_patch16_224",
+    "beit": "beit_base_patch16_224",
+    "eva": "eva02_tiny_patch14_224",
+    "cait": "cait_xxs24_224",
+    "crossvit": "crossvit_tiny_240",
+    "hiera": "hiera_tiny_224",
+    "levit": "levit_128s",
+    "mobilevit": "mobilevit_xxs",
+    "mvitv2": "mvitv2_tiny",
+    "nextvit": "nextvit_small",
+    "pvt_v2": "pvt_v2_b0",
+    "swin_transformer": "swin_tiny_patch4_window7_224",
+    "swin_transformer_v2": "swinv2_cr_tiny_ns_224",
+    "twins": "twins_pcpvt_small",
+    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
+    "volo": "volo_d1_224",
+    "xcit": "xcit_nano_12_p16_224",
+}
+supported, refused = {}, {}
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_whole_or_refused(family):
+    supported[family], refused[family] = [], []
+    for name in ARCHITECTURES[family]:
+        model = families.build(name)
+        targets, stacks = VIT.find_targets(model), VIT.find_boundaries(model)
+        if all(targets.values()) and any(stacks.values()):
+            assert families.uncovered(model) == [], name
+            supported[family].append(name)
+        else:
+            assert "no blocks of attention and MLP that this package can adapt" in families.refusal(model), name
+            refused[family].append(name)
+    if family in families.PLAIN:
+        assert refused[family] == []
+
+
+def test_at_least_nine_in_ten():
+    counts = [sum(map(len, found.values())) for found in (supported, refused)]
+    if counts[0] + counts[1] == sum(map(len, ARCHITECTURES.values())):  # not when a single family was asked for
+        assert counts[0] >= 0.9 * sum(counts)
+
+
+@pytest.mark.parametrize("name", RUN.values())
+def test_adapters_get_gradients_and_boundaries_fire(name):
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=3)
+    with torch.no_grad():
+        for parameter in model.parameters():  # some start the norms of their residual branches at zero
+            parameter.add_(0.1 * torch.randn_like(parameter) * (parameter.ndim == 1))
+    model = add_lora(model, rank=2)
+    side = model.get_base_model().pretrained_cfg["input_size"][-1]
+    check_adapters(model, images(2, side))
+    report = initialize_lora_abm_weights(model, [images(1, side)], ABMConfig(steps=1), show_progress_bar=False)
+    assert report.before.match == 1 and len(report.layers) == sum(map(len, VIT.find_boundaries(model).values()))
