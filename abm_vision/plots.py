@@ -45,7 +45,7 @@ def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     epochs = np.arange(1, len(losses) + 1) / steps
     axes.semilogy(epochs, losses, color=BLUE, alpha=0.3, linewidth=1, label="each step")
     means = losses.reshape(-1, steps).mean(1)
-    axes.semilogy(np.arange(1, len(means) + 1), means, "o-", color=BLUE, markersize=4, label="mean of the epoch")
+    axes.semilogy(np.arange(len(means)) + 0.5, means, "o-", color=BLUE, markersize=4, label="mean of the epoch")
     config = result["config"]
     axes.set(xlabel="epoch", ylabel="training loss (cross-entropy)", xlim=(0, config["epochs"] + 0.1))
     axes.set_title(f"{config['model'].split('.')[0]}, LoRA r = {config['rank']}, start: {config['init']}", fontsize=10)

@@ -22,6 +22,7 @@ from pathlib import Path
 import timm
 import torch
 import torch.nn.functional as F
+from peak import peak_mib
 from torch import nn
 
 from abm_vision import add_lora
@@ -94,24 +95,8 @@ def time_variants(args: argparse.Namespace, name: str, size: int, batch: int, dt
 
 def peak_memory(variant: str, name: str, size: int, batch: int, dtype: torch.dtype, device: str) -> float:
     """MiB that three steps need beyond the model itself."""
-    model = build(variant, name, size, device)
-    step = stepper(model, size, batch, dtype, device)
-    if device == "cuda":
-        built = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: start the high-water mark afresh
-        built = high_water_mark()
-    for _ in range(3):
-        step()
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else high_water_mark()
-    return (peak - built) / 2**20
-
-
-def high_water_mark() -> int:
-    """Peak resident bytes of this process."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    step = stepper(build(variant, name, size, device), size, batch, dtype, device)
+    return peak_mib(lambda: [step() for _ in range(3)], device)
 
 
 def memory_in_own_process(variant: str, name: str, size: int, batch: int, dtype: torch.dtype, device: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -61,7 +62,7 @@ class ABMReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as dictionaries, lists, strings and numbers, ready for JSON."""
-        return asdict(self)
+        return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
     def __str__(self) -> str:
         head = (

@@ -107,7 +107,10 @@ def _list(words: list[str]) -> int:
             "group": task.group,
             "classes": task.num_classes,
             "test_images": task.size("test"),
-            "data": [f"{source}: {place}" for source, place in vtab_tasks.locate(task.name, options.data_dir)],
+            "data": [
+                f"{source}: {place or 'drawn offline'}"
+                for source, place in vtab_tasks.locate(task.name, options.data_dir)
+            ],
         }
         for task in vtab_tasks.TASKS.values()
     ]

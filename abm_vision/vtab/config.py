@@ -56,7 +56,7 @@ class RunConfig:
     abm_layer_weights: str = _flag("quadratic", "weight of a layer by its depth", choices=("quadratic", "uniform"))
     epochs: int = _flag(12, "training epochs over the 1,000 images")
     batch_size: int = _flag(64, "images in a training step")
-    lr: float = _flag(1e-3, "peak learning rate of AdamW, adapter and head alike")
+    lr: float = _flag(2e-3, "peak learning rate of AdamW, adapter and head alike")
     weight_decay: float = _flag(1e-4, "of AdamW")
     schedule: str = _flag("cosine", "of the learning rate, after the warm-up", choices=SCHEDULES)
     warmup_epochs: float = _flag(1.0, "epochs of linear warm-up")
@@ -68,7 +68,7 @@ class RunConfig:
     source: str = _flag("auto", "where the data comes from; auto takes real data where it is found", choices=SOURCES)
     data_dir: str | None = _flag(None, "folder with vtab-1k files or with prepared TFDS data")
     test_images: int = _flag(5000, "number of test images, drawn with a fixed seed; 0: the whole test split")
-    eval_epochs: int = _flag(0, "also test every so many epochs, for the curves only; 0: after the last alone")
+    eval_epochs: int = _flag(0, "test every so many epochs too, for the curves alone; 0: only after the last")
 
     def __post_init__(self) -> None:
         task = vtab_tasks.get_task(self.task)
@@ -85,7 +85,7 @@ class RunConfig:
         if not self.lr > 0:
             raise ValueError(f"lr is {self.lr}; it must be more than 0")
         if self.test_images > task.size("test"):
-            raise ValueError(f"test_images is {self.test_images}; {self.task} has {task.sizes['test']}")
+            raise ValueError(f"test_images is {self.test_images}; {self.task} has {task.size('test')}")
         self.abm()
         resolve_device(self.device)
 
@@ -130,6 +130,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "targets": "attn.qkv",
         "dropout": 0.1,
         "epochs": 100,
+        "lr": 1e-3,
         "warmup_epochs": 10.0,
         "drop_path": 0.1,
         "test_images": 0,

@@ -64,7 +64,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 def _read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no image {path}") from None
     except (UnidentifiedImageError, OSError) as error:

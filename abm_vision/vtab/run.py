@@ -72,7 +72,7 @@ def run(
     result = _run(config, folder, quiet, say)
     plots.save_curves(result, folder / results.CURVES)
     results.write_result(folder, result)
-    return {**result, "folder": str(folder)}
+    return {**results.read_result(folder), "folder": str(folder)}
 
 
 def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
         return count_correct(model, chunks, preprocessing, device, precision, quiet)
 
     def after_epoch(progress: Progress) -> None:
-        if config.eval_epochs and progress.epoch % config.eval_epochs == 0:
+        if config.eval_epochs and progress.epoch % config.eval_epochs == 0 and progress.epoch < config.epochs:
             correct, count = test()
             progress.accuracies[progress.epoch] = correct / count
         results.save_checkpoint(folder, model, optimiser, progress, notes)
@@ -136,6 +136,8 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
     seconds["train"] = sum(progress.seconds)
     with stage("test"):
         correct, count = test()
+    if config.eval_epochs:
+        progress.accuracies[config.epochs] = correct / count
     result = {
         "schema": SCHEMA,
         "config": asdict(config),

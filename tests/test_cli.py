@@ -1,0 +1,224 @@
+"""The command line as a person uses it."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+from test_vtab import TINY, tiny
+
+from abm_vision.vtab import run
+from abm_vision.vtab.__main__ import main, run_parser
+
+FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+COMMAND = [sys.executable, "-m", "abm_vision.vtab"]
+
+
+def start(*words, **options):
+    return subprocess.Popen(
+        [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+# A run
+
+
+def test_the_real_command(tmp_path):
+    process = start(*FLAGS, "--task", "dsprites_loc", "--out", tmp_path / "results")
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert err == ""  # no progress bars where there is no terminal, no warnings
+    lines = out.splitlines()
+    assert lines[0].split() == ["task", "dsprites_loc"] and lines[2].split() == ["*", "model", "test_vit"]
+    stages = [line.split()[0] for line in lines[len(vars(tiny())) :]]
+    assert stages == ["data", "weights", "abm", "epoch", "epoch", "dsprites_loc"]
+    assert "rendered" in lines[-1] and re.search(r"top-1 \d+\.\d\d % of 60 test images", lines[-1])
+    (folder,) = (tmp_path / "results").iterdir()
+    assert str(folder) in lines[-1] and (folder / "result.json").is_file()
+    # A second time it is read, not run; as JSON and nothing else.
+    process = start(*FLAGS, "--out", tmp_path / "results", "--json")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err, out.count("\n")) == (0, "", 1)
+    assert json.loads(out)["test"]["count"] == 60
+
+
+@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_killed_and_interrupted_runs_go_on(tmp_path, how, code):
+    words = [*FLAGS, "--epochs", 6, "--batch-size", 100]
+    process = start(*words, "--out", tmp_path)
+    for line in process.stdout:
+        if line.startswith("epoch   2"):
+            break
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in err and ("goes on from the last whole epoch" in err) is (how == signal.SIGINT)
+    (folder,) = tmp_path.iterdir()
+    assert {p.name for p in folder.iterdir() if p.name[0] != "."} == {"config.json", "checkpoint.pt"}
+    process = start(*words, "--out", tmp_path)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert re.search(r"resumed   after epoch [2-5] of 6", out)
+    unbroken = run(tiny(epochs=6, batch_size=100), tmp_path / "unbroken")
+    resumed = json.loads((folder / "result.json").read_text())
+    assert resumed["loss_per_step"] == unbroken["loss_per_step"] and resumed["test"] == unbroken["test"]
+
+
+def test_settings_from_a_file_and_flags_win(tmp_path, capsys):
+    assert main([*FLAGS, "--out", str(tmp_path), "--quiet"]) == 0
+    quiet = capsys.readouterr()
+    assert quiet.err == "" and quiet.out.count("\n") == 1
+    (folder,) = tmp_path.iterdir()
+    words = ["--config", str(folder / "result.json"), "--seed", "5", "--epochs", "1", "--out", str(tmp_path / "b")]
+    assert main([*words, "--json"]) == 0
+    config = json.loads(capsys.readouterr().out)["config"]
+    assert (config["seed"], config["epochs"], config["model"]) == (5, 1, "test_vit")
+
+
+def test_every_setting_is_a_flag_with_help():
+    text = run_parser().format_help()
+    for name in vars(tiny()):
+        assert f"--{name.replace('_', '-')} " in text
+    for flag in ("--out", "--json", "--quiet", "--rerun", "--config", "list", "predict"):
+        assert flag in text
+
+
+# list and predict
+
+
+def test_list(capsys, tmp_path):
+    assert main(["list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if line.startswith("dsprites_ori"))
+    assert row.split()[1:4] == ["structured", "16", "73728"] and "rendered" in row
+    (tmp_path / "vtab-1k" / "dsprites_loc").mkdir(parents=True)
+    (tmp_path / "vtab-1k" / "dsprites_loc" / "test.txt").write_text("")
+    assert main(["list", "--data-dir", str(tmp_path), "--json"]) == 0
+    rows = {row["task"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["dsprites_loc"]["data"] == [f"folder: {tmp_path}/vtab-1k/dsprites_loc", "rendered: drawn offline"]
+
+
+def test_predict(capsys, tmp_path):
+    result = run(tiny(epochs=1), tmp_path)
+    Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
+    words = ["predict", "--adapter", result["folder"], str(tmp_path / "black.png"), "--device", "cpu"]
+    assert main(words) == 0
+    assert re.fullmatch(r".*black\.png: class \d+ of dsprites_loc, probability 0\.\d{3}\n", capsys.readouterr().out)
+    assert main([*words, "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)[0]) == {"image", "task", "label", "probability"}
+    assert main(["predict", "--adapter", result["folder"], str(tmp_path / "no.png")]) == 2
+    assert "no image" in capsys.readouterr().err
+
+
+# Bad input: exit code 2, one message, no traceback
+
+
+def refused(words, capsys):
+    """The message that the command refuses `words` with."""
+    try:
+        code = main([str(w) for w in words])
+    except SystemExit as stop:  # argparse
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2 and "Traceback" not in err and err.startswith("abm-vtab")
+    return err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--task", "dsprites_lok"], "unknown task 'dsprites_lok'; did you mean dsprites_loc"),
+        (["--model", "vit_smal_patch14_dinov2"], "timm has no model 'vit_smal_patch14_dinov2'; near it: vit_small"),
+        (["--rank", "0"], "rank is 0; it must be 1 or more"),
+        (["--rank", "100"], r"rank 100 for blocks\.0\.attn\.qkv \(192, 64\): allowed are 1 \.\. 64"),
+        (["--rank", "many"], "invalid int value: 'many'"),
+        (["--device", "cuda:77"], "device is 'cuda:77'; this machine has"),
+        (["--qkv", "k"], "invalid choice: 'k'"),
+        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (["--targets", "attn.qkv,fc3"], "target 'fc3' matches no projection inside a block"),
+        (["--weights", "absent.safetensors"], r"no file absent\.safetensors"),
+        (["--image-size", "33"], r"does not run at 33 px .* divisible by patch size \(16\)"),
+        (["--source", "folder"], 'source="folder" needs data_dir'),
+        (["--config", "absent.json"], r"no configuration file absent\.json"),
+        (["predict", "--adapter", "absent", "x.png"], r"no abm\.json in absent"),
+        (["predict", "x.png"], "required: --adapter"),
+        (["list", "--all"], "unrecognized arguments: --all"),
+    ],
+)
+def test_refused(words, message, capsys, tmp_path):
+    commands = ("list", "predict")
+    words = words if words[0] in commands else [*FLAGS, "--quiet", "--out", tmp_path / "out", *words]
+    assert re.search(message, refused(words, capsys))
+
+
+def test_weights_that_are_nowhere(capsys, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    began = time.monotonic()
+    err = refused([*FLAGS, "--weights", "auto", "--quiet", "--out", tmp_path / "out"], capsys)
+    assert "No pretrained weights for test_vit" in err and "Three ways out" in err
+    assert time.monotonic() - began < 20
+
+
+def test_output_in_the_way(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write results under" in refused([*FLAGS, "--quiet", "--out", tmp_path / "file"], capsys)
+
+
+def test_file_of_another_schema(capsys, tmp_path):
+    (tmp_path / "old.json").write_text('{"schema": 0, "config": {"task": "dsprites_loc"}}')
+    assert "has schema 0, this version reads 1" in refused(["--config", tmp_path / "old.json"], capsys)
+
+
+@pytest.fixture
+def community(tmp_path):
+    """A folder in the community's layout; every line of its lists names the same picture."""
+    folder = tmp_path / "data" / "vtab-1k" / "dsprites_loc"
+    (folder / "images" / "train800val200").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(folder / "images" / "train800val200" / "000000.png")
+    lines = ["images/train800val200/000000.png 3"] * 1000
+    (folder / "train800val200.txt").write_text("\n".join(lines) + "\n")
+    (folder / "test.txt").write_text("images/train800val200/000000.png 3\n" * 73_728)
+    return folder
+
+
+def spoil(folder, number, line):
+    lines = (folder / "train800val200.txt").read_text().splitlines()
+    lines[number - 1] = line
+    (folder / "train800val200.txt").write_text("\n".join(lines) + "\n")
+
+
+def test_community_folder_runs(community, capsys, tmp_path):
+    words = [*FLAGS, "--epochs", 1, "--data-dir", community.parents[1], "--out", tmp_path / "out", "--json"]
+    assert main([str(w) for w in words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["data"]["test"]["source"] == "folder" and result["data"]["train"]["images"] == 1000
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("images/train800val200/000009.png 3", r"train800val200\.txt:17: there is no .*000009\.png: fetch the missing"),
+        ("images/train800val200/broken.png 3", r"train800val200\.txt:17: .*broken\.png cannot be read as an image"),
+        ("images/train800val200/000000.png 16", r"txt:17: the label 16 is out of range: dsprites_loc has classes 0 to"),
+        ("images/train800val200/000000.png", r"txt:17: .* is not of the form"),
+    ],
+)
+def test_community_folder_with_a_bad_line(community, line, message, capsys, tmp_path):
+    (community / "images" / "train800val200" / "broken.png").write_bytes(b"no picture")
+    spoil(community, 17, line)
+    words = [*FLAGS, "--quiet", "--source", "folder", "--data-dir", community.parents[1], "--out", tmp_path / "out"]
+    assert re.search(message, refused(words, capsys))
+
+
+@pytest.mark.parametrize("source", ["auto", "folder", "tfds"])
+def test_data_folder_without_the_layout(source, capsys, tmp_path):
+    words = [*FLAGS, "--quiet", "--source", source, "--data-dir", tmp_path, "--out", tmp_path / "out"]
+    err = refused(words, capsys)
+    assert str(tmp_path) in err and ("train800val200.txt" in err or "prepared" in err)

@@ -1,0 +1,373 @@
+"""The harness: one run from a configuration to its files, resumed, refused, and read back."""
+
+import dataclasses
+import importlib
+import json
+import math
+
+import matplotlib.image
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import build_vit
+from PIL import Image
+
+import vtab_tasks
+from abm_vision import create_backbone, initializers, load_adapter
+from abm_vision.vtab import PRESETS, RunConfig, data, make_config, results, run, train
+from abm_vision.vtab.config import read_config, resolve_device
+from abm_vision.vtab.predict import predict
+from abm_vision.vtab.results import model_card, open_folder, read_result
+
+RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
+TINY = {
+    "model": "test_vit",
+    "weights": "none",
+    "image_size": 32,
+    "rank": 4,
+    "epochs": 2,
+    "batch_size": 250,
+    "test_images": 60,
+    "precision": "fp32",
+    "device": "cpu",
+    "abm_steps": 2,
+    "abm_samples": 16,
+}
+
+
+def tiny(**changes):
+    return make_config(**{**TINY, **changes})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One run, and what it returned."""
+    out = tmp_path_factory.mktemp("results")
+    config = tiny(eval_epochs=1)
+    return config, out, run(config, out)
+
+
+# A run and its files
+
+
+def test_result_says_everything(finished):
+    config, out, result = finished
+    folder = out / config.run_name()
+    written = json.loads((folder / "result.json").read_text())
+    assert {**written, "folder": str(folder)} == result
+    assert written["schema"] == 1 and written["config"] == dataclasses.asdict(config)
+    assert written["test"]["count"] == 60 and written["test"]["split_size"] == 73_728
+    assert written["test"]["top1"] == written["test"]["correct"] / 60
+    assert written["data"]["train"]["images"] == 1000 and written["data"]["test"]["source"] == "rendered"
+    assert "not the official pixel data" in written["data"]["test"]["description"]
+    assert written["weights"] == {
+        "name": "test_vit.r160_in1k",
+        "origin": "none",
+        "location": "random weights",
+        "sha256": None,
+    }
+    assert len(written["loss_per_step"]) == 8 and len(written["seconds_per_epoch"]) == 2
+    assert set(written["top1_per_epoch"]) == {"1", "2"} and written["top1_per_epoch"]["2"] == written["test"]["top1"]
+    assert written["abm"]["config"]["steps"] == 2 and len(written["abm"]["layers"]) == 6
+    assert {"data", "weights", "lora", "init", "train", "test"} == set(written["seconds"])
+    assert written["images_per_second"]["train"] > 0 and written["peak_memory_mib"] > 100
+    environment = written["environment"]
+    assert environment["packages"]["timm"] == timm.__version__
+    assert torch.__version__.startswith(environment["packages"]["torch"])
+    assert set(environment) == {"python", "packages", "commit", "device", "threads", "platform"}
+    lora = 6 * 4 * ((64 + 192) + (64 + 64) + (64 + 192) + (192 + 64))
+    assert written["trainable_parameters"] == lora + 64 * 16 + 16
+
+
+def test_folder_holds_result_curves_and_adapter_and_no_checkpoint(finished):
+    config, out, result = finished
+    folder = out / config.run_name()
+    assert {p.name for p in folder.iterdir()} == {"config.json", "result.json", "curves.png", "adapter"}
+    assert matplotlib.image.imread(folder / "curves.png").std() > 0.05
+    card = (folder / "adapter" / "README.md").read_text()
+    assert card == model_card(result) and "rendered" in card and f"{100 * result['test']['top1']:.2f} %" in card
+    names = {p.name for p in (folder / "adapter").iterdir()}
+    assert names == {"README.md", "abm.json", "adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_top1_is_what_the_saved_adapter_scores(finished):
+    """Loaded by hand on the seed's own backbone and counted in a plain loop."""
+    config, _, result = finished
+    torch.manual_seed(config.seed)
+    backbone, _ = create_backbone(config.model, 16, 32, "none")
+    model = load_adapter(backbone, f"{result['folder']}/adapter").eval()
+    test = vtab_tasks.load("dsprites_loc", "test", source="rendered").subset(60, 0)
+    pre = data.Preprocessing(**result["preprocessing"])
+    correct = 0
+    with torch.no_grad():
+        for image, label in test:
+            correct += int(model(pre.normalise(pre.resize(image[None]))).argmax()) == label
+    assert correct == result["test"]["correct"]
+
+
+def test_same_seed_same_result_and_another_seed_another(tmp_path, finished):
+    config, _, result = finished
+    again = run(config, tmp_path)
+    other = run(tiny(seed=1, eval_epochs=1), tmp_path)
+    assert again["loss_per_step"] == result["loss_per_step"] and again["test"] == result["test"]
+    assert other["loss_per_step"] != result["loss_per_step"]
+
+
+def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch):
+    config, out, result = finished
+    lines = []
+    monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("ran again"))
+    assert run(config, out, say=lines.append) == result
+    assert "finished before; --rerun repeats it" in lines[0]
+    monkeypatch.undo()
+    assert run(config, out, rerun=True)["loss_per_step"] == result["loss_per_step"]
+
+
+@pytest.mark.parametrize("stop_after", [0, 1])
+@pytest.mark.parametrize("changes", [{}, {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"}])
+def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, stop_after, changes):
+    config = tiny(epochs=3, **changes)
+    unbroken = run(config, tmp_path / "unbroken")
+    lines, original = [], results.save_checkpoint
+
+    def killed(folder, model, optimiser, progress, notes):
+        if progress.epoch > stop_after:
+            raise KeyboardInterrupt
+        original(folder, model, optimiser, progress, notes)
+
+    monkeypatch.setattr(results, "save_checkpoint", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "broken")
+    monkeypatch.undo()
+    resumed = run(config, tmp_path / "broken", say=lines.append)
+    assert any("resumed   after epoch 1 of 3" in line for line in lines) is bool(stop_after)
+    assert resumed["loss_per_step"] == unbroken["loss_per_step"]
+    assert resumed["test"] == unbroken["test"]
+    assert {**(resumed["abm"] or {}), "seconds": 0} == {**(unbroken["abm"] or {}), "seconds": 0}
+    files = [f"{r['folder']}/adapter/adapter_model.safetensors" for r in (resumed, unbroken)]
+    assert open(files[0], "rb").read() == open(files[1], "rb").read()
+
+
+def test_test_split_is_opened_once_after_the_last_epoch(tmp_path, monkeypatch):
+    events = []
+    original, step = vtab_tasks.TaskData.images, torch.optim.AdamW.step
+
+    def images(self, indices):
+        events.append(self.split)
+        return original(self, indices)
+
+    monkeypatch.setattr(vtab_tasks.TaskData, "images", images)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: events.append("step") or step(*a, **k))
+    run(tiny(), tmp_path)
+    assert events[-1] == "test" and events.count("test") == 1 and "step" not in events[events.index("test") :]
+
+
+def test_loss_that_is_not_finite_is_told(tmp_path):
+    with pytest.raises(ValueError, match=r"training loss is not finite in epoch \d+: lower --lr \(now 1e\+30\)"):
+        run(tiny(lr=1e30, init="kaiming"), tmp_path)
+
+
+def test_bf16_run(tmp_path):
+    result = run(tiny(precision="bf16", epochs=1), tmp_path)
+    assert result["precision"] == "bf16" and math.isfinite(result["loss_per_step"][-1])
+
+
+# Settings
+
+
+def test_defaults_are_the_quick_preset():
+    assert make_config() == make_config(preset="quick") == RunConfig()
+
+
+def test_paper_preset_is_the_published_recipe():
+    """NOAH's LoRA baseline, as its row in the protocol table of the VTAB-1K papers has it."""
+    config = make_config(preset="paper")
+    assert config.model == "vit_base_patch16_224.orig_in21k" and config.image_size == 224
+    assert (config.rank, config.alpha, config.targets, config.qkv) == (8, 8, "attn.qkv", "full")
+    assert (config.epochs, config.warmup_epochs, config.batch_size) == (100, 10, 64)
+    assert (config.lr, config.weight_decay, config.schedule) == (1e-3, 1e-4, "cosine")
+    assert (config.dropout, config.drop_path, config.test_images) == (0.1, 0.1, 0)
+    assert make_config(preset="paper", lr=2e-3).lr == 2e-3 and set(PRESETS) == {"quick", "paper"}
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"task": "dsprite_loc"}, r"unknown task 'dsprite_loc'; did you mean dsprites_loc"),
+        ({"init": "kaimin"}, r"init is 'kaimin'; allowed are kaiming, abm; did you mean kaiming\?"),
+        ({"preset": "slow"}, "preset is 'slow'; allowed are 'quick', 'paper'"),
+        ({"rank": 0}, "rank is 0; it must be 1 or more"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"seed": -1}, "seed is -1; it must be 0 or more"),
+        ({"dropout": 1.0}, r"dropout is 1\.0; it must lie in \[0, 1\)"),
+        ({"drop_path": -0.1}, "drop_path is -0.1"),
+        ({"lr": 0.0}, "lr is 0.0; it must be more than 0"),
+        ({"lr": float("nan")}, "lr is nan"),
+        ({"test_images": 80_000}, "test_images is 80000; dsprites_loc has 73728"),
+        ({"abm_layers": "first"}, "abm_layers is 'first'; allowed are 'all' or a number"),
+        ({"abm_margin": -1.0}, "margin is -1.0"),
+        ({"abm_steps": 0}, "steps is 0"),
+        ({"qkv": "k"}, "qkv is 'k'; allowed are 'full', 'qv'"),
+        ({"schedule": "linear"}, "schedule is 'linear'; allowed are 'cosine', 'constant'"),
+        ({"precision": "fp16"}, "precision is 'fp16'; allowed are 'auto', 'bf16', 'fp32'"),
+        ({"source": "web"}, "source is 'web'; allowed are 'auto', 'tfds', 'folder', 'rendered'"),
+        ({"device": "cuda:99"}, "device is 'cuda:99'; this machine has .*cpu"),
+        ({"device": "tpu"}, "device is 'tpu'"),
+        ({"learning_rate": 1}, "unknown settings learning_rate; a run has task, preset, model"),
+    ],
+)
+def test_settings_out_of_range(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(**changes)
+
+
+def test_different_settings_never_share_a_folder():
+    base = dataclasses.asdict(RunConfig())
+    other = {"lr": 3e-3, "seed": 1, "init": "kaiming", "abm_margin": 0.1, "epochs": 3, "qkv": "qv"}
+    names = {make_config(**{**base, key: value}).run_name() for key, value in other.items()}
+    assert len(names | {RunConfig().run_name()}) == len(other) + 1
+
+
+def test_config_file_of_another_schema_or_none(tmp_path):
+    good = open_folder(tmp_path, tiny()) / "config.json"
+    assert make_config(**read_config(good)) == tiny()
+    for text, message in (
+        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 1"),
+        ("[1, 2]", r"has schema None, this version reads 1"),
+        ("{", "is not JSON"),
+    ):
+        (tmp_path / "bad.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            read_config(tmp_path / "bad.json")
+    with pytest.raises(FileNotFoundError, match="no configuration file"):
+        read_config(tmp_path / "absent.json")
+
+
+def test_result_of_another_schema_is_not_taken(tmp_path):
+    folder = open_folder(tmp_path, tiny())
+    (folder / "result.json").write_text('{"schema": 7}')
+    with pytest.raises(ValueError, match=r"has schema 7, this version reads 1; move it away"):
+        run(tiny(), tmp_path)
+    (folder / "result.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        read_result(folder)
+
+
+def test_output_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(OSError, match=r"cannot write results under .*file.*choose another --out"):
+        run(tiny(), tmp_path / "file")
+
+
+def test_device_auto_is_the_best_there_is():
+    expected = "cuda:0" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    assert str(resolve_device("auto")) == expected
+
+
+# Parts
+
+
+def test_every_start_of_the_table_has_its_name():
+    for name, start in initializers.INITIALIZERS.items():
+        assert start.name == name and start.source.startswith("arXiv:")
+
+
+def test_learning_rate_against_the_formula():
+    config = make_config(epochs=10, warmup_epochs=2.0, lr=1e-3)
+    rates = [train.learning_rate(config, step, 5) for step in range(50)]
+    assert rates[:10] == pytest.approx([1e-4 * (k + 1) for k in range(10)])
+    assert rates[10] == pytest.approx(1e-3)
+    assert rates[30] == pytest.approx(1e-3 * (0.01 + 0.99 * 0.5))
+    assert rates[49] == pytest.approx(1e-3 * (0.01 + 0.99 * (1 + math.cos(math.pi * 39 / 40)) / 2))
+    constant = dataclasses.replace(config, schedule="constant")
+    assert [train.learning_rate(constant, step, 5) for step in (9, 10, 49)] == [1e-3] * 3
+    assert train.learning_rate(dataclasses.replace(config, warmup_epochs=0.0), 0, 5) == pytest.approx(1e-3)
+
+
+def test_order_is_a_permutation_fixed_by_seed_and_epoch():
+    batches = data.shuffled(103, 10, seed=3, epoch=2)
+    assert [len(b) for b in batches] == [10] * 10 + [3]
+    assert sorted(torch.cat(batches).tolist()) == list(range(103))
+    again, next_epoch = data.shuffled(103, 10, 3, 2), data.shuffled(103, 10, 3, 3)
+    assert all(map(torch.equal, batches, again)) and not torch.equal(batches[0], next_epoch[0])
+
+
+def test_preprocessing_is_the_models_own_and_squashes():
+    model = timm.create_model("vit_base_patch16_224.orig_in21k", depth=1, num_classes=2)
+    pre = data.preprocessing_for(model, 48)
+    assert pre.mean == pre.std == (0.5, 0.5, 0.5) and pre.interpolation == "bicubic"
+    picture = np.random.default_rng(0).integers(0, 256, (30, 90, 3), dtype=np.uint8)
+    found = pre.resize(picture[None])
+    expected = np.asarray(Image.fromarray(picture).resize((48, 48), Image.Resampling.BICUBIC))
+    assert found.shape == (1, 3, 48, 48) and found.dtype == torch.uint8
+    difference = np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - expected)
+    assert difference.max() <= 2 and difference.mean() < 0.1  # Pillow and torchvision round at different places
+    torch.testing.assert_close(pre.normalise(found), found / 127.5 - 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_is_every_image_in_order(workers):
+    test = vtab_tasks.load("dsprites_ori", "test", source="rendered").subset(300, 0)
+    pre = data.Preprocessing(64, "nearest", (0.0,) * 3, (1.0,) * 3)
+    chunks = list(data.stream(test, pre, workers))
+    assert torch.cat([c[1] for c in chunks]).tolist() == [label for _, label in test]
+    expected = np.stack([image for image, _ in test]).transpose(0, 3, 1, 2)
+    assert np.array_equal(torch.cat([c[0] for c in chunks]).numpy(), expected)
+
+
+def test_plain_attention_only_in_bf16_on_cpu():
+    for device, precision, fused in (("cpu", "bf16", False), ("cpu", "fp32", True), ("cuda", "bf16", True)):
+        model = build_vit()
+        train.choose_attention(model, torch.device(device), precision)
+        assert {block.attn.fused_attn for block in model.blocks} == {fused}
+
+
+# Predict
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    paths = []
+    for i, (image, _) in enumerate(vtab_tasks.load("dsprites_loc", "test", source="rendered")[:3]):
+        paths.append(tmp_path / f"{i}.png")
+        Image.fromarray(image).save(paths[-1])
+    return paths
+
+
+@pytest.fixture(scope="module")
+def from_file(tmp_path_factory):
+    """A run on weights that are there again for predict."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(build_vit(num_classes=3, img_size=160).state_dict(), folder / "test_vit.pth")
+    config = tiny(weights=str(folder / "test_vit.pth"), epochs=1)
+    return config, run(config, folder)
+
+
+@pytest.mark.parametrize("inner", ["", "adapter"])
+def test_predict_equals_the_model_by_hand(from_file, pictures, inner):
+    config, result = from_file
+    rows = predict(f"{result['folder']}/{inner}", pictures)
+    backbone, _ = create_backbone(config.model, 16, 32, config.weights)
+    model = load_adapter(backbone, f"{result['folder']}/adapter").eval()
+    pre = data.Preprocessing(**result["preprocessing"])
+    for row, path in zip(rows, pictures, strict=True):
+        with torch.no_grad():
+            expected = model(pre.normalise(pre.resize(np.array(Image.open(path))[None]))).softmax(-1)[0]
+        assert row["image"] == str(path) and row["task"] == "dsprites_loc"
+        assert row["label"] == int(expected.argmax())
+        assert row["probability"] == pytest.approx(expected.max().item(), rel=1e-5)
+
+
+def test_predict_on_what_is_not_there(from_file, pictures, tmp_path):
+    folder = from_file[1]["folder"]
+    with pytest.raises(FileNotFoundError, match=r"no image .*absent\.png"):
+        predict(folder, [tmp_path / "absent.png"])
+    (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
+        predict(folder, [tmp_path / "broken.png"])
+    with pytest.raises(FileNotFoundError, match=r"no abm\.json in .*folder of a finished run"):
+        predict(tmp_path, pictures)
+    (tmp_path / "abm.json").write_text('{"format": 1, "qv_only": []}')
+    with pytest.raises(ValueError, match="was not written by a run"):
+        predict(tmp_path, pictures)
