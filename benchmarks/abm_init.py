@@ -44,8 +44,8 @@ from abm_vision.vtab.train import (
 
 RESULT = Path(__file__).parent / "results" / "abm_init.json"
 SAMPLES, MARGIN = 100, 0.5
-OURS = ABMConfig(margin=MARGIN, samples=SAMPLES, steps=25, learning_rate=1e-3)  # 25 steps of 4: 100 sample passes
-BATCH = 4
+# 20 steps of 5: as many sample passes.
+OURS = ABMConfig(margin=MARGIN, samples=SAMPLES, steps=20, batch_size=5, learning_rate=1e-3)
 
 
 def adapted(seed: int, device: torch.device, precision: str, merged: bool) -> tuple[PeftModel, Images, Images]:
@@ -99,7 +99,7 @@ def reference_procedure(model: PeftModel, teacher: nn.Module, images: Images, se
 
 def ours(model: PeftModel, images: Images, seed: int) -> None:
     with autocast(images.pixels.device, args.precision):
-        initialize_lora_abm_weights(model, images.batches(BATCH, seed, 0), OURS, show_progress_bar=False)
+        initialize_lora_abm_weights(model, images.batches(50, seed, 0), OURS, show_progress_bar=False)
 
 
 def works(seed: int, variant: str) -> tuple[Callable[[], None], PeftModel, Images]:

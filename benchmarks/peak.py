@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,8 @@ def peak_mib(work: Callable[[], object], device: str) -> float:
         torch.cuda.reset_peak_memory_stats()
         work()
         return (torch.cuda.max_memory_allocated() - held) / 2**20
+    gc.collect()
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed but not given back would hide what is needed
     Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark afresh
     held = _high_water_mark()
     work()

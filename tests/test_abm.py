@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import timm
 import torch
 from conftest import build_vit, images, randomise
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
@@ -197,6 +198,32 @@ def test_signs_are_kept_as_bits():
 def test_one_step_and_one_sample():
     report = match(add_lora(build_vit()), config=replace(FAST, steps=1, samples=1))
     assert len(report.loss_per_step) == 1 and report.samples == 4  # whole batches
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"image": x, "side": 32, "labels": torch.zeros(len(x))}])
+def test_steps_on_parts_of_a_batch_equal_steps_on_small_batches(wrap):
+    """And the figures before and after are those of all samples either way. The masks are cut along."""
+    pixels, results = images(12), []
+    for batches in ([wrap(pixels)], [wrap(p) for p in pixels.split(4)]):
+        torch.manual_seed(0)
+        model = add_lora(build_vit())
+
+        def mask(batch, stack):
+            first = batch if isinstance(batch, torch.Tensor) else batch["image"]
+            return first[:, 0, 0, :5] > -0.5  # five tokens
+
+        report = match(model, batches, ABMConfig(steps=5, samples=12, batch_size=5), token_mask_fn=mask)
+        results.append((report, values(model)))
+    (one, whole), (other, small) = results
+    assert one.loss_per_step == pytest.approx(other.loss_per_step, rel=1e-3)
+    for name in whole:
+        torch.testing.assert_close(whole[name], small[name], rtol=1e-2, atol=1e-4, msg=name)
+
+
+def test_model_that_folds_its_patches_into_the_batch():
+    model = add_lora(timm.create_model("tnt_s_legacy_patch16_224", num_classes=2), rank=2, targets="mlp")
+    report = match(model, [images(2, 224)], ABMConfig(steps=1, samples=2, batch_size=1, layers=2))
+    assert report.before.match == 1
 
 
 def test_same_seed_same_result():
@@ -548,6 +575,7 @@ def test_loss_that_explodes():
         ("margin_unit", "percent", "allowed are 'absolute', 'relative'"),
         ("steps", 0, "steps is 0; it must be 1 or more"),
         ("samples", -1, "samples is -1"),
+        ("batch_size", 0, "batch_size is 0; it must be 1 or more"),
         ("learning_rate", 0.0, "learning_rate is 0.0"),
         ("layers", 0, "layers is 0"),
         ("layers", "last", "'last'; allowed are 'all', a number of last layers"),

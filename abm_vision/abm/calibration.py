@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.loss import boundary_loss, inside_margin, layer_weight, pack_signs, sign_agreement, unpack_signs
+from abm_vision.abm.loss import boundary_figures, layer_weight, pack_signs, unpack_signs
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
 
 
@@ -31,7 +31,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Part:
-    """One calibration batch and the reference's signs on it, eight to a byte."""
+    """Calibration samples and the reference's signs on them, eight to a byte."""
 
     batch: Any
     packed: dict[str, tuple[Tensor, torch.Size]]
@@ -44,6 +44,25 @@ class Part:
     def mask(self, layer: Layer) -> Tensor | None:
         """The tokens of the layer's stack that count: boolean, (batch, tokens), or None for all."""
         return self.masks[layer.stack]
+
+    def split(self, size: int) -> list[Part]:
+        """Parts of about equal size, of at most `size` samples.
+
+        Where a model folds something else into its batch dimension (TNT its patches), the part stays whole.
+        """
+        count = batch_size(self.batch)
+        if count <= size or any(shape[0] != count for _, shape in self.packed.values()):
+            return [self]
+        cuts = torch.arange(count).tensor_split(-(-count // size))
+        return [self._cut(int(c[0]), int(c[-1]) + 1, count) for c in cuts]
+
+    def _cut(self, start: int, stop: int, count: int) -> Part:
+        def cut(value: Any) -> Any:
+            by_sample = isinstance(value, Tensor) and value.ndim and len(value) == count
+            return value[start:stop] if by_sample else value
+
+        packed = {n: (b[start:stop], torch.Size((stop - start, *s[1:]))) for n, (b, s) in self.packed.items()}
+        return Part(tree_map(cut, self.batch), packed, {stack: cut(mask) for stack, mask in self.masks.items()})
 
 
 @dataclass(frozen=True)
@@ -219,7 +238,7 @@ def measure(model: PeftModel, calibration: Calibration, forward_fn: ForwardFn) -
 
 def _check_finite(recorded: dict[str, Tensor], whose: str) -> None:
     for name, z in recorded.items():
-        if not torch.isfinite(z).all():
+        if not all(extreme.isfinite() for extreme in torch.aminmax(z)):  # NaN is passed on
             raise ValueError(
                 f"the {whose}'s pre-activation at {name} is NaN or infinite: check the weights and the batch, "
                 "lower learning_rate, or match without autocast"
@@ -228,19 +247,11 @@ def _check_finite(recorded: dict[str, Tensor], whose: str) -> None:
 
 def layer_states(layers: list[Layer], recorded: dict[str, Tensor], part: Part) -> Tensor:
     """(layers, 3): boundary loss, match rate, share inside the margin on one batch."""
-    rows = []
-    for layer in layers:
-        z, sign, mask = recorded[layer.name], part.sign(layer.name), part.mask(layer)
-        rows.append(
-            torch.stack(
-                [
-                    boundary_loss(z, sign, layer.margin, mask),
-                    sign_agreement(z, sign, mask),
-                    inside_margin(z, sign, layer.margin, mask),
-                ]
-            )
-        )
-    return torch.stack(rows)
+    figures = [
+        boundary_figures(recorded[layer.name], part.sign(layer.name), layer.margin, part.mask(layer))
+        for layer in layers
+    ]
+    return torch.stack(figures)
 
 
 def _average(states: list[Tensor], samples: list[int]) -> Tensor:

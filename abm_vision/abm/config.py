@@ -19,6 +19,8 @@ class ABMConfig:
         steps: optimiser steps.
         learning_rate: of AdamW on the adapter's weights at the first step; it falls linearly to zero.
         samples: calibration samples; whole batches of the loader are taken until there are as many.
+        batch_size: samples in a step. The loader's batches are cut to it, never joined: signs and final figures are
+            computed on whole batches, which is faster.
         layers: which boundaries of each stack: "all", the last n, or a list of module names.
         layer_weights: "quadratic" (w_l^2 = ((l + 1) / L)^2 over the matched layers of a stack) or "uniform".
         seed: fixes what the loader and the model draw during the initialisation.
@@ -29,6 +31,7 @@ class ABMConfig:
     steps: int = 50
     learning_rate: float = 3e-3
     samples: int = 128
+    batch_size: int = 16
     layers: str | int | Sequence[str] = "all"
     layer_weights: str = "quadratic"
     seed: int = 0
@@ -40,7 +43,7 @@ class ABMConfig:
             raise ValueError(f"margin is {self.margin}; it must be 0 or more")
         if not self.learning_rate > 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; it must be more than 0")
-        for field in ("steps", "samples"):
+        for field in ("steps", "samples", "batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 1 or more")
         if isinstance(self.layers, str):

@@ -100,16 +100,17 @@ def _optimise(
     config: ABMConfig,
     show_progress_bar: bool,
 ) -> list[float]:
-    """AdamW on the adapter's factors; one calibration batch a step, in turn. Returns the loss of every step.
+    """AdamW on the adapter's factors; a few samples a step, in turn. Returns the loss of every step.
 
     The rate falls linearly to zero: a constant one ends wherever its last batch, often a single one, has pushed.
     """
     optimiser = torch.optim.AdamW(factors, lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / config.steps, total_iters=config.steps - 1)
+    parts = [small for part in calibration.parts for small in part.split(config.batch_size)]
     losses: list[Tensor] = []
     bar = tqdm(range(config.steps), desc="ABM", unit="step", disable=not show_progress_bar)
     for step in bar:
-        part = calibration.parts[step % len(calibration.parts)]
+        part = parts[step % len(parts)]
         recorded = preactivations(model, part.batch, calibration.names, forward_fn)
         per_layer = layer_losses(calibration.layers, recorded, part)
         if not torch.isfinite(per_layer).all():

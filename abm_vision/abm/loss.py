@@ -17,19 +17,18 @@ def boundary_loss(z: Tensor, sign: Tensor, margin: float, mask: Tensor | None = 
 
     The inner term of Eq. (22), arXiv:2511.19145; layers are weighted and averaged by the caller.
     """
-    # max(0, m - tau z) = m - min(m, tau z): as a mean squared error it is the fewest passes over z.
-    capped = _counted(signed(z, sign), mask).clamp_max(margin)
-    return F.mse_loss(capped, capped.new_tensor(margin).expand_as(capped))
+    return _hinge(_counted(signed(z, sign), mask), margin)
 
 
-def sign_agreement(z: Tensor, sign: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Match rate: the share of elements whose sign is the reference's, in [0, 1]."""
-    return _counted((z > 0) == sign, mask).float().mean()
+def boundary_figures(z: Tensor, sign: Tensor, margin: float, mask: Tensor | None = None) -> Tensor:
+    """What is reported of one layer, (3,): the boundary loss, the match rate, and the share inside the margin.
 
-
-def inside_margin(z: Tensor, sign: Tensor, margin: float, mask: Tensor | None = None) -> Tensor:
-    """The share of elements with tau z < m, those that the loss pushes, in [0, 1]."""
-    return _counted(signed(z, sign) < margin, mask).float().mean()
+    The match rate is the share of elements whose sign is the reference's; inside the margin are those with
+    tau z < m, which the loss pushes. Both lie in [0, 1].
+    """
+    distance = _counted(signed(z, sign), mask)
+    shares = [_share(_counted((z > 0) == sign, mask)), _share(distance < margin)]
+    return torch.stack([_hinge(distance, margin), *shares])
 
 
 def signed(z: Tensor, sign: Tensor) -> Tensor:
@@ -42,22 +41,31 @@ def layer_weight(depth: int, layers: int, kind: str = "quadratic") -> float:
     return ((depth + 1) / layers) ** 2 if kind == "quadratic" else 1.0
 
 
+def _hinge(distance: Tensor, margin: float) -> Tensor:
+    # max(0, m - d) = m - min(m, d): as a mean squared error it is the fewest passes over the elements.
+    capped = distance.clamp_max(margin)
+    return F.mse_loss(capped, capped.new_tensor(margin).expand_as(capped))
+
+
+def _share(chosen: Tensor) -> Tensor:
+    return chosen.count_nonzero() / chosen.numel()
+
+
 def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
     return values if mask is None else values[mask]
 
 
 def pack_signs(sign: Tensor) -> Tensor:
-    """Boolean tensor of any shape to bytes, eight signs in each: uint8, (ceil(numel / 8),)."""
-    bits = sign.flatten()
-    padding = -bits.numel() % 8
-    bits = torch.nn.functional.pad(bits, (0, padding)).view(-1, 8).to(torch.uint8)
+    """Boolean (n, ...) to bytes, eight signs in each: uint8 (n, bytes), so that samples can be cut apart."""
+    bits = sign.flatten(1) if sign.ndim > 1 else sign[:, None]
+    bits = F.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
     return (bits << _shifts(bits)).sum(-1, dtype=torch.uint8)
 
 
 def unpack_signs(packed: Tensor, shape: torch.Size) -> Tensor:
     """The boolean tensor of `shape` that `pack_signs` was given."""
-    bits = (packed[:, None] >> _shifts(packed)) & 1
-    return bits.flatten()[: shape.numel()].view(shape).bool()
+    bits = (packed[..., None] >> _shifts(packed)) & 1
+    return bits.flatten(1)[:, : shape[1:].numel()].reshape(shape).bool()
 
 
 def _shifts(like: Tensor) -> Tensor:

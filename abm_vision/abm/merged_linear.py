@@ -58,12 +58,11 @@ class _MergedLoRA(torch.autograd.Function):
             inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if needs_bias:
                 dbias = rows.sum(0)
+            # Every product has the r rows on its left, (r, tokens): on CPU up to three times faster than on its right.
             if needs_a:
-                da = ctx.scaling * ((rows @ lora_b.to(x.dtype)).T @ inputs).to(lora_a.dtype)  # (r, in)
+                da = ctx.scaling * ((lora_b.to(x.dtype).T @ rows.T) @ inputs).to(lora_a.dtype)  # (r, in)
             if needs_b:
-                # (x A^T)^T g, not g^T (x A^T): two to three times faster on CPU, where g is the large factor.
-                narrow = (inputs @ lora_a.to(x.dtype).T).T.contiguous()  # (r, tokens)
-                db = ctx.scaling * (narrow @ rows).T.to(lora_b.dtype)  # (out, r)
+                db = ctx.scaling * ((lora_a.to(x.dtype) @ inputs.T) @ rows).T.to(lora_b.dtype)  # (out, r)
         return dx, None, dbias, da, db, None
 
 

@@ -99,6 +99,7 @@ class RunConfig:
             steps=self.abm_steps,
             learning_rate=self.abm_lr,
             samples=self.abm_samples,
+            batch_size=self.abm_batch_size,
             layers="all" if self.abm_layers == "all" else int(self.abm_layers),
             layer_weights=self.abm_layer_weights,
             seed=self.seed,

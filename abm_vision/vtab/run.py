@@ -189,7 +189,7 @@ def _initialise(
     model: PeftModel, images: Images, config: RunConfig, device: torch.device, precision: str, quiet: bool
 ) -> dict[str, Any] | None:
     start = get_initializer(config.init)
-    batches = images.batches(min(config.abm_batch_size, config.abm_samples), config.seed, 0)
+    batches = images.batches(min(config.batch_size, config.abm_samples), config.seed, 0)
     with autocast(device, precision):
         report = start.apply(model, batches, config.abm(), not quiet and sys.stderr.isatty())
     return report.to_dict() if report else None

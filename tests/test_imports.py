@@ -1,0 +1,53 @@
+"""One direction of imports, and nothing heavy that nobody asked for."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# folder -> packages that nothing in it may import, anywhere in its files
+FORBIDDEN = {
+    "abm_vision/abm": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
+    "vtab_tasks": {"abm_vision", "nlp_ext", "torch", "timm", "peft"},
+}
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            yield node.module
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_arrows(folder):
+    files = list((ROOT / folder).rglob("*.py"))
+    assert files
+    for path in files:
+        assert not {name.partition(".")[0] for name in imported(path)} & FORBIDDEN[folder], path
+
+
+def test_nothing_imports_the_harness_but_itself():
+    for path in (ROOT / "abm_vision").rglob("*.py"):
+        if path.parent.name != "vtab":
+            assert not [name for name in imported(path) if name.startswith("abm_vision.vtab")], path
+
+
+def test_import_loads_no_timm_until_it_is_needed():
+    code = (
+        "import sys, abm_vision as a; assert 'timm' not in sys.modules; a.create_backbone; assert 'timm' in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_public_name_is_there():
+    import abm_vision
+
+    assert all(getattr(abm_vision, name) is not None for name in abm_vision.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        abm_vision.nothing  # noqa: B018

