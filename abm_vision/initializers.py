@@ -24,14 +24,12 @@ class Initializer:
         name: what `--init` takes.
         summary: one line for people.
         source: the paper.
-        needs_batches: whether calibration batches of the task are used.
         apply: (model fresh from `add_lora`, batches, settings, show progress) changes the adapter in place.
     """
 
     name: str
     summary: str
     source: str
-    needs_batches: bool
     apply: Apply
 
 
@@ -46,8 +44,8 @@ def _match_boundaries(model: PeftModel, batches: Iterable[Any], config: ABMConfi
 INITIALIZERS: Mapping[str, Initializer] = {
     start.name: start
     for start in (
-        Initializer("kaiming", "peft's default: A Kaiming-uniform, B zero", "arXiv:2106.09685", False, _keep),
-        Initializer("abm", "boundaries matched to the pretrained model's", "arXiv:2511.19145", True, _match_boundaries),
+        Initializer("kaiming", "peft's default: A Kaiming-uniform, B zero", "arXiv:2106.09685", _keep),
+        Initializer("abm", "boundaries matched to the pretrained model's", "arXiv:2511.19145", _match_boundaries),
     )
 }
 

@@ -17,12 +17,19 @@ def environment(device: str) -> dict[str, Any]:
     """Versions, commit, device and threads, as plain JSON values, to be kept with every result."""
     return {
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in _PACKAGES},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "commit": git_commit(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # this package itself, run from a checkout without installing it
+        return None
 
 
 def git_commit() -> dict[str, Any] | None:

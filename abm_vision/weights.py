@@ -29,6 +29,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 _DINOV2_SMALL = "vit_small_patch14_dinov2.lvd142m"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's own order
 _FILE_ENDINGS = (".safetensors", ".npz", ".pth", ".pth.tar", ".bin")
+_TRANSPORT = HfHubHTTPError.__bases__[0]  # errors of the HTTP client that the hub's library is built on
 _PATIENCE = 5.0  # seconds until a silent hub counts as absent
 # What readers raise over damaged files, and timm's converters over weights of another model.
 _MISFIT = (
@@ -47,7 +48,7 @@ _TIMM_WORDS = {
 }
 
 
-class WeightsNotFound(RuntimeError):
+class WeightsNotFound(OSError):
     """No pretrained weights are to be had; the message says every way to get some."""
 
 
@@ -258,7 +259,7 @@ def _from_hub(name: str) -> tuple[str, str, Path]:
         try:
             path = hf_hub_download(cfg.hf_hub_id, filename, etag_timeout=_PATIENCE)
             return "hub", f"{cfg.hf_hub_id}/{filename}", Path(path)
-        except (EntryNotFoundError, HfHubHTTPError) as error:
+        except (EntryNotFoundError, HfHubHTTPError, _TRANSPORT) as error:
             reason = shorten(str(error), 200)
     raise _not_found(name, f"the hub gave none ({reason})")
 

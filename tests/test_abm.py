@@ -170,6 +170,14 @@ def test_relative_margin_is_a_multiple_of_each_layers_own_scale():
         assert layer.margin == pytest.approx(0.25 * scale[layer.name], rel=1e-5)
 
 
+def test_relative_margin_counts_only_tokens_that_count():
+    config = replace(FAST, margin=0.25, margin_unit="relative", samples=4)
+    z = record(build_vit().eval(), images(4))[ACTS[0]][:2].double()
+    mask = (torch.arange(4) < 2)[:, None].expand(4, 5)
+    report = match(add_lora(build_vit()), [images(4)], config, token_mask_fn=lambda batch, stack: mask)
+    assert report.layers[0].margin == pytest.approx(0.25 * z.square().mean().sqrt().item(), rel=1e-5)
+
+
 def test_nothing_above_the_last_boundary_runs_and_the_reference_runs_once_a_batch():
     model = add_lora(build_vit())
     calls = {"last": 0, "reference": 0, "adapted": 0}
@@ -238,6 +246,21 @@ def test_same_seed_same_result():
     assert same(results[0], results[1]) and not same(results[0], results[2])
 
 
+def test_seed_reaches_loaders_that_draw_with_python_or_numpy():
+    class Augmented:
+        def __iter__(self):
+            yield images(4) * random.random() + float(np.random.rand()) + torch.rand(1)
+
+    results = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        model = add_lora(build_vit())
+        match(model, Augmented(), replace(FAST, samples=4))
+        results.append(values(model))
+        random.random(), np.random.rand()
+    assert same(*results)
+
+
 # References
 
 
@@ -263,6 +286,8 @@ def test_another_adapter_as_reference():
 def test_another_model_as_reference():
     torch.manual_seed(5)
     other = build_vit().train()
+    other.blocks[2].eval()
+    modes = [m.training for m in other.modules()]
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -270,7 +295,15 @@ def test_another_model_as_reference():
     expected = figures(build_vit().eval(), copy.deepcopy(other).eval(), batches, 0.5)
     report = match(add_lora(build_vit()), batches, reference=other)
     torch.testing.assert_close(rows_of(report, "before"), expected, rtol=1e-4, atol=1e-5)
-    assert other.training and report.reference == "another VisionTransformer"
+    assert [m.training for m in other.modules()] == modes and report.reference == "another VisionTransformer"
+
+
+def test_another_adapted_model_as_reference():
+    tuned = randomise(add_lora(build_vit())).eval()
+    batches = [images(4, seed=s) for s in range(2)]
+    expected = figures(build_vit().eval(), tuned, batches, 0.5)
+    report = match(add_lora(build_vit()), batches, reference=tuned)
+    torch.testing.assert_close(rows_of(report, "before"), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_changed_base_needs_another_model_as_reference():

@@ -127,11 +127,16 @@ def test_several_adapters_each_in_its_folder(tmp_path):
     for name in ("default", "second"):
         model.set_adapter(name)
         outputs[name] = model(images())
-    save_adapter(model, tmp_path)
+    save_adapter(model, tmp_path, report="of the active one")
+    settings = [json.loads((folder / "abm.json").read_text()) for folder in (tmp_path, tmp_path / "second")]
+    assert "report" not in settings[0] and settings[1]["report"] == "of the active one"
     for name, folder in (("default", tmp_path), ("second", tmp_path / "second")):
         loaded = load_adapter(build_vit(), folder).eval()
         torch.testing.assert_close(loaded(images()), outputs[name])
-    both = load_adapter(load_adapter(build_vit(), tmp_path), tmp_path / "second", adapter_name="second").eval()
+    both = load_adapter(build_vit(), tmp_path).train()
+    load_adapter(both, tmp_path / "second", adapter_name="second")
+    assert both.training and both.active_adapters == ["default"]
+    both.eval()
     for name in ("default", "second", "default"):
         both.set_adapter(name)
         torch.testing.assert_close(both(images()), outputs[name])
@@ -157,6 +162,14 @@ def test_loading_what_is_not_there_or_no_lora(tmp_path):
         load_adapter(build_vit(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["mlp.fc1"]}))
     with pytest.raises(ValueError, match="holds a IA3 adapter; only LoRA"):
+        load_adapter(build_vit(), tmp_path)
+
+
+def test_settings_of_another_format(saved, tmp_path):
+    model = add_lora(build_vit())
+    save_adapter(model, tmp_path)
+    (tmp_path / "abm.json").write_text('{"format": 2}')
+    with pytest.raises(ValueError, match="has format 2, this version reads 1"):
         load_adapter(build_vit(), tmp_path)
 
 

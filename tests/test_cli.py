@@ -35,7 +35,7 @@ def test_the_real_command(tmp_path):
     lines = out.splitlines()
     assert lines[0].split() == ["task", "dsprites_loc"] and lines[2].split() == ["*", "model", "test_vit"]
     stages = [line.split()[0] for line in lines[len(vars(tiny())) :]]
-    assert stages == ["data", "weights", "abm", "epoch", "epoch", "dsprites_loc"]
+    assert stages == ["device", "data", "weights", "abm", "epoch", "epoch", "dsprites_loc"]
     assert "rendered" in lines[-1] and re.search(r"top-1 \d+\.\d\d % of 60 test images", lines[-1])
     (folder,) = (tmp_path / "results").iterdir()
     assert str(folder) in lines[-1] and (folder / "result.json").is_file()
@@ -146,6 +146,7 @@ def refused(words, capsys):
         (["--config", "absent.json"], r"no configuration file absent\.json"),
         (["predict", "--adapter", "absent", "x.png"], r"no abm\.json in absent"),
         (["predict", "x.png"], "required: --adapter"),
+        (["--batch", "8"], "unrecognized arguments: --batch 8"),
         (["list", "--all"], "unrecognized arguments: --all"),
     ],
 )
@@ -153,6 +154,10 @@ def test_refused(words, message, capsys, tmp_path):
     commands = ("list", "predict")
     words = words if words[0] in commands else [*FLAGS, "--quiet", "--out", tmp_path / "out", *words]
     assert re.search(message, refused(words, capsys))
+
+
+def test_config_file_and_preset_exclude_each_other(capsys, tmp_path):
+    assert "give one of them" in refused(["--config", tmp_path / "x.json", "--preset", "paper"], capsys)
 
 
 def test_weights_that_are_nowhere(capsys, tmp_path, monkeypatch):

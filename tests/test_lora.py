@@ -176,7 +176,7 @@ def test_fused_qkv_that_the_block_reads_itself_gets_gradients(name):
     stock = copy.deepcopy(model)
     stock = get_peft_model(stock, LoraConfig(target_modules=["qkv"]))
     assert not stock(x).requires_grad  # what is put right here
-    with pytest.raises(ValueError, match=r"1 of 1 adapted layers received no gradient: blocks\.0\.attn\.qkv\."):
+    with pytest.raises(ValueError, match=r"1 of 1 adapters received no gradient: blocks\.0\.attn\.qkv \(default\)\."):
         check_adapters(stock, x)
     model = add_lora(model)
     torch.testing.assert_close(model(x), expected)
@@ -218,7 +218,19 @@ def test_check_adapters_names_a_layer_that_nobody_calls(vit):
     model = add_lora(vit)
     block = model.get_base_model().blocks[4]
     block.mlp.forward = lambda x: x
-    with pytest.raises(ValueError, match=r"2 of 24 .* blocks\.4\.mlp\.fc1, blocks\.4\.mlp\.fc2\. The model's forward"):
+    with pytest.raises(
+        ValueError, match=r"2 of 24 .* blocks\.4\.mlp\.fc1 \(default\), blocks\.4\.mlp\.fc2 \(default\)\. The"
+    ):
+        check_adapters(model, images())
+
+
+def test_check_adapters_sees_one_of_two_active_adapters_fail():
+    model = add_lora(add_lora(build_vit(num_classes=0)), adapter_name="second", targets="mlp")
+    model.base_model.set_adapter(["default", "second"])
+    check_adapters(model, images())
+    layer = model.get_base_model().blocks[3].mlp.fc1
+    layer.lora_B["second"].register_forward_hook(lambda m, a, out: out.detach())
+    with pytest.raises(ValueError, match=r"1 of 36 adapters received no gradient: blocks\.3\.mlp\.fc1 \(second\)"):
         check_adapters(model, images())
 
 
@@ -299,6 +311,8 @@ def test_merge_and_unload_equals_the_adapted_model(targets, options):
         ({"targets": ["patch_embed.proj"]}, "matches no projection inside a block"),
         ({"qkv": "kv"}, "qkv is 'kv'; allowed are 'full', 'qv'"),
         ({"qkv": "qv", "dora": True}, 'use qkv="full" with dora=True'),
+        ({"alpha": 0}, r"alpha 0 for blocks\.0\.attn\.qkv: it must be positive and finite"),
+        ({"alpha_pattern": {"fc1": float("nan")}}, r"alpha nan for blocks\.0\.mlp\.fc1"),
         ({"dropout": 1.0}, r"dropout is 1\.0; it must lie in \[0, 1\)"),
     ],
 )

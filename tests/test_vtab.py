@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import shutil
 
 import matplotlib.image
 import numpy as np
@@ -149,6 +150,56 @@ def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch
     assert open(files[0], "rb").read() == open(files[1], "rb").read()
 
 
+@pytest.fixture
+def broken_off(tmp_path, monkeypatch):
+    """A run that was killed after its first epoch: configuration and folder."""
+    config, original = tiny(), results.save_checkpoint
+
+    def killed(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results, "save_checkpoint", killed)
+        run(config, tmp_path)
+    return config, tmp_path
+
+
+def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
+    config, out = broken_off
+    other = data.data_record
+    monkeypatch.setattr(RUN, "data_record", lambda d: {**other(d), "source": "tfds"})
+    with pytest.raises(ValueError, match=r"began with train_data .*'rendered'.*now it is .*'tfds'.*--rerun starts"):
+        run(config, out)
+    assert run(config, out, rerun=True)["test"]["count"] == 60
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
+def test_checkpoint_that_is_damaged_or_of_another_schema(broken_off, content):
+    config, out = broken_off
+    path = out / config.run_name() / "checkpoint.pt"
+    torch.save({"schema": 0}, path) if content is None else path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"checkpoint\.pt (cannot be read|has schema 0).*--rerun starts afresh"):
+        run(config, out)
+
+
+def test_precision_is_settled_once_a_run(broken_off, monkeypatch):
+    folder = open_folder(broken_off[1], tiny(precision="auto"))
+    assert results.settle_precision(folder, lambda: "bf16") == "bf16"
+    assert results.settle_precision(folder, lambda: "fp32") == "bf16"
+    assert results.settle_precision(open_folder(broken_off[1], tiny(precision="auto")), lambda: "fp32") == "bf16"
+
+
+def test_rerun_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
+    config = tiny(epochs=1)
+    run(config, tmp_path)
+    folder = tmp_path / config.run_name()
+    monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("stopped"))
+    with pytest.raises(pytest.fail.Exception, match="stopped"):
+        run(config, tmp_path, rerun=True)
+    assert [p.name for p in folder.iterdir()] == ["config.json"]
+
+
 def test_test_split_is_opened_once_after_the_last_epoch(tmp_path, monkeypatch):
     events = []
     original, step = vtab_tasks.TaskData.images, torch.optim.AdamW.step
@@ -202,8 +253,14 @@ def test_paper_preset_is_the_published_recipe():
         ({"seed": -1}, "seed is -1; it must be 0 or more"),
         ({"dropout": 1.0}, r"dropout is 1\.0; it must lie in \[0, 1\)"),
         ({"drop_path": -0.1}, "drop_path is -0.1"),
-        ({"lr": 0.0}, "lr is 0.0; it must be more than 0"),
+        ({"lr": 0.0}, "lr is 0.0; it must be positive and finite"),
         ({"lr": float("nan")}, "lr is nan"),
+        ({"alpha": 0.0}, "alpha is 0.0; it must be positive and finite"),
+        ({"seed": 2**32}, r"seed is 4294967296; it must be less than 2 \*\* 32"),
+        ({"rank": "8"}, "rank is '8'; it must be of type int"),
+        ({"epochs": True}, "epochs is True; it must be of type int"),
+        ({"abm_layers": 3}, "abm_layers is 3; it must be of type str"),
+        ({"task": 5}, "task is 5; it must be of type str"),
         ({"test_images": 80_000}, "test_images is 80000; dsprites_loc has 73728"),
         ({"abm_layers": "first"}, "abm_layers is 'first'; allowed are 'all' or a number"),
         ({"abm_margin": -1.0}, "margin is -1.0"),
@@ -316,6 +373,14 @@ def test_stream_is_every_image_in_order(workers):
     assert np.array_equal(torch.cat([c[0] for c in chunks]).numpy(), expected)
 
 
+def test_batch_norm_keeps_the_statistics_that_the_adapter_was_saved_without():
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(3), torch.nn.Dropout(0.5)).eval()
+    train.train_mode(model)
+    assert [m.training for m in model] == [False, True]
+    model(torch.randn(8, 3) + 5)
+    assert not model[0].running_mean.any()
+
+
 def test_plain_attention_only_in_bf16_on_cpu():
     for device, precision, fused in (("cpu", "bf16", False), ("cpu", "fp32", True), ("cuda", "bf16", True)):
         model = build_vit()
@@ -359,6 +424,33 @@ def test_predict_equals_the_model_by_hand(from_file, pictures, inner):
         assert row["probability"] == pytest.approx(expected.max().item(), rel=1e-5)
 
 
+def test_predict_wants_the_weights_that_the_run_had(from_file, pictures, tmp_path):
+    config, result = from_file
+    other = build_vit(num_classes=3, img_size=160).requires_grad_(False)
+    other.norm.bias += 1
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match=r"was trained on .*test_vit\.pth \(sha256 .*found was .*other\.pth"):
+        predict(result["folder"], pictures, weights=str(tmp_path / "other.pth"))
+
+
+def test_predict_after_a_run_on_random_weights(tmp_path, pictures):
+    """The seed gives them again."""
+    result = run(tiny(epochs=1, seed=3), tmp_path / "out")
+    torch.manual_seed(3)
+    model = load_adapter(create_backbone("test_vit", 16, 32, "none")[0], f"{result['folder']}/adapter").eval()
+    pre = data.Preprocessing(**result["preprocessing"])
+    pixels = pre.normalise(pre.resize(np.stack([np.array(Image.open(p)) for p in pictures])))
+    rows = predict(result["folder"], pictures)
+    assert [row["probability"] for row in rows] == pytest.approx(model(pixels).softmax(-1).amax(-1).tolist(), rel=1e-5)
+
+
+def test_predict_with_a_damaged_adapter(from_file, pictures, tmp_path):
+    shutil.copytree(f"{from_file[1]['folder']}/adapter", tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"adapter cannot be loaded into test_vit"):
+        predict(tmp_path / "adapter", pictures)
+
+
 def test_predict_on_what_is_not_there(from_file, pictures, tmp_path):
     folder = from_file[1]["folder"]
     with pytest.raises(FileNotFoundError, match=r"no image .*absent\.png"):
@@ -366,6 +458,9 @@ def test_predict_on_what_is_not_there(from_file, pictures, tmp_path):
     (tmp_path / "broken.png").write_bytes(pictures[0].read_bytes()[:100])
     with pytest.raises(ValueError, match=r"broken\.png cannot be read as an image"):
         predict(folder, [tmp_path / "broken.png"])
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    with pytest.raises(ValueError, match=r"bomb\.png cannot be read as an image"):
+        predict(folder, [tmp_path / "bomb.png"])
     with pytest.raises(FileNotFoundError, match=r"no abm\.json in .*folder of a finished run"):
         predict(tmp_path, pictures)
     (tmp_path / "abm.json").write_text('{"format": 1, "qv_only": []}')

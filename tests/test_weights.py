@@ -429,6 +429,16 @@ def test_the_hub_itself_and_then_its_cache(tiny, tmp_path, monkeypatch, hub, fil
     assert create_backbone(TINY, 7)[1] == dataclasses.replace(source, origin="hub cache")
 
 
+def test_download_that_breaks_off(tiny, tmp_path, monkeypatch, hub):
+
+    file = save(tiny, tmp_path / "model.safetensors")
+    hub[f"/timm/{TINY_FULL}/resolve/main/model.safetensors"] = file.read_bytes()
+    monkeypatch.setattr(Hub, "do_GET", lambda self: (self.do_HEAD(), self.wfile.write(b"half"))[0])
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between the hub library's own attempts
+    with pytest.raises(WeightsNotFound, match="the hub gave none"):
+        create_backbone(TINY, 3)
+
+
 def test_hub_without_the_file(hub):
     with pytest.raises(WeightsNotFound, match="the hub gave none"):
         create_backbone(TINY, 3)

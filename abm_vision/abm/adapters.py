@@ -12,12 +12,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 
 from abm_vision.abm.backbone import Backbone, find_backbone
-from abm_vision.abm.checks import guard_saved_modules
+from abm_vision.abm.checks import guard_saved_modules, modes_given_back
 from abm_vision.abm.files import write_json
 from abm_vision.abm.lora import bare_model, restrict_to_blocks
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
 
-ABM_FILE = "abm.json"
+ABM_FILE, FORMAT = "abm.json", 1
 
 
 def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings: Any) -> None:
@@ -26,7 +26,7 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings
     Args:
         model: the adapted model.
         directory: made if it does not exist.
-        settings: JSON values to keep in `abm.json`, such as `report=report.to_dict()`.
+        settings: JSON values to keep in the active adapter's `abm.json`, such as `report=report.to_dict()`.
 
     Raises:
         ValueError: a module that belongs to the adapter was replaced after LoRA was added.
@@ -37,7 +37,8 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings
     }
     for name, modules in blocks.items():  # peft puts every adapter but "default" into a folder of its own
         folder = Path(directory) if name == "default" else Path(directory) / name
-        write_json(folder / ABM_FILE, {"format": 1, "qv_only": modules, **settings})
+        active = name in model.active_adapters
+        write_json(folder / ABM_FILE, {"format": FORMAT, "qv_only": modules, **(settings if active else {})})
 
 
 def _is_block(module: nn.Module, adapter_name: str) -> bool:
@@ -85,7 +86,8 @@ def load_adapter(
     if isinstance(model, PeftModel):
         config.inference_mode = not is_trainable
         model.add_adapter(adapter_name, config)
-        model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        with modes_given_back(model):
+            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
         adapted = model
     else:
         adapted = PeftModel.from_pretrained(
@@ -93,7 +95,22 @@ def load_adapter(
         )
     names = [n for n, m in bare.named_modules() if isinstance(m, LoraLayer)]
     backbone.prepare(bare, names)
-    settings = folder / ABM_FILE
-    if settings.is_file():
-        restrict_to_blocks(adapted, adapter_name, json.loads(settings.read_text())["qv_only"])
+    if (folder / ABM_FILE).is_file():
+        restrict_to_blocks(adapted, adapter_name, read_settings(folder)["qv_only"])
     return guard_saved_modules(adapted)
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The content of an adapter's `abm.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it was written in another format.
+    """
+    path = folder / ABM_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"no {ABM_FILE} in {folder}: pass the folder of a finished run, or its adapter folder")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("format") != FORMAT:
+        raise ValueError(f"{path} has format {settings.get('format')}, this version reads {FORMAT}")
+    return settings

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from abm_vision.abm.backbone import Backbone
+from abm_vision.abm.checks import modes_given_back
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.loss import boundary_figures, layer_weight, pack_signs, unpack_signs
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
@@ -156,7 +157,8 @@ def calibrate(
             not finite.
     """
     if isinstance(reference, nn.Module):
-        there = {name for name, _ in reference.named_modules()}
+        bare = reference.get_base_model() if hasattr(reference, "get_base_model") else reference
+        there = {name for name, _ in bare.named_modules()}
         absent = [name for name in chosen if name not in there]
         if absent:
             raise ValueError(f"the reference {type(reference).__name__} has no modules {', '.join(absent)}")
@@ -168,9 +170,11 @@ def calibrate(
         with _as_reference(model, reference, adapter_name) as teacher:
             recorded = _run(teacher, batch, list(chosen), forward_fn)
         _check_finite(recorded, "reference")
+        masks = {stack: token_mask_fn(batch, stack) for stack in {stack for stack, _ in chosen.values()}}
         if not layers:
-            layers = [Layer(name, *chosen[name], _margin(z, config)) for name, z in recorded.items()]
-        masks = {layer.stack: token_mask_fn(batch, layer.stack) for layer in layers}
+            layers = [
+                Layer(name, *chosen[name], _margin(z, masks[chosen[name][0]], config)) for name, z in recorded.items()
+            ]
         parts.append(Part(batch, {n: (pack_signs(z > 0), z.shape) for n, z in recorded.items()}, masks))
         if idle:
             states.append(layer_states(layers, recorded, parts[-1]))
@@ -178,10 +182,11 @@ def calibrate(
     return Calibration(layers, parts, sum(samples), _average(states, samples) if idle else None)
 
 
-def _margin(z: Tensor, config: ABMConfig) -> float:
+def _margin(z: Tensor, mask: Tensor | None, config: ABMConfig) -> float:
     """m in units of z; a relative one is scaled by the first batch's root mean square."""
-    scale = z.float().square().mean().sqrt().item() if config.margin_unit == "relative" else 1.0
-    return config.margin * scale
+    if config.margin_unit == "absolute":
+        return config.margin
+    return config.margin * (z if mask is None else z[mask]).float().square().mean().sqrt().item()
 
 
 def _does_nothing(model: PeftModel, adapter_name: str) -> bool:
@@ -193,12 +198,8 @@ def _does_nothing(model: PeftModel, adapter_name: str) -> bool:
 @contextmanager
 def _as_reference(model: PeftModel, reference: str | nn.Module, adapter_name: str) -> Iterator[nn.Module]:
     if isinstance(reference, nn.Module):
-        training = reference.training
-        reference.eval()
-        try:
-            yield reference
-        finally:
-            reference.train(training)
+        with modes_given_back(reference):
+            yield reference.eval()
     elif reference == "pretrained":
         with model.disable_adapter():
             yield model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,12 +64,16 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
         backbone: as in `add_lora`.
 
     Raises:
-        ValueError: adapted layers received no gradient; the message names them. Or a head was replaced.
+        ValueError: adapters received no gradient; the message names layer and adapter. Or a head was replaced.
     """
     backbone = backbone or find_backbone(model)
     check_saved_modules(model)
-    layers = {n: m for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer)}
-    trainable = {n: [p for p in _active_factors(m) if p.requires_grad] for n, m in layers.items()}
+    trainable = {
+        f"{name} ({adapter})": [p for p in factors if p.requires_grad]
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, LoraLayer)
+        for adapter, factors in _active_factors(layer).items()
+    }
     flat = [p for ps in trainable.values() for p in ps]
     if not flat:
         raise ValueError("no LoRA weight is trainable; load the adapter with is_trainable=True")
@@ -76,12 +81,11 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
     heads = [p for p in model.parameters() if p.requires_grad and id(p) not in fitted]
     values = [p.detach().clone() for p in heads]
     kept = [(p, p.grad) for p in model.parameters()]
-    training = [(m, m.training) for m in model.modules()]
     try:
-        model.eval()  # stochastic depth would skip blocks, batch norm would count the batch
         for parameter in model.parameters():
             parameter.grad = None
-        with torch.random.fork_rng(), torch.enable_grad():
+        with modes_given_back(model), torch.random.fork_rng(), torch.enable_grad():
+            model.eval()  # stochastic depth would skip blocks, batch norm would count the batch
             with torch.no_grad():
                 for head in heads:  # one that starts at zero passes nothing back until it has moved
                     head.add_(torch.randn_like(head), alpha=0.02)
@@ -96,24 +100,32 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
                 head.copy_(value)
         for parameter, grad in kept:
             parameter.grad = grad
-        for module, mode in training:
-            module.training = mode
     silent = [n for n, ps in trainable.items() if not any(id(p) in reached for p in ps)]
     if silent:
         raise ValueError(
-            f"{len(silent)} of {len(layers)} adapted layers received no gradient: {', '.join(silent)}. The model's "
+            f"{len(silent)} of {len(trainable)} adapters received no gradient: {', '.join(silent)}. The model's "
             "forward pass does not call them, or frozen weights behind them are zero; leave them out of targets."
         )
 
 
-def _active_factors(layer: LoraLayer) -> list[nn.Parameter]:
-    return [
-        parameter
-        for factors in (layer.lora_A, layer.lora_B)
+def _active_factors(layer: LoraLayer) -> dict[str, list[nn.Parameter]]:
+    """A and B of each active adapter."""
+    return {
+        name: [p for factors in (layer.lora_A, layer.lora_B) for p in factors[name].parameters()]
         for name in layer.active_adapters
-        if name in factors
-        for parameter in factors[name].parameters()
-    ]
+        if name in layer.lora_A
+    }
+
+
+@contextmanager
+def modes_given_back(model: nn.Module) -> Iterator[None]:
+    """Restore training or evaluation mode, module by module."""
+    training = [(m, m.training) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 def _first_tensor(output: Any) -> torch.Tensor:

@@ -15,15 +15,15 @@ class ABMConfig:
     Args:
         margin: m of Eq. (22), arXiv:2511.19145, in the unit that `margin_unit` names; >= 0.
         margin_unit: "absolute" (units of the pre-activation) or "relative" (multiples of each layer's root mean
-            square pre-activation in the reference).
+            square pre-activation in the reference, on the first batch).
         steps: optimiser steps.
-        learning_rate: of AdamW on the adapter's weights at the first step; it falls linearly to zero.
+        learning_rate: of AdamW on the adapter's weights at the first step; it falls linearly towards zero.
         samples: calibration samples; whole batches of the loader are taken until there are as many.
         batch_size: samples in a step. The loader's batches are cut to it, never joined: signs and final figures are
             computed on whole batches, which is faster.
         layers: which boundaries of each stack: "all", the last n, or a list of module names.
         layer_weights: "quadratic" (w_l^2 = ((l + 1) / L)^2 over the matched layers of a stack) or "uniform".
-        seed: fixes what the loader and the model draw during the initialisation.
+        seed: of torch, Python and NumPy during the initialisation, for what the loader draws.
     """
 
     margin: float = 0.5

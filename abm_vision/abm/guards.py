@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from abm_vision.abm.checks import check_saved_modules, is_compiled
+from abm_vision.abm.checks import check_saved_modules, is_compiled, modes_given_back
 
 # Starts of peft that move a part of the base weights into the adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
@@ -88,12 +88,12 @@ def _check_reference(model: PeftModel, reference: str | nn.Module, adapter_name:
 @contextmanager
 def given_back(model: PeftModel, adapter_name: str, factors: list[Tensor]) -> Iterator[None]:
     """Restore modes, `requires_grad`, gradients and the active adapter; after an error the factors too."""
-    training = [(m, m.training) for m in model.modules()]
     trainable = [(p, p.requires_grad) for p in model.parameters()]
     gradients = [(p, p.grad) for p in factors]
     values = [p.detach().clone() for p in factors]
     try:
-        yield
+        with modes_given_back(model):
+            yield
     except BaseException:  # an interrupt too must not leave a half-fitted adapter
         with torch.no_grad():
             for factor, value in zip(factors, values, strict=True):
@@ -102,8 +102,6 @@ def given_back(model: PeftModel, adapter_name: str, factors: list[Tensor]) -> It
     finally:
         if list(model.active_adapters) != [adapter_name]:
             model.set_adapter(adapter_name)
-        for module, mode in training:
-            module.training = mode
         for parameter, flag in trainable:
             parameter.requires_grad_(flag)
         for parameter, grad in gradients:
@@ -111,11 +109,14 @@ def given_back(model: PeftModel, adapter_name: str, factors: list[Tensor]) -> It
 
 
 @contextmanager
-def random_state_given_back() -> Iterator[None]:
-    """Restore torch's generators (all devices), Python's and NumPy's."""
+def seeded(seed: int) -> Iterator[None]:
+    """Seed torch's generators (all devices), Python's and NumPy's, and restore them afterwards."""
     python, legacy_numpy = random.getstate(), np.random.get_state()
     try:
         with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
             yield
     finally:
         random.setstate(python)

@@ -24,7 +24,7 @@ from abm_vision.abm.calibration import (
     measure,
 )
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.guards import check_ready, given_back, random_state_given_back
+from abm_vision.abm.guards import check_ready, given_back, seeded
 from abm_vision.abm.loss import boundary_loss
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
 from abm_vision.abm.report import ABMReport, BoundaryState, LayerReport
@@ -79,8 +79,7 @@ def initialize_lora_abm_weights(
     backbone = backbone or find_backbone(model)
     forward_fn = forward_fn or backbone.forward_fn
     token_mask_fn = token_mask_fn or backbone.token_mask_fn
-    with given_back(model, adapter_name, factors), random_state_given_back(), torch.enable_grad():
-        torch.manual_seed(config.seed)
+    with given_back(model, adapter_name, factors), seeded(config.seed), torch.enable_grad():
         model.eval()
         layers = choose_layers(model.get_base_model(), backbone, config)
         batches = collect_batches(dataloader, config.samples, factors[0].device)
@@ -102,7 +101,7 @@ def _optimise(
 ) -> list[float]:
     """AdamW on the adapter's factors; a few samples a step, in turn. Returns the loss of every step.
 
-    The rate falls linearly to zero: a constant one ends wherever its last batch, often a single one, has pushed.
+    The rate falls linearly towards zero: a constant one ends wherever its last batch, often a single one, has pushed.
     """
     optimiser = torch.optim.AdamW(factors, lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / config.steps, total_iters=config.steps - 1)

@@ -80,6 +80,7 @@ def add_lora(
     _check_patterns("rank_pattern", rank_pattern, names)
     _check_patterns("alpha_pattern", alpha_pattern, names)
     _check_ranks(bare, ranks)
+    _check_alphas(alphas)
     for name in blocks:  # two blocks of rank r in one adapter of rank 2r, with the scaling of rank r
         ranks[name] *= 2
         alphas[name] *= math.sqrt(2) if rslora else 2
@@ -189,6 +190,12 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
         limit = min(layer.weight.shape[:2])
         if not 1 <= rank <= limit:
             raise ValueError(f"rank {rank} for {name} {tuple(layer.weight.shape)}: allowed are 1 .. {limit}")
+
+
+def _check_alphas(alphas: Mapping[str, float]) -> None:
+    for name, alpha in alphas.items():
+        if not 0 < alpha < math.inf:
+            raise ValueError(f"alpha {alpha} for {name}: it must be positive and finite")
 
 
 def restrict_to_blocks(model: PeftModel, adapter_name: str, names: Sequence[str]) -> None:

@@ -16,6 +16,9 @@ EPILOG = "Other commands: list (the tasks and where their data is), predict (cla
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
 
@@ -26,15 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = COMMANDS.get(words[0] if words else "", _run)
     try:
         return command(words[1:] if command is not _run else words)
-    except (ValueError, OSError, _weights_not_found()) as error:
+    except (ValueError, OSError) as error:
         print(f"abm-vtab: error: {error}", file=sys.stderr)
         return 2
-
-
-def _weights_not_found() -> type[Exception]:
-    from abm_vision.weights import WeightsNotFound
-
-    return WeightsNotFound
+    except KeyboardInterrupt:
+        print("\nabm-vtab: interrupted", file=sys.stderr)
+        return 130
 
 
 def run_parser() -> argparse.ArgumentParser:
@@ -59,6 +59,8 @@ def _run(words: list[str]) -> int:
     options = vars(run_parser().parse_args(words))
     out, rerun, as_json, quiet = (options.pop(k) for k in ("out", "rerun", "json", "quiet"))
     path = options.pop("config")
+    if path and "preset" in options:
+        raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
     config = make_config(**{**(read_config(path) if path else {}), **options})
     quiet = quiet or as_json
     if not quiet:
@@ -69,7 +71,8 @@ def _run(words: list[str]) -> int:
     try:
         result = run(config, out, rerun=rerun, quiet=quiet, say=None if quiet else _say)
     except KeyboardInterrupt:
-        print("\nabm-vtab: interrupted; the same command goes on from the last whole epoch", file=sys.stderr)
+        words = "the same command (without --rerun) goes on from the last whole epoch"
+        print(f"\nabm-vtab: interrupted; {words}", file=sys.stderr)
         return 130
     print(json.dumps(result) if as_json else summary(result))
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -45,7 +46,7 @@ class RunConfig:
     targets: str = _flag("all", f"{', '.join(KINDS)}, or module names with commas between, e.g. attn.qkv,fc1")
     qkv: str = _flag("full", "full, or qv: leave k alone inside a fused qkv", choices=QKV_MODES)
     dropout: float = _flag(0.0, "LoRA dropout")
-    init: str = _flag("abm", f"start of the adapter: {', '.join(INITIALIZERS)}")
+    init: str = _flag("abm", "; ".join(f"{name}: {start.summary}" for name, start in INITIALIZERS.items()))
     abm_margin: float = _flag(0.5, "margin of the boundary loss")
     abm_margin_unit: str = _flag("absolute", "unit of the margin", choices=("absolute", "relative"))
     abm_lr: float = _flag(3e-3, "learning rate of the matching")
@@ -71,6 +72,7 @@ class RunConfig:
     eval_epochs: int = _flag(0, "test every so many epochs too, for the curves alone; 0: only after the last")
 
     def __post_init__(self) -> None:
+        self._check_types()
         task = vtab_tasks.get_task(self.task)
         get_initializer(self.init)
         for name, spec in ((f.name, f.metadata) for f in fields(self)):
@@ -82,12 +84,21 @@ class RunConfig:
         for name in ("dropout", "drop_path"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1)")
-        if not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}; it must be more than 0")
+        for name in ("lr", "alpha"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
+        if self.seed >= 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be less than 2 ** 32")
         if self.test_images > task.size("test"):
             raise ValueError(f"test_images is {self.test_images}; {self.task} has {task.size('test')}")
         self.abm()
         resolve_device(self.device)
+
+    def _check_types(self) -> None:
+        for spec in fields(self):
+            value, allowed = getattr(self, spec.name), _TYPES[str(spec.type)]
+            if not isinstance(value, allowed) or isinstance(value, bool):
+                raise ValueError(f"{spec.name} is {value!r}; it must be of type {spec.type}")
 
     def abm(self) -> ABMConfig:
         """The matching's settings."""
@@ -113,6 +124,9 @@ class RunConfig:
         """Name of the run's folder: different settings never share one."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task}-{self.init}-seed{self.seed}-{digest}"
+
+
+_TYPES = {"str": str, "int": int, "float": (int, float), "str | None": (str, type(None))}
 
 
 def _at_least(names: list[str], config: RunConfig, low: int) -> None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
+from safetensors import SafetensorError
 
-from abm_vision.abm.adapters import ABM_FILE, load_adapter
+from abm_vision.abm.adapters import load_adapter, read_settings
 from abm_vision.vtab.data import Preprocessing
 from abm_vision.vtab.results import ADAPTER
 from abm_vision.weights import create_backbone
@@ -36,13 +36,24 @@ def predict(
     """
     folder = Path(adapter)
     folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
+    if "run" not in settings:
+        raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
     run, shape = settings["run"], Preprocessing(**settings["preprocessing"])
     pixels = torch.cat([shape.resize(_read_image(path)[None]) for path in images])
-    backbone, _ = create_backbone(
+    torch.manual_seed(run["seed"])  # a run on random weights drew them from its seed
+    backbone, source = create_backbone(
         run["model"], settings["num_classes"], shape.image_size, run["weights"] if weights is None else weights
     )
-    model = load_adapter(backbone, folder).eval().to(device)
+    if source.sha256 != settings["weights"]["sha256"]:
+        raise ValueError(
+            f"{folder} was trained on {settings['weights']['location']} (sha256 {settings['weights']['sha256']}), "
+            f"found was {source}: pass the same weights"
+        )
+    try:
+        model = load_adapter(backbone, folder).eval().to(device)
+    except (RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{folder} cannot be loaded into {run['model']}: {error}") from error
     with torch.no_grad():
         probabilities = model(shape.normalise(pixels.to(device))).softmax(-1).cpu()
     return [
@@ -51,21 +62,11 @@ def predict(
     ]
 
 
-def _read_settings(folder: Path) -> dict[str, Any]:
-    path = folder / ABM_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"no {ABM_FILE} in {folder}: pass the folder of a finished run, or its adapter folder")
-    settings = json.loads(path.read_text(encoding="utf-8"))
-    if "run" not in settings:
-        raise ValueError(f"{path} was not written by a run, so model and image size are not known: use load_adapter")
-    return settings
-
-
 def _read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return np.array(image.convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no image {path}") from None
-    except (UnidentifiedImageError, OSError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,30 @@ def open_folder(out: str | Path, config: RunConfig) -> Path:
     folder = Path(out) / config.run_name()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / CONFIG, {"schema": SCHEMA, "config": asdict(config)})
+        if not (folder / CONFIG).is_file():
+            write_json(folder / CONFIG, {"schema": SCHEMA, "config": asdict(config)})
     except OSError as error:
         raise OSError(f"cannot write results under {out} ({error.strerror}); choose another --out") from error
     return folder
+
+
+def clear(folder: Path) -> None:
+    """Remove whatever a run has left in its folder but the configuration."""
+    for name in (RESULT, CHECKPOINT, CURVES):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+
+
+def settle_precision(folder: Path, measure: Callable[[], str]) -> str:
+    """The precision of this run: what was settled before, else what `measure` says now, kept in the folder.
+
+    A measurement can turn out differently under load, and a run that is taken up again must go on as it began.
+    """
+    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    if "precision" not in content:
+        content["precision"] = measure()
+        write_json(folder / CONFIG, content)
+    return content["precision"]
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -67,6 +89,7 @@ def save_checkpoint(
     """What a killed run needs to go on: trained weights, optimiser, progress, and notes (plain JSON values)."""
     trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
     state = {
+        "schema": SCHEMA,
         "trained": trained,
         "optimiser": optimiser.state_dict(),
         "progress": asdict(progress),
@@ -76,11 +99,22 @@ def save_checkpoint(
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
-    """The last whole checkpoint, or None."""
+    """The last whole checkpoint, or None.
+
+    Raises:
+        ValueError: it is damaged, or of another schema.
+    """
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
-    state = torch.load(path, map_location=device, weights_only=True)
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        schema = state["schema"]
+    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+        reason = str(error).partition(". ")[0]  # torch follows it with advice on unsafe loading
+        raise ValueError(f"{path} cannot be read ({reason}); --rerun starts afresh") from None
+    if schema != SCHEMA:
+        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}; --rerun starts afresh")
     return {**state, "progress": Progress(**state["progress"]), "notes": json.loads(state["notes"])}
 
 
@@ -96,10 +130,13 @@ def restore(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str,
 def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
     """The adapter in peft's format with `abm.json` and a model card, as a folder that appears whole."""
     beside = folder / f".{ADAPTER}.{os.getpid()}.part"
-    save_adapter(model, beside, **settings)
-    (beside / "README.md").write_text(card, encoding="utf-8")
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-    os.replace(beside, folder / ADAPTER)
+    try:
+        save_adapter(model, beside, **settings)
+        (beside / "README.md").write_text(card, encoding="utf-8")
+        shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+        os.replace(beside, folder / ADAPTER)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
@@ -111,6 +148,7 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def model_card(result: dict[str, Any]) -> str:
     """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
     config, test, weights = result["config"], result["test"], result["weights"]
+    arguments = f'"{config["model"]}", {result["num_classes"]}, {config["image_size"]}, "{config["weights"]}"'
     train_data, test_data = (
         f"{result['data'][k]['images']} images ({result['data'][k]['description']})" for k in ("train", "test")
     )
@@ -130,7 +168,7 @@ Base weights: {weights["origin"]}, sha256 {weights["sha256"]}.
 ```python
 from abm_vision import create_backbone, load_adapter
 
-model, _ = create_backbone("{config["model"]}", num_classes={result["num_classes"]}, img_size={config["image_size"]})
+model, _ = create_backbone({arguments})  # name, classes, pixels, weights
 model = load_adapter(model, "path/to/this/folder").eval()
 ```
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +12,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 import vtab_tasks
 from abm_vision import plots
@@ -63,8 +67,7 @@ def run(
     say = say or (lambda line: None)
     folder = results.open_folder(out, config)
     if rerun:
-        (folder / results.RESULT).unlink(missing_ok=True)
-        (folder / results.CHECKPOINT).unlink(missing_ok=True)
+        results.clear(folder)
     finished = results.read_result(folder)
     if finished is not None:
         say(f"finished before; --rerun repeats it ({folder})")
@@ -77,6 +80,10 @@ def run(
 
 def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, Any]:
     device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    precision = results.settle_precision(folder, lambda: _precision(config, device))
+    say(f"device    {device}, {precision}")
     seconds: dict[str, float] = {}
     stage = _stopwatch(seconds)
 
@@ -100,14 +107,15 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
         model = _adapted(backbone, config, images, device)
 
     state = results.load_checkpoint(folder, device)
-    precision = _precision(config, device, state)
+    origin = {"train_data": data_record(train_data), "test_data": data_record(test_data), "weights": asdict(weights)}
     choose_attention(model, device, precision)
     if state is None:
         with stage("init"):
             report = _initialise(model, images, config, device, precision, quiet)
-        progress, notes = Progress(), {"precision": precision, "abm": report, "seconds": dict(seconds)}
+        progress, notes = Progress(), {"origin": origin, "abm": report, "seconds": dict(seconds)}
     else:
         progress, notes = state["progress"], state["notes"]
+        _check_origin(notes["origin"], origin, folder)
         seconds.update(init=notes["seconds"]["init"])
         say(f"resumed   after epoch {progress.epoch} of {config.epochs}")
     if notes["abm"]:
@@ -195,9 +203,16 @@ def _initialise(
     return report.to_dict() if report else None
 
 
-def _precision(config: RunConfig, device: torch.device, state: dict[str, Any] | None) -> str:
-    if state is not None:  # a resumed run goes on as it began
-        return state["notes"]["precision"]
+def _check_origin(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """A run must not go on with other data or weights than it began with: `auto` may find others meanwhile."""
+    for name, value in now.items():
+        if before[name] != value:
+            raise ValueError(
+                f"the run in {folder} began with {name} {before[name]}, now it is {value}; --rerun starts afresh"
+            )
+
+
+def _precision(config: RunConfig, device: torch.device) -> str:
     if config.precision == "auto":
         return "bf16" if faster_with_bf16(device) else "fp32"
     return config.precision
@@ -207,10 +222,12 @@ def _steps(images: Images, config: RunConfig) -> int:
     return -(-len(images) // config.batch_size)
 
 
-def _peak_memory(device: torch.device) -> float:
-    """MiB: on CUDA what torch has allocated on the device, elsewhere the process's resident peak."""
+def _peak_memory(device: torch.device) -> float | None:
+    """MiB: on CUDA what torch has allocated on the device for this run, elsewhere the process's resident peak."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return None
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
@@ -221,6 +238,7 @@ def _predict_settings(result: dict[str, Any]) -> dict[str, Any]:
     return {
         "run": {k: result["config"][k] for k in keep},
         "num_classes": result["num_classes"],
+        "weights": result["weights"],
         "preprocessing": result["preprocessing"],
         "test": result["test"],
         "data_source": result["data"]["train"]["source"],

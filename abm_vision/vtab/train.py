@@ -69,6 +69,14 @@ def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
     return config.lr * (0.01 + 0.99 * (1 + math.cos(math.pi * done)) / 2)
 
 
+def train_mode(model: nn.Module) -> None:
+    """Training mode, but for batch norm: an adapter's file has no place for statistics that moved."""
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
 def make_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
     """AdamW on what trains: adapter and head."""
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -94,7 +102,7 @@ def train(
     steps = math.ceil(len(images) / config.batch_size)
     while progress.epoch < config.epochs:
         start, epoch = time.perf_counter(), progress.epoch
-        model.train()
+        train_mode(model)
         torch.manual_seed(config.seed * 100_003 + epoch)  # dropout and stochastic depth, the same after a resume
         batches = images.batches(config.batch_size, config.seed, epoch)
         bar = tqdm(batches, f"epoch {epoch + 1:3d}/{config.epochs}", steps, disable=True if quiet else None)
