@@ -99,7 +99,7 @@ def reference_procedure(model: PeftModel, teacher: nn.Module, images: Images, se
 
 def ours(model: PeftModel, images: Images, seed: int) -> None:
     with autocast(images.pixels.device, args.precision):
-        initialize_lora_abm_weights(model, images.batches(50, seed, 0), OURS, show_progress_bar=False)
+        initialize_lora_abm_weights(model, images.batches(20, seed, 0), OURS, show_progress_bar=False)
 
 
 def works(seed: int, variant: str) -> tuple[Callable[[], None], PeftModel, Images]:

@@ -9,10 +9,14 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 import pytest
 import timm
 import torch
+from hypothesis import settings
 
 from abm_vision.abm.merged_linear import BlockLinear
 
 SIDE = 32  # pixels
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 
 def build_vit(name="test_vit", num_classes=5, **options):

@@ -79,7 +79,7 @@ def test_a_equals_stock_pefts_from_the_same_seed(vit):
         assert torch.equal(ours, theirs), name
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(rank=st.integers(1, 64), alpha=st.floats(0.5, 64), rslora=st.booleans())
 def test_rank_and_scaling(rank, alpha, rslora):
     model = add_lora(build_vit(depth=1), rank, alpha, rslora=rslora)

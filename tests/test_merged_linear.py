@@ -69,7 +69,7 @@ def calls(monkeypatch):
     return count
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     shape=st.lists(st.integers(1, 5), min_size=0, max_size=3),
     features=st.tuples(st.integers(1, 9), st.integers(1, 9)),

@@ -145,7 +145,8 @@ def _predict(words: list[str]) -> int:
         print(json.dumps(rows))
     else:
         for row in rows:
-            print(f"{row['image']}: class {row['label']} of {row['task']}, probability {row['probability']:.3f}")
+            data = f"{row['task']} [{row['trained_on']}]"
+            print(f"{row['image']}: class {row['label']} of {data}, probability {row['probability']:.3f}")
     return 0
 
 

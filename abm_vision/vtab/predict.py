@@ -29,7 +29,8 @@ def predict(
         device: where to compute.
 
     Returns:
-        One dictionary an image: image (as given), label, probability, and the run's task.
+        One dictionary an image: image (as given), label, probability, the run's task, and the source of its training
+        images.
 
     Raises:
         FileNotFoundError, ValueError: an image or the adapter is missing or broken, or was not saved by a run.
@@ -57,7 +58,13 @@ def predict(
     with torch.no_grad():
         probabilities = model(shape.normalise(pixels.to(device))).softmax(-1).cpu()
     return [
-        {"image": str(path), "task": run["task"], "label": int(p.argmax()), "probability": float(p.max())}
+        {
+            "image": str(path),
+            "task": run["task"],
+            "trained_on": settings["data_source"],
+            "label": int(p.argmax()),
+            "probability": float(p.max()),
+        }
         for path, p in zip(images, probabilities, strict=True)
     ]
 
