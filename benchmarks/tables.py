@@ -65,6 +65,17 @@ def abm_init() -> str:
     return f"{table(head, rows)}\n\n{len(content['rounds'])} seeds, {content['precision']}; {device}."
 
 
+def attention() -> str:
+    content = read("attention")
+    head = ["", *dict.fromkeys(f"{r['image_size']} px, batch {r['batch']}" for r in content["rows"])]
+    rows = [
+        [dtype, *(f"{r['fused_over_plain']:.2f}" for r in content["rows"] if r["dtype"] == f"torch.{dtype}")]
+        for dtype in ("bfloat16", "float32")
+    ]
+    device = content["environment"]["device"]
+    return f"{table(head, rows)}\n\nMedian of {content['rounds']} rounds, ViT-S/14; {device}."
+
+
 def families() -> str:
     content = read("families")
     total = [sum(r[k] for r in content["rows"]) for k in ("supported", "models")]
@@ -82,7 +93,7 @@ def families() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (training_step, abm_init, families)}
+TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (training_step, abm_init, attention, families)}
 
 
 def fill(text: str) -> str:

@@ -107,7 +107,9 @@ def test_predict(capsys, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
     words = ["predict", "--adapter", result["folder"], str(tmp_path / "black.png"), "--device", "cpu"]
     assert main(words) == 0
-    assert re.fullmatch(r".*black\.png: class \d+ of dsprites_loc \[rendered\], probability 0\.\d{3}\n", capsys.readouterr().out)
+    assert re.fullmatch(
+        r".*black\.png: class \d+ of dsprites_loc \[rendered\], probability 0\.\d{3}\n", capsys.readouterr().out
+    )
     assert main([*words, "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)[0]) == {"image", "task", "trained_on", "label", "probability"}
     assert main(["predict", "--adapter", result["folder"], str(tmp_path / "no.png")]) == 2
