@@ -142,6 +142,7 @@ def refused(words, capsys):
         (["--qkv", "k"], "invalid choice: 'k'"),
         (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
         (["--targets", "attn.qkv,fc3"], "target 'fc3' matches no projection inside a block"),
+        (["--abm-layers", "first"], r"layers names first; the boundaries of this model are blocks\.0\.mlp\.act"),
         (["--weights", "absent.safetensors"], r"no file absent\.safetensors"),
         (["--image-size", "33"], r"does not run at 33 px .* divisible by patch size \(16\)"),
         (["--source", "folder"], 'source="folder" needs data_dir'),

@@ -262,7 +262,7 @@ def test_paper_preset_is_the_published_recipe():
         ({"abm_layers": 3}, "abm_layers is 3; it must be of type str"),
         ({"task": 5}, "task is 5; it must be of type str"),
         ({"test_images": 80_000}, "test_images is 80000; dsprites_loc has 73728"),
-        ({"abm_layers": "first"}, "abm_layers is 'first'; allowed are 'all' or a number"),
+        ({"abm_layers": "0"}, "layers is 0; it must be 1 or more, 'all', or a list"),
         ({"abm_margin": -1.0}, "margin is -1.0"),
         ({"abm_steps": 0}, "steps is 0"),
         ({"qkv": "k"}, "qkv is 'k'; allowed are 'full', 'qv'"),
@@ -328,6 +328,14 @@ def test_device_auto_is_the_best_there_is():
 def test_every_start_of_the_table_has_its_name():
     for name, start in initializers.INITIALIZERS.items():
         assert start.name == name and start.source.startswith("arXiv:")
+
+
+@pytest.mark.parametrize(
+    "text, layers",
+    [("all", "all"), ("4", 4), ("blocks.1.mlp.act,blocks.3.mlp.act", ["blocks.1.mlp.act", "blocks.3.mlp.act"])],
+)
+def test_layers_as_words(text, layers):
+    assert make_config(abm_layers=text).abm().layers == layers
 
 
 def test_learning_rate_against_the_formula():

@@ -53,7 +53,7 @@ class RunConfig:
     abm_steps: int = _flag(50, "optimiser steps of the matching")
     abm_samples: int = _flag(128, "calibration images, the first of the shuffled training set")
     abm_batch_size: int = _flag(16, "images in a step of the matching")
-    abm_layers: str = _flag("all", "all, or the number of last layers to match")
+    abm_layers: str = _flag("all", "all, the number of last layers to match, or activation modules with commas between")
     abm_layer_weights: str = _flag("quadratic", "weight of a layer by its depth", choices=("quadratic", "uniform"))
     epochs: int = _flag(12, "training epochs over the 1,000 images")
     batch_size: int = _flag(64, "images in a training step")
@@ -102,8 +102,7 @@ class RunConfig:
 
     def abm(self) -> ABMConfig:
         """The matching's settings."""
-        if self.abm_layers != "all" and not self.abm_layers.isdigit():
-            raise ValueError(f"abm_layers is {self.abm_layers!r}; allowed are 'all' or a number of last layers")
+        layers = self.abm_layers
         return ABMConfig(
             margin=self.abm_margin,
             margin_unit=self.abm_margin_unit,
@@ -111,7 +110,7 @@ class RunConfig:
             learning_rate=self.abm_lr,
             samples=self.abm_samples,
             batch_size=self.abm_batch_size,
-            layers="all" if self.abm_layers == "all" else int(self.abm_layers),
+            layers=layers if layers == "all" else int(layers) if layers.isdigit() else layers.split(","),
             layer_weights=self.abm_layer_weights,
             seed=self.seed,
         )
