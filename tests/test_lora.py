@@ -228,6 +228,9 @@ def test_check_adapters_sees_one_of_two_active_adapters_fail():
     model = add_lora(add_lora(build_vit(num_classes=0)), adapter_name="second", targets="mlp")
     model.base_model.set_adapter(["default", "second"])
     check_adapters(model, images())
+    model.set_requires_grad("default", False)  # frozen, as a reference is
+    check_adapters(model, images())
+    model.set_requires_grad("default", True)
     layer = model.get_base_model().blocks[3].mlp.fc1
     layer.lora_B["second"].register_forward_hook(lambda m, a, out: out.detach())
     with pytest.raises(ValueError, match=r"1 of 36 adapters received no gradient: blocks\.3\.mlp\.fc1 \(second\)"):

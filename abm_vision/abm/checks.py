@@ -74,6 +74,7 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
         if isinstance(layer, LoraLayer)
         for adapter, factors in _active_factors(layer).items()
     }
+    trainable = {name: factors for name, factors in trainable.items() if factors}  # a frozen adapter gets none
     flat = [p for ps in trainable.values() for p in ps]
     if not flat:
         raise ValueError("no LoRA weight is trainable; load the adapter with is_trainable=True")
