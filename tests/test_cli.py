@@ -18,10 +18,12 @@ FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', 
 COMMAND = [sys.executable, "-m", "abm_vision.vtab"]
 
 
-def start(*words, **options):
-    return subprocess.Popen(
-        [*COMMAND, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options
-    )
+def start(*words):
+    def heed_interrupts():  # a shell's background jobs, and what they start, ignore SIGINT
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*COMMAND, *map(str, words)], text=True, preexec_fn=heed_interrupts, **pipes)
 
 
 # A run
@@ -48,7 +50,7 @@ def test_the_real_command(tmp_path):
 
 @pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_killed_and_interrupted_runs_go_on(tmp_path, how, code):
-    words = [*FLAGS, "--epochs", 12, "--batch-size", 100]
+    words = [*FLAGS, "--epochs", 30, "--batch-size", 100]
     process = start(*words, "--out", tmp_path)
     for line in process.stdout:
         if line.startswith("epoch   2"):
@@ -62,8 +64,8 @@ def test_killed_and_interrupted_runs_go_on(tmp_path, how, code):
     process = start(*words, "--out", tmp_path)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    assert re.search(r"resumed   after epoch \d+ of 12", out)
-    unbroken = run(tiny(epochs=12, batch_size=100), tmp_path / "unbroken")
+    assert re.search(r"resumed   after epoch \d+ of 30", out)
+    unbroken = run(tiny(epochs=30, batch_size=100), tmp_path / "unbroken")
     resumed = json.loads((folder / "result.json").read_text())
     assert resumed["loss_per_step"] == unbroken["loss_per_step"] and resumed["test"] == unbroken["test"]
 
