@@ -81,6 +81,7 @@ def load_adapter(
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, LoraConfig):
         raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be loaded")
+    blocks = read_settings(folder)["qv_only"] if (folder / ABM_FILE).is_file() else []
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
     if isinstance(model, PeftModel):
@@ -95,8 +96,7 @@ def load_adapter(
         )
     names = [n for n, m in bare.named_modules() if isinstance(m, LoraLayer)]
     backbone.prepare(bare, names)
-    if (folder / ABM_FILE).is_file():
-        restrict_to_blocks(adapted, adapter_name, read_settings(folder)["qv_only"])
+    restrict_to_blocks(adapted, adapter_name, blocks)
     return guard_saved_modules(adapted)
 
 

@@ -58,7 +58,7 @@ class _MergedLoRA(torch.autograd.Function):
             inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if needs_bias:
                 dbias = rows.sum(0)
-            # Every product has the r rows on its left, (r, tokens): on CPU up to three times faster than on its right.
+            # Every product has the r rows on its left, (r, tokens): on CPU that is the faster side.
             if needs_a:
                 da = ctx.scaling * ((lora_b.to(x.dtype).T @ rows.T) @ inputs).to(lora_a.dtype)  # (r, in)
             if needs_b:
