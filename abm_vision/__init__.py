@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from abm_vision.abm.adapters import load_adapter, save_adapter
+from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.backbone import Backbone, find_backbone, register_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.initialize import initialize_lora_abm_weights
 from abm_vision.abm.lora import add_lora
 from abm_vision.abm.report import ABMReport
+from abm_vision.abm.tangent import InformationLoss, information_loss
+from abm_vision.initializers import INITIALIZERS, Initializer, initialize_lora
 from abm_vision.vit import VIT
 
 if TYPE_CHECKING:
@@ -21,16 +24,24 @@ register_backbone(VIT)
 _NEEDS_TIMM = ("WeightSource", "create_backbone")
 
 __all__ = [
+    "INITIALIZERS",
     "VIT",
     "ABMConfig",
     "ABMReport",
+    "AlignConfig",
+    "AlignReport",
     "Backbone",
+    "InformationLoss",
+    "Initializer",
     "WeightSource",
     "add_lora",
     "check_adapters",
     "create_backbone",
     "find_backbone",
+    "information_loss",
+    "initialize_lora",
     "initialize_lora_abm_weights",
+    "initialize_lora_aligned_weights",
     "load_adapter",
     "register_backbone",
     "save_adapter",

@@ -1,19 +1,68 @@
-"""Every start of a LoRA adapter that the harness knows: one table."""
+"""Every start of a LoRA adapter, peft's and ours: one table, and one verb that applies a row of it."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peft import PeftModel
+import torch
+from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from peft.tuners.tuners_utils import cast_adapter_dtype
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
+from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
+from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.calibration import batch_size, collect_batches
+from abm_vision.abm.checks import modes_given_back
 from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.conversion import changes_base, remember_start
+from abm_vision.abm.gradient import LossFn, adapted_layers
+from abm_vision.abm.guards import seeded
 from abm_vision.abm.initialize import initialize_lora_abm_weights
+from abm_vision.abm.merged_linear import BlockLinear
+from abm_vision.abm.record import ForwardFn
 from abm_vision.abm.report import ABMReport
 
-Apply = Callable[[PeftModel, Iterable[Any], ABMConfig, bool], ABMReport | None]
+NEEDS = ("nothing", "batches", "labelled batches", "batches and a reference")
+RANDOM_B_STD = 0.01
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What a start may use. `batches` is empty for one that needs none.
+
+    Args:
+        model: fresh from `add_lora`.
+        adapter_name: the adapter to start.
+        batches: calibration batches on the model's device.
+        backbone: the record of the model's family.
+        forward_fn: (model, batch) runs the model.
+        loss_fn: (model, batch) to the scalar mean loss.
+        reference: the name of another adapter, or another model, for a start that needs one.
+        abm, align: settings of the boundary matching and of the alignment.
+        progress: show a bar.
+    """
+
+    model: PeftModel
+    adapter_name: str
+    batches: list[Any]
+    backbone: Backbone
+    forward_fn: ForwardFn
+    loss_fn: LossFn
+    reference: str | nn.Module | None
+    abm: ABMConfig
+    align: AlignConfig
+    progress: bool
+
+
+Report = ABMReport | AlignReport | None
 
 
 @dataclass(frozen=True)
@@ -21,33 +70,94 @@ class Initializer:
     """One start.
 
     Args:
-        name: what `--init` takes.
+        name: what `init` and `--init` take.
         summary: one line for people.
         source: the paper.
-        apply: (model fresh from `add_lora`, batches, settings, show progress) changes the adapter in place.
+        needs: one of `NEEDS`.
+        apply: changes the adapter (and the base weights, where `changes_base`) in place.
+        changes_base: takes the start out of the base weights; `save_adapter` writes a plain adapter of twice the
+            rank for the untouched base. For all others the file is the adapter itself.
+        blocks: works on an adapter for q and v alone inside a fused qkv.
+        in_factors: A and B hold the whole start. Otherwise ranks, frozen factors or base weights belong to it, and
+            whoever restores a checkpoint must apply the start first.
     """
 
     name: str
     summary: str
     source: str
-    apply: Apply
+    needs: str
+    apply: Callable[[Ingredients], Report]
+    changes_base: bool = False
+    blocks: bool = False
+    in_factors: bool = True
 
 
-def _keep(model: PeftModel, batches: Iterable[Any], config: ABMConfig, progress: bool) -> None:
-    """`add_lora` has drawn A as peft does, and B is zero."""
+def initialize_lora(
+    model: PeftModel,
+    init: str,
+    dataloader: Iterable[Any] | None = None,
+    *,
+    config: ABMConfig | None = None,
+    align: AlignConfig | None = None,
+    reference: str | nn.Module | None = None,
+    loss_fn: LossFn | None = None,
+    forward_fn: ForwardFn | None = None,
+    adapter_name: str = "default",
+    backbone: Backbone | None = None,
+    show_progress_bar: bool = True,
+) -> Report:
+    """Start a fresh adapter with any initialisation of the table, in place, before the optimiser is made.
 
+    Peft's own starts run through peft's own code. Those that change the base weights (PiSSA, OLoRA, CorDA, LoRA-GA)
+    leave the model's output where it was, but switching the adapter off no longer gives the pretrained model;
+    `save_adapter` writes what loads on the untouched base.
 
-def _match_boundaries(model: PeftModel, batches: Iterable[Any], config: ABMConfig, progress: bool) -> ABMReport:
-    return initialize_lora_abm_weights(model, batches, config, show_progress_bar=progress)
+    Args:
+        model: fresh from `add_lora`, on its device.
+        init: a name of `INITIALIZERS`.
+        dataloader: yields calibration batches, for a start that needs them; `config.samples` samples are taken.
+        config: settings of boundary matching, number of samples and seed; `ABMConfig()` if None.
+        align: settings of the aligned start, `AlignConfig()` if None.
+        reference: for "abm_tuned": the name of another adapter of this model, or another model.
+        loss_fn: (model, batch) to the scalar mean loss, for a start that needs labels; the backbone's if None.
+        forward_fn: (model, batch) runs the model; the backbone's if None.
+        adapter_name: the adapter to start; it must be the active one.
+        backbone: the record of the model's family; found from the model if None.
+        show_progress_bar: a tqdm bar, for a start that takes steps.
 
+    Returns:
+        The report of a start of ours that matches boundaries, else None.
 
-INITIALIZERS: Mapping[str, Initializer] = {
-    start.name: start
-    for start in (
-        Initializer("kaiming", "peft's default: A Kaiming-uniform, B zero", "arXiv:2106.09685", _keep),
-        Initializer("abm", "boundaries matched to the pretrained model's", "arXiv:2511.19145", _match_boundaries),
+    Raises:
+        ValueError: an unknown name (the message has the nearest ones), no dataloader, labels or reference for a start
+            that needs them, a kind of layer or adapter that the start cannot serve, or an adapter that is not fresh.
+    """
+    start = get_initializer(init)
+    config = config or ABMConfig()
+    backbone = backbone or find_backbone(model)
+    _check_fresh(model, start, adapter_name)
+    if start.needs == "nothing":
+        batches = []
+    elif dataloader is None:
+        raise ValueError(f"{init} needs {start.needs}: pass a dataloader")
+    else:
+        batches = collect_batches(dataloader, config.samples, next(model.parameters()).device)
+    if "reference" in start.needs and reference is None:
+        raise ValueError(f"{init} needs a reference: the name of an adapter tuned on the task, or a tuned model")
+    given = Ingredients(
+        model=model,
+        adapter_name=adapter_name,
+        batches=batches,
+        backbone=backbone,
+        forward_fn=forward_fn or backbone.forward_fn,
+        loss_fn=loss_fn or backbone.loss_fn,
+        reference=reference,
+        abm=config,
+        align=align or AlignConfig(),
+        progress=show_progress_bar,
     )
-}
+    with seeded(config.seed), modes_given_back(model):
+        return start.apply(given)
 
 
 def get_initializer(name: str) -> Initializer:
@@ -61,3 +171,244 @@ def get_initializer(name: str) -> Initializer:
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"init is {name!r}; allowed are {', '.join(INITIALIZERS)}{hint}")
     return INITIALIZERS[name]
+
+
+def _check_fresh(model: PeftModel, start: Initializer, adapter_name: str) -> None:
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{type(model).__name__} is no PeftModel: call add_lora first")
+    if list(model.active_adapters) != [adapter_name]:
+        raise ValueError(
+            f"the active adapters are {model.active_adapters}, but exactly {adapter_name!r} is to be started: "
+            f"call model.set_adapter({adapter_name!r}) first"
+        )
+    if changes_base(model.peft_config[adapter_name]):
+        raise ValueError("the adapter was started before, and the base weights with it: begin with the bare model")
+    if start.blocks:
+        return
+    for name, layer in adapted_layers(model, adapter_name).items():
+        if isinstance(layer.lora_B[adapter_name], BlockLinear):
+            raise ValueError(f"{start.name} cannot leave k alone inside the fused {name}: use qkv='full'")
+        if not isinstance(layer.get_base_layer(), nn.Linear):
+            kind = type(layer.get_base_layer()).__name__
+            raise ValueError(f"{start.name} starts nn.Linear layers alone, {name} is a {kind}: leave it out of targets")
+
+
+# ---------------------------------------------------------------------------------------------- peft's own starts
+
+
+def _keep(given: Ingredients) -> None:
+    """`add_lora` has drawn A as peft does, and B is zero."""
+
+
+def _peft(value: str) -> Callable[[Ingredients], None]:
+    """A start that peft makes from the weights alone."""
+    return lambda given: _restart(given, value)
+
+
+def _restart(given: Ingredients, value: str, **fields: Any) -> None:
+    """What `get_peft_model` does to every layer under `init_lora_weights=value`."""
+    config = given.model.peft_config[given.adapter_name]
+    for name, content in {"init_lora_weights": value, **fields}.items():
+        setattr(config, name, content)
+    layers = adapted_layers(given.model, given.adapter_name).values()
+    for layer in layers:
+        rank, alpha = layer.r[given.adapter_name], layer.lora_alpha[given.adapter_name]
+        layer.update_layer(given.adapter_name, r=rank, lora_alpha=alpha, config=config)
+    cast_adapter_dtype(given.model, given.adapter_name)
+    if changes_base(config):
+        for layer in layers:
+            remember_start(layer, given.adapter_name)
+
+
+def _eva(given: Ingredients) -> None:
+    _restart(given, "eva", eva_config=EvaConfig())
+    initialize_lora_eva_weights(
+        given.model,
+        given.batches,
+        forward_fn=given.forward_fn,
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        adapter_name=given.adapter_name,
+        show_progress_bar=given.progress,
+    )
+
+
+def _corda(given: Ingredients) -> None:
+    def run_model() -> None:
+        for batch in given.batches:
+            for sample in _one_by_one(batch):  # its covariance hook takes one sample at a time
+                given.forward_fn(given.model, sample)
+
+    config = _on_base_layers(given, "corda", corda_config=CordaConfig(corda_method="ipm"))
+    with given.model.disable_adapter():
+        preprocess_corda(given.model.get_base_model(), config, run_model=run_model)
+    _restart(given, "corda", corda_config=config.corda_config)
+
+
+def _lora_ga(given: Ingredients) -> None:
+    def train_step() -> None:
+        given.model.eval()  # peft switches to training mode, where dropout would make the gradient a sample
+        for batch in given.batches:
+            given.loss_fn(given.model, batch).backward()
+
+    config = _on_base_layers(given, "lora_ga", lora_ga_config=LoraGAConfig())
+    with given.model.disable_adapter(), warnings.catch_warnings():
+        # The first layer's input needs no gradient; peft only counts with the hook that torch warns of.
+        warnings.filterwarnings("ignore", message="Full backward hook is firing")
+        preprocess_loraga(given.model.get_base_model(), config, train_step)
+    _restart(given, "lora_ga", lora_ga_config=config.lora_ga_config)
+
+
+def _on_base_layers(given: Ingredients, value: str, **fields: Any) -> LoraConfig:
+    """A configuration whose targets are the layers inside peft's wrappers, with their ranks."""
+    layers = adapted_layers(given.model, given.adapter_name)
+    names = {f"{name}.base_layer": layer.r[given.adapter_name] for name, layer in layers.items()}
+    return LoraConfig(target_modules=list(names), rank_pattern=names, init_lora_weights=value, **fields)
+
+
+def _one_by_one(batch: Any) -> Iterable[Any]:
+    count = batch_size(batch)
+    for k in range(count):
+        yield tree_map(lambda v, k=k: v[k : k + 1] if isinstance(v, Tensor) and len(v) == count else v, batch)
+
+
+# ----------------------------------------------------------------------------------------------------------- ours
+
+
+@torch.no_grad()
+def _random_b(given: Ingredients) -> None:
+    for layer in adapted_layers(given.model, given.adapter_name).values():
+        b = layer.lora_B[given.adapter_name]
+        b.weight.normal_(std=RANDOM_B_STD)
+        if isinstance(b, BlockLinear):
+            b.weight.mul_(b.mask)
+
+
+def _match_boundaries(given: Ingredients) -> ABMReport:
+    return initialize_lora_abm_weights(
+        given.model,
+        given.batches,
+        given.abm,
+        reference=given.reference or "pretrained",
+        adapter_name=given.adapter_name,
+        forward_fn=given.forward_fn,
+        backbone=given.backbone,
+        show_progress_bar=given.progress,
+    )
+
+
+def _align(given: Ingredients) -> AlignReport:
+    return initialize_lora_aligned_weights(
+        given.model,
+        given.batches,
+        given.align,
+        loss_fn=given.loss_fn,
+        adapter_name=given.adapter_name,
+        forward_fn=given.forward_fn,
+        backbone=given.backbone,
+    )
+
+
+_BATCHES, _LABELS, _REFERENCE = NEEDS[1:]
+_TABLE: Sequence[Initializer] = (
+    Initializer(
+        "kaiming", "peft's default: A Kaiming-uniform, B zero", "arXiv:2106.09685", "nothing", _keep, blocks=True
+    ),
+    Initializer("gaussian", "A normal with std 1 / r, B zero", "arXiv:2106.09685", "nothing", _peft("gaussian")),
+    Initializer(
+        "orthogonal",
+        "A and B non-zero with B A = 0; even rank",
+        "datta0.github.io/posts/rethink-lora-init",
+        "nothing",
+        _peft("orthogonal"),
+    ),
+    Initializer(
+        "pissa",
+        "the weight's leading singular pairs, taken out of it",
+        "arXiv:2404.02948",
+        "nothing",
+        _peft("pissa"),
+        changes_base=True,
+        in_factors=False,
+    ),
+    Initializer(
+        "pissa_niter_16",
+        "the same with a fast decomposition",
+        "arXiv:2404.02948",
+        "nothing",
+        _peft("pissa_niter_16"),
+        changes_base=True,
+        in_factors=False,
+    ),
+    Initializer(
+        "olora",
+        "the first r columns of the weight's QR decomposition, taken out of it",
+        "arXiv:2406.01775",
+        "nothing",
+        _peft("olora"),
+        changes_base=True,
+        in_factors=False,
+    ),
+    Initializer(
+        "mica",
+        "B: the weight's last left singular vectors, frozen; A zero",
+        "arXiv:2604.01694",
+        "nothing",
+        _peft("mica"),
+        in_factors=False,
+    ),
+    Initializer(
+        "eva",
+        "A: leading directions of the layer's inputs, ranks shared out by variance",
+        "arXiv:2410.07170",
+        _BATCHES,
+        _eva,
+        in_factors=False,
+    ),
+    Initializer(
+        "corda",
+        "leading pairs of weight times input covariance, taken out of the weight",
+        "arXiv:2406.05223",
+        _BATCHES,
+        _corda,
+        changes_base=True,
+        in_factors=False,
+    ),
+    Initializer(
+        "lora_ga",
+        "the gradient's singular vectors, taken out of the weight",
+        "arXiv:2407.05000",
+        _LABELS,
+        _lora_ga,
+        changes_base=True,
+        in_factors=False,
+    ),
+    Initializer(
+        "random_b", f"A as peft's, B normal with std {RANDOM_B_STD}", "a control", "nothing", _random_b, blocks=True
+    ),
+    Initializer(
+        "abm",
+        "boundaries matched to the pretrained model's",
+        "arXiv:2511.19145",
+        _BATCHES,
+        _match_boundaries,
+        blocks=True,
+    ),
+    Initializer(
+        "abm_tuned",
+        "boundaries matched to those of an adapter tuned before",
+        "arXiv:2511.19145",
+        _REFERENCE,
+        _match_boundaries,
+        blocks=True,
+    ),
+    Initializer(
+        "abm_aligned",
+        "the gradient's directions, sized so that boundaries stay",
+        "arXiv:2511.19145 and this package",
+        _LABELS,
+        _align,
+        blocks=True,
+    ),
+)
+INITIALIZERS: Mapping[str, Initializer] = {start.name: start for start in _TABLE}

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abm_vision.abm.files import write_atomically
+from abm_vision.abm.tangent import layer_kind
+
+if TYPE_CHECKING:
+    from abm_vision.vtab.compare import Comparison, Row
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
+OKABE_ITO = ("#000000", ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
-def save_curves(result: dict[str, Any], path: Path) -> None:
-    """Draw a run and write it as PNG."""
-    write_atomically(path, lambda beside: draw_curves(result).savefig(beside, dpi=150))
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the path's suffix."""
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
 
 
 def draw_curves(result: dict[str, Any]) -> Figure:
@@ -37,6 +44,106 @@ def draw_curves(result: dict[str, Any]) -> Figure:
     if result["abm"]:
         _draw_boundaries(panels[1], result["abm"])
     return figure
+
+
+def draw_information_loss(result: dict[str, Any]) -> Figure:
+    """Heat maps, depth by kind of layer: information loss before and after the start, and the best of this rank."""
+    before, after = (result["information_loss"][k] for k in ("before", "after"))
+    kinds = [kind["name"] for kind in after["kinds"]]
+    panels = {
+        f"fresh adapter: {before['overall']['loss']:.3f}": _by_depth(before, kinds, "loss"),
+        f"{result['config']['init']}: {after['overall']['loss']:.3f}": _by_depth(after, kinds, "loss"),
+        f"best of its rank: {after['overall']['optimum']:.3f}": _by_depth(after, kinds, "optimum"),
+    }
+    depth = len(next(iter(panels.values())))
+    figure = Figure(figsize=(2.2 + 0.75 * len(kinds) * 3, 1.6 + 0.32 * depth), layout="constrained")
+    axes = figure.subplots(1, 3, sharey=True)
+    for axis, (title, values) in zip(axes, panels.items(), strict=True):
+        image = axis.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        for (row, column), value in np.ndenumerate(values):
+            if np.isfinite(value):
+                colour = "black" if value > 0.6 else "white"
+                axis.text(column, row, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axis.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
+        axis.set_title(title, fontsize=10)
+    axes[0].set(ylabel="depth", yticks=range(depth), yticklabels=range(1, depth + 1))
+    figure.colorbar(image, ax=axes, label="information loss")
+    config = result["config"]
+    rendered = " (rendered data)" if result["data"]["train"]["source"] == "rendered" else ""
+    figure.suptitle(
+        f"share of the gradient out of reach, {config['task']}{rendered}, r = {config['rank']}", fontweight="bold"
+    )
+    return figure
+
+
+def draw_comparison(comparison: Comparison) -> Figure:
+    """A row of panels a task: training loss by epoch and by seconds (start counted), test top-1, information loss.
+
+    Lines are means over seeds, bands one standard deviation.
+    """
+    tasks = list(dict.fromkeys(row.task for row in comparison.rows))
+    starts = list(dict.fromkeys(init for _, init in comparison.best))
+    colours = dict(zip(starts, _distinct(len(starts)), strict=True))
+    figure = Figure(figsize=(15, 3.9 * len(tasks) + 0.6), layout="constrained")
+    grid = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=[3, 3, 3, 2])
+    for line, task in zip(grid, tasks, strict=True):
+        rows = [row for row in comparison.rows if row.task == task]
+        for row in rows:
+            _draw_start(line, row, comparison.best[task, row.init], colours[row.init])
+        source = " (rendered data)" if rows[0].source == "rendered" else ""
+        line[0].set(yscale="log", xlabel="epoch", ylabel="training loss", title=f"{task}{source}")
+        line[1].set(yscale="log", xlabel="seconds, start included", ylabel="training loss")
+        line[2].set(xlabel="epoch", ylabel="test top-1 (%)")
+        line[3].set(xlabel="information loss", xlim=(0, 1), yticks=range(len(rows)))
+        line[3].set_yticklabels([row.init for row in rows])
+        line[3].invert_yaxis()
+        for position, row in enumerate(rows):
+            if row.information_loss is not None:
+                line[3].barh(position, row.information_loss, color=colours[row.init], height=0.6)
+                line[3].text(
+                    row.information_loss + 0.02, position, f"{row.information_loss:.3f}", va="center", fontsize=8
+                )
+        for axes in line:
+            _tidy(axes)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
+    return figure
+
+
+def _draw_start(line: Sequence[Axes], row: Row, runs: Sequence[dict[str, Any]], colour: Any) -> None:
+    label = f"{row.init}, lr {row.lr:g}"
+    losses = np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
+    epochs = np.arange(losses.shape[1]) + 0.5
+    began = np.mean([r["seconds"]["init"] + r["seconds"].get("reference", 0) for r in runs])
+    per_epoch = np.mean([np.median(r["seconds_per_epoch"]) for r in runs])
+    for axes, x in ((line[0], epochs), (line[1], began + per_epoch * epochs)):
+        _line_with_band(axes, x, losses, colour, label)
+    followed = runs[0]["top1_per_epoch"] or {str(runs[0]["config"]["epochs"]): None}
+    top1 = np.array([[100 * (r["top1_per_epoch"] or {k: r["test"]["top1"]})[k] for k in followed] for r in runs])
+    _line_with_band(line[2], np.array([int(k) for k in followed]), top1, colour, label)
+
+
+def _line_with_band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, label: str) -> None:
+    """`values` is (seeds, points)."""
+    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    axes.plot(x, mean, "o-", color=colour, markersize=3, linewidth=1.4, label=label)
+    axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def _distinct(count: int) -> list[Any]:
+    """Okabe and Ito's seven and black while they last, then matplotlib's twenty."""
+    return list(OKABE_ITO[:count]) if count <= len(OKABE_ITO) else [colormaps["tab20"](k % 20) for k in range(count)]
+
+
+def _by_depth(report: dict[str, Any], kinds: list[str], field: str) -> np.ndarray:
+    """(depth, kinds); NaN where a block has no such layer."""
+    columns = {
+        kind: [layer[field] for layer in report["layers"] if layer_kind(layer["name"]) == kind] for kind in kinds
+    }
+    values = np.full((max(map(len, columns.values())), len(kinds)), np.nan)
+    for column, kind in enumerate(kinds):
+        values[: len(columns[kind]), column] = columns[kind]
+    return values
 
 
 def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:

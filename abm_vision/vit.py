@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abm_vision.abm.backbone import Backbone, is_projection
@@ -84,6 +85,25 @@ def _forward(model: nn.Module, batch: Any) -> Any:
     raise KeyError(f"no images among the batch's keys {sorted(batch)}; expected pixel_values, image or images")
 
 
+def _loss(model: nn.Module, batch: Any) -> Tensor:
+    """Cross-entropy on (images, labels), or on a mapping with "labels", "label" or "target"."""
+    labels = _labels(batch)
+    if labels is None:
+        raise ValueError(
+            f"a batch of type {type(batch).__name__} holds no labels: let the loader yield (images, labels), or pass "
+            "loss_fn=lambda model, batch: ..."
+        )
+    return F.cross_entropy(_forward(model, batch), labels)
+
+
+def _labels(batch: Any) -> Tensor | None:
+    if isinstance(batch, (tuple, list)):
+        return batch[1] if len(batch) > 1 and isinstance(batch[1], Tensor) else None
+    if isinstance(batch, Tensor):
+        return None
+    return next((batch[key] for key in ("labels", "label", "target") if key in batch), None)
+
+
 def _no_mask(batch: Any, stack: str) -> None:
     return None
 
@@ -101,5 +121,6 @@ VIT = Backbone(
     head_modules=_head_modules,
     prepare=_prepare,
     forward_fn=_forward,
+    loss_fn=_loss,
     token_mask_fn=_no_mask,
 )

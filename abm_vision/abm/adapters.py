@@ -9,10 +9,13 @@ from typing import Any
 
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import nn
 
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import guard_saved_modules, modes_given_back
+from abm_vision.abm.conversion import as_plain_lora
 from abm_vision.abm.files import write_json
 from abm_vision.abm.lora import bare_model, restrict_to_blocks
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
@@ -23,6 +26,9 @@ ABM_FILE, FORMAT = "abm.json", 1
 def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings: Any) -> None:
     """`model.save_pretrained` (stock peft's files), and beside them `abm.json` with what peft has no word for.
 
+    An adapter that `initialize_lora` started by changing the base weights (PiSSA and others) is written as a plain
+    one of twice the rank, for the untouched base.
+
     Args:
         model: the adapted model.
         directory: made if it does not exist.
@@ -31,7 +37,8 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings
     Raises:
         ValueError: a module that belongs to the adapter was replaced after LoRA was added.
     """
-    model.save_pretrained(str(directory))
+    with as_plain_lora(model) as state:
+        model.save_pretrained(str(directory), state_dict=state)
     blocks = {
         name: [n for n, m in model.get_base_model().named_modules() if _is_block(m, name)] for name in model.peft_config
     }
@@ -98,6 +105,36 @@ def load_adapter(
     backbone.prepare(bare, names)
     restrict_to_blocks(adapted, adapter_name, blocks)
     return guard_saved_modules(adapted)
+
+
+def load_reference(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str = "reference") -> None:
+    """Put the LoRA factors of a saved adapter beside those of `model`, frozen and inactive, as a source of signs.
+
+    Its head is left out: it may be of another task. Rank and targets may differ too.
+
+    Raises:
+        FileNotFoundError: the directory holds no adapter.
+        ValueError: it is no LoRA, or its layers are not this model's.
+    """
+    folder = Path(directory)
+    if not (folder / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"no adapter_config.json in {directory}: pass a folder that save_adapter wrote")
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be a reference")
+    config.modules_to_save, config.inference_mode = None, True
+    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        model.add_adapter(adapter_name, config)
+        loaded = set_peft_model_state_dict(
+            model, {n: t for n, t in tensors.items() if ".lora_" in n}, adapter_name=adapter_name
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"the reference {directory} does not fit this model: {error}") from error
+    if loaded.unexpected_keys:
+        raise ValueError(
+            f"the reference {directory} does not fit this model, which lacks {', '.join(loaded.unexpected_keys[:4])}"
+        )
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Backbone:
         prepare: called with the names of the adapted modules before LoRA is added; puts right what would keep
             an adapter from running, and raises what it cannot put right.
         forward_fn: runs the model on one batch as the user's loader yields it.
+        loss_fn: (model, batch) to the scalar mean loss of a labelled batch; raises a ValueError without labels.
         token_mask_fn: (batch, stack) to a boolean (batch, tokens) mask of the tokens that count, or None for all.
     """
 
@@ -38,6 +39,7 @@ class Backbone:
     head_modules: Callable[[nn.Module], list[str]]
     prepare: Callable[[nn.Module, list[str]], None]
     forward_fn: Callable[[nn.Module, Any], Any]
+    loss_fn: Callable[[nn.Module, Any], Tensor]
     token_mask_fn: Callable[[Any, str], Tensor | None]
 
     def find_targets(self, model: nn.Module) -> dict[str, list[str]]:

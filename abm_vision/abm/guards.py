@@ -13,9 +13,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from abm_vision.abm.checks import check_saved_modules, is_compiled, modes_given_back
-
-# Starts of peft that move a part of the base weights into the adapter.
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+from abm_vision.abm.conversion import changes_base
 
 
 def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str) -> list[Tensor]:
@@ -73,11 +71,11 @@ def _check_reference(model: PeftModel, reference: str | nn.Module, adapter_name:
         return
     if reference == "pretrained":
         for name, config in model.peft_config.items():
-            start = str(config.init_lora_weights).lower()
-            if start.startswith(CHANGES_BASE):
+            if changes_base(config):
                 raise ValueError(
-                    f"adapter {name!r} was started with {start!r}, which changes the base weights: the model with its "
-                    "adapters off is no longer the pretrained one. Pass reference=<an unchanged copy of the model>."
+                    f"adapter {name!r} was started with {config.init_lora_weights!r}, which changes the base weights: "
+                    "the model with its adapters off is no longer the pretrained one. Pass reference=<an unchanged "
+                    "copy of the model>."
                 )
         return
     others = [n for n in model.peft_config if n != adapter_name]

@@ -27,7 +27,7 @@ from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.guards import check_ready, given_back, seeded
 from abm_vision.abm.loss import boundary_loss
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
-from abm_vision.abm.report import ABMReport, BoundaryState, LayerReport
+from abm_vision.abm.report import ABMReport, layer_reports
 
 
 def initialize_lora_abm_weights(
@@ -87,8 +87,14 @@ def initialize_lora_abm_weights(
         before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
         losses = _optimise(model, calibration, factors, forward_fn, config, show_progress_bar)
         after = measure(model, calibration, forward_fn)
-    seconds = time.perf_counter() - start
-    return _report(calibration, before, after, losses, seconds, _reference_name(reference), config)
+    return ABMReport(
+        *layer_reports(calibration, before, after),
+        loss_per_step=tuple(losses),
+        seconds=time.perf_counter() - start,
+        samples=calibration.samples,
+        reference=_reference_name(reference),
+        config=config,
+    )
 
 
 def _optimise(
@@ -149,29 +155,3 @@ def _reference_name(reference: str | nn.Module) -> str:
     if isinstance(reference, nn.Module):
         return f"another {type(reference).__name__}"
     return reference if reference == "pretrained" else f"adapter {reference!r}"
-
-
-def _report(
-    calibration: Calibration,
-    before: Tensor,
-    after: Tensor,
-    losses: list[float],
-    seconds: float,
-    reference: str,
-    config: ABMConfig,
-) -> ABMReport:
-    weights = torch.tensor([layer.weight for layer in calibration.layers])
-    overall = [torch.cat([(weights * s[:, 0]).mean()[None], s[:, 1:].mean(0)]).tolist() for s in (before, after)]
-    return ABMReport(
-        layers=tuple(
-            LayerReport(layer.name, layer.stack, layer.weight, layer.margin, BoundaryState(*b), BoundaryState(*a))
-            for layer, b, a in zip(calibration.layers, before.tolist(), after.tolist(), strict=True)
-        ),
-        before=BoundaryState(*overall[0]),
-        after=BoundaryState(*overall[1]),
-        loss_per_step=tuple(losses),
-        seconds=seconds,
-        samples=calibration.samples,
-        reference=reference,
-        config=config,
-    )

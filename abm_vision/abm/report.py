@@ -6,6 +6,10 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from abm_vision.abm.calibration import Calibration
 from abm_vision.abm.config import ABMConfig
 
 
@@ -64,6 +68,14 @@ class ABMReport:
         """Everything as dictionaries, lists, strings and numbers, ready for JSON."""
         return json.loads(json.dumps(asdict(self)))  # tuples become lists
 
+    def summary(self) -> str:
+        """One line."""
+        before, after = self.before, self.after
+        return (
+            f"boundary loss {before.loss:.5f} to {after.loss:.5f}, match rate {before.match:.4f} to {after.match:.4f}, "
+            f"{self.seconds:.1f} s"
+        )
+
     def __str__(self) -> str:
         head = (
             f"ABM: {len(self.layers)} layers matched to {self.reference} in {self.config.steps} steps, "
@@ -72,6 +84,19 @@ class ABMReport:
         )
         rows = [_row(r.name, f"{r.weight:5.3f} {r.margin:6.3f}", r.before, r.after) for r in self.layers]
         return "\n".join([head, *rows, _row("all (weighted loss)", " " * 12, self.before, self.after)])
+
+
+def layer_reports(
+    calibration: Calibration, before: Tensor, after: Tensor
+) -> tuple[tuple[LayerReport, ...], BoundaryState, BoundaryState]:
+    """Every layer's report, and the state overall before and after, from two (layers, 3) tables of `measure`."""
+    layers = tuple(
+        LayerReport(layer.name, layer.stack, layer.weight, layer.margin, BoundaryState(*b), BoundaryState(*a))
+        for layer, b, a in zip(calibration.layers, before.tolist(), after.tolist(), strict=True)
+    )
+    weights = torch.tensor([layer.weight for layer in calibration.layers])
+    overall = [torch.cat([(weights * s[:, 0]).mean()[None], s[:, 1:].mean(0)]).tolist() for s in (before, after)]
+    return layers, BoundaryState(*overall[0]), BoundaryState(*overall[1])
 
 
 def _row(name: str, middle: str, before: BoundaryState, after: BoundaryState) -> str:

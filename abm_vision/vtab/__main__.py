@@ -12,7 +12,10 @@ from typing import Any, NoReturn
 import vtab_tasks
 from abm_vision.vtab.config import PRESETS, RunConfig, make_config, read_config, resolve_device
 
-EPILOG = "Other commands: list (the tasks and where their data is), predict (classify image files)."
+EPILOG = (
+    "Other commands: compare (starts side by side), list (the tasks and where their data is), predict (classify image "
+    "files)."
+)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,24 +43,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_parser() -> argparse.ArgumentParser:
     """One flag for every field of `RunConfig`, and those that do not change a result."""
     parser = _Parser("abm-vtab", description="Adapt a pretrained timm ViT to a VTAB-1K task.", epilog=EPILOG)
+    _add_settings(parser)
+    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
+    parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
+    parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
+    parser.add_argument(
+        "--diagnose", action="store_true", help="measure the information loss of the start, and draw it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
+    parser.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
+    return parser
+
+
+def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+    """A flag for every field of `RunConfig`; those not given are not set."""
     for field in fields(RunConfig):
+        if field.name in without:
+            continue
         flag = f"--{field.name.replace('_', '-')}"
         kind = {"int": int, "float": float}.get(str(field.type), str)
         choices = tuple(PRESETS) if field.name == "preset" else field.metadata.get("choices")
         default = "none" if field.default is None or field.default is MISSING else field.default
         text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
         parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
-    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
-    parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
-    parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
-    parser.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
-    return parser
 
 
 def _run(words: list[str]) -> int:
     options = vars(run_parser().parse_args(words))
-    out, rerun, as_json, quiet = (options.pop(k) for k in ("out", "rerun", "json", "quiet"))
+    out, rerun, diagnose, as_json, quiet = (options.pop(k) for k in ("out", "rerun", "diagnose", "json", "quiet"))
     path = options.pop("config")
     if path and "preset" in options:
         raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
@@ -69,7 +82,7 @@ def _run(words: list[str]) -> int:
     from abm_vision.vtab.run import run  # imports timm: `--help` and a wrong flag answer at once
 
     try:
-        result = run(config, out, rerun=rerun, quiet=quiet, say=None if quiet else _say)
+        result = run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=None if quiet else _say)
     except KeyboardInterrupt:
         words = "the same command (without --rerun) goes on from the last whole epoch"
         print(f"\nabm-vtab: interrupted; {words}", file=sys.stderr)
@@ -97,6 +110,65 @@ def summary(result: dict[str, Any]) -> str:
         f"{config['task']} [{data['source']}]  top-1 {100 * test['top1']:.2f} % of {test['count']} test images  "
         f"init {config['init']}  seed {config['seed']}  {sum(result['seconds'].values()):.0f} s  {result['folder']}"
     )
+
+
+def compare_parser() -> argparse.ArgumentParser:
+    """What is to be compared, and the settings that all runs share."""
+    parser = _Parser(
+        "abm-vtab compare",
+        description="Train every start with every learning rate and seed, and compare each at its own best rate. "
+        "Finished runs are reused, a killed comparison goes on. Or compare the finished runs in given folders.",
+    )
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of running any")
+    parser.add_argument("--task", default=RunConfig.task, help="tasks with commas between (default: dsprites_loc)")
+    parser.add_argument("--init", default="kaiming,abm", help="starts with commas between; kaiming must be among them")
+    parser.add_argument("--lr", default="5e-4,1e-3,2e-3,4e-3", help="learning rates with commas between")
+    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on (default: 3)")
+    parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
+    parser.add_argument("--report", metavar="DIR", help="folder of compare.md, .csv and .png (default: as --out)")
+    parser.add_argument("--json", action="store_true", help="print the rows as one line of JSON, nothing else")
+    parser.add_argument("--quiet", action="store_true", help="no stages and progress bars, only the table")
+    _add_settings(parser, without=("task", "init", "lr", "seed"))
+    return parser
+
+
+def _compare(words: list[str]) -> int:
+    options = vars(compare_parser().parse_args(words))
+    names = ("runs", "task", "init", "lr", "seeds", "out", "report", "json", "quiet")
+    runs, task, init, lr, seeds, out, report, as_json, quiet = (options.pop(k) for k in names)
+
+    from abm_vision.vtab import compare, results
+
+    if runs:
+        if options:
+            raise ValueError(f"finished runs have their settings: leave out {', '.join(options)}")
+        found, diverged = [results.read_finished(folder) for folder in runs], []
+    else:
+        quiet = quiet or as_json
+        found, diverged = compare.run_all(
+            task.split(","),
+            init.split(","),
+            seeds,
+            _numbers("lr", lr),
+            options,
+            out,
+            quiet=quiet,
+            say=None if quiet else _say,
+        )
+    comparison = compare.compare(found, diverged)
+    paths = compare.write_report(comparison, report or out)
+    if as_json:
+        print(json.dumps([asdict(row) for row in comparison.rows]))
+    else:
+        print(compare.to_text(comparison), *paths, sep="\n")
+    return 0
+
+
+def _numbers(name: str, text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}; give numbers with commas between") from None
 
 
 def _list(words: list[str]) -> int:
@@ -150,7 +222,7 @@ def _predict(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"list": _list, "predict": _predict}
+COMMANDS = {"compare": _compare, "list": _list, "predict": _predict}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -55,6 +55,11 @@ class RunConfig:
     abm_batch_size: int = _flag(16, "images in a step of the matching")
     abm_layers: str = _flag("all", "all, the number of last layers to match, or activation modules with commas between")
     abm_layer_weights: str = _flag("quadratic", "weight of a layer by its depth", choices=("quadratic", "uniform"))
+    abm_reference: str | None = _flag(
+        None,
+        "for init abm_tuned: folder of a tuned adapter, or of its run; none: one is tuned first, by this run with "
+        "init kaiming, and its time is counted",
+    )
     epochs: int = _flag(12, "training epochs over the 1,000 images")
     batch_size: int = _flag(64, "images in a training step")
     lr: float = _flag(2e-3, "peak learning rate of AdamW, adapter and head alike")
@@ -74,7 +79,11 @@ class RunConfig:
     def __post_init__(self) -> None:
         self._check_types()
         task = vtab_tasks.get_task(self.task)
-        get_initializer(self.init)
+        start = get_initializer(self.init)
+        if self.qkv == "qv" and not start.blocks:
+            raise ValueError(f"init {self.init} cannot leave k alone inside a fused qkv: use qkv full, or {_blocks()}")
+        if self.abm_reference is not None and "reference" not in start.needs:
+            raise ValueError(f"abm_reference is given, but init {self.init} uses no reference: use init abm_tuned")
         for name, spec in ((f.name, f.metadata) for f in fields(self)):
             if "choices" in spec:
                 check_choice(name, getattr(self, name), spec["choices"])
@@ -123,6 +132,10 @@ class RunConfig:
         """Name of the run's folder: different settings never share one."""
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task}-{self.init}-seed{self.seed}-{digest}"
+
+
+def _blocks() -> str:
+    return ", ".join(name for name, start in INITIALIZERS.items() if start.blocks)
 
 
 _TYPES = {"str": str, "int": int, "float": (int, float), "str | None": (str, type(None))}

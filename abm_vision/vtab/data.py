@@ -98,8 +98,12 @@ class Images:
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(float images (b, 3, size, size), labels (b,)) of one epoch; the last batch may be smaller."""
         for indices in shuffled(len(self), batch_size, seed, epoch):
-            indices = indices.to(self.pixels.device)
-            yield self.preprocessing.normalise(self.pixels[indices]), self.labels[indices]
+            yield self.select(indices)
+
+    def select(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(float images (b, 3, size, size), labels (b,)) of the given positions."""
+        indices = indices.to(self.pixels.device)
+        return self.preprocessing.normalise(self.pixels[indices]), self.labels[indices]
 
 
 def data_record(data: TaskData) -> dict[str, Any]:

@@ -20,13 +20,8 @@ from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.train import Progress
 
-CHECKPOINT, CONFIG, RESULT, ADAPTER, CURVES = (
-    "checkpoint.pt",
-    "config.json",
-    "result.json",
-    "adapter",
-    "curves.png",
-)
+CHECKPOINT, CONFIG, RESULT, ADAPTER = "checkpoint.pt", "config.json", "result.json", "adapter"
+CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
 
 
 def open_folder(out: str | Path, config: RunConfig) -> Path:
@@ -47,7 +42,7 @@ def open_folder(out: str | Path, config: RunConfig) -> Path:
 
 def clear(folder: Path) -> None:
     """Remove whatever a run has left in its folder but the configuration."""
-    for name in (RESULT, CHECKPOINT, CURVES):
+    for name in (RESULT, CHECKPOINT, CURVES, INFORMATION_LOSS):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
@@ -80,6 +75,18 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     schema = result.get("schema") if isinstance(result, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}; move it away to run again")
+    return result
+
+
+def read_finished(folder: str | Path) -> dict[str, Any]:
+    """The result of a run that must be finished.
+
+    Raises:
+        FileNotFoundError: it is not, or there is none.
+    """
+    result = read_result(Path(folder))
+    if result is None:
+        raise FileNotFoundError(f"no {RESULT} in {folder}: pass the folder of a finished run")
     return result
 
 

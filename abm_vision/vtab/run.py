@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,16 @@ except ImportError:  # Windows
 
 import vtab_tasks
 from abm_vision import plots
+from abm_vision.abm.adapters import load_reference
+from abm_vision.abm.backbone import find_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
-from abm_vision.initializers import get_initializer
+from abm_vision.abm.tangent import InformationLoss, information_loss
+from abm_vision.initializers import get_initializer, initialize_lora
 from abm_vision.provenance import environment
 from abm_vision.vtab import results
 from abm_vision.vtab.config import SCHEMA, RunConfig, resolve_device
-from abm_vision.vtab.data import Images, data_record, load_all, preprocessing_for, stream
+from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, shuffled, stream
 from abm_vision.vtab.train import (
     Progress,
     autocast,
@@ -36,14 +39,22 @@ from abm_vision.vtab.train import (
     make_optimiser,
     train,
 )
-from abm_vision.weights import create_backbone
+from abm_vision.weights import WeightSource, create_backbone
 
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
+DIAGNOSIS_IMAGES, DIAGNOSIS_BATCH = 64, 16  # a batch's activations and one gradient a layer must fit into memory
+REFERENCE = "reference"
 Say = Callable[[str], None]
 
 
 def run(
-    config: RunConfig, out: str | Path = "results", *, rerun: bool = False, quiet: bool = True, say: Say | None = None
+    config: RunConfig,
+    out: str | Path = "results",
+    *,
+    rerun: bool = False,
+    quiet: bool = True,
+    diagnose: bool = False,
+    say: Say | None = None,
 ) -> dict[str, Any]:
     """Adapt a pretrained ViT to one task, test it once, and write everything under `out`.
 
@@ -56,6 +67,8 @@ def run(
         out: parent of the run's folder, which `config.run_name()` names.
         rerun: start afresh even if the run is finished or half done.
         quiet: no progress bars.
+        diagnose: measure the adapter's information loss before and after its start, on training images that the
+            start does not see; a finished run that lacks it gets it added.
         say: receives a line about every stage.
 
     Returns:
@@ -68,17 +81,45 @@ def run(
     folder = results.open_folder(out, config)
     if rerun:
         results.clear(folder)
-    finished = results.read_result(folder)
-    if finished is not None:
+    result = results.read_result(folder)
+    if result is not None:
         say(f"finished before; --rerun repeats it ({folder})")
-        return {**finished, "folder": str(folder)}
-    result = _run(config, folder, quiet, say)
-    plots.save_curves(result, folder / results.CURVES)
+        if not diagnose or result["information_loss"]:
+            return {**result, "folder": str(folder)}
+        setup = _prepare(config, folder, say)
+        result["information_loss"] = _start(setup, config, out, {}, quiet, diagnose, say)["information_loss"]
+    else:
+        setup = _prepare(config, folder, say)
+        result = _run(setup, config, folder, out, quiet, diagnose, say)
+        plots.save_figure(plots.draw_curves(result), folder / results.CURVES)
+    if result["information_loss"]:
+        plots.save_figure(plots.draw_information_loss(result), folder / results.INFORMATION_LOSS)
     results.write_result(folder, result)
     return {**results.read_result(folder), "folder": str(folder)}
 
 
-def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, Any]:
+@dataclass
+class _Setup:
+    """A run before its start: the adapted model, the data, and what is to be recorded of them."""
+
+    model: PeftModel
+    images: Images
+    train_data: vtab_tasks.TaskData
+    test_data: vtab_tasks.TaskData
+    preprocessing: Preprocessing
+    weights: WeightSource
+    device: torch.device
+    precision: str
+    seconds: dict[str, float]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a run that is taken up again must find unchanged."""
+        data = {"train_data": data_record(self.train_data), "test_data": data_record(self.test_data)}
+        return {**data, "weights": asdict(self.weights)}
+
+
+def _prepare(config: RunConfig, folder: Path, say: Say) -> _Setup:
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -86,7 +127,6 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
     say(f"device    {device}, {precision}")
     seconds: dict[str, float] = {}
     stage = _stopwatch(seconds)
-
     with stage("data"):
         train_data = _load(config, "train800val200")
         test_data = _load(config, "test")
@@ -105,32 +145,100 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
         images = Images(*load_all(train_data, preprocessing), preprocessing, device)
     with stage("lora"):
         model = _adapted(backbone, config, images, device)
-
-    state = results.load_checkpoint(folder, device)
-    origin = {"train_data": data_record(train_data), "test_data": data_record(test_data), "weights": asdict(weights)}
     choose_attention(model, device, precision)
-    if state is None:
-        with stage("init"):
-            report = _initialise(model, images, config, device, precision, quiet)
-        progress, notes = Progress(), {"origin": origin, "abm": report, "seconds": dict(seconds)}
-    else:
-        progress, notes = state["progress"], state["notes"]
-        _check_origin(notes["origin"], origin, folder)
-        seconds.update(init=notes["seconds"]["init"])
+    return _Setup(model, images, train_data, test_data, preprocessing, weights, device, precision, seconds)
+
+
+def _start(
+    setup: _Setup, config: RunConfig, out: str | Path, seconds: dict[str, float], quiet: bool, diagnose: bool, say: Say
+) -> dict[str, Any]:
+    """Apply the start. Returns its report, its reference and, if asked for, the information loss around it."""
+    before = _information_loss(setup, config) if diagnose else None
+    with _reference(setup.model, config, out, quiet, say) as reference:
+        if reference and reference["seconds"] is not None:
+            seconds["reference"] = reference["seconds"]
+        with _stopwatch(seconds)("init"), autocast(setup.device, setup.precision):
+            report = initialize_lora(
+                setup.model,
+                config.init,
+                setup.images.batches(min(config.batch_size, config.abm_samples), config.seed, 0),
+                config=config.abm(),
+                reference=REFERENCE if reference else None,
+                show_progress_bar=not quiet and sys.stderr.isatty(),
+            )
+    if report:
+        say(f"{config.init:<9} {report.summary()}")
+    loss = None
+    if diagnose:
+        after = _information_loss(setup, config)
+        loss = {"before": before.to_dict(), "after": after.to_dict()}
+        say(f"{after}\nbefore the start: {before.overall.loss:.4f}")
+    return {"report": report.to_dict() if report else None, "reference": reference, "information_loss": loss}
+
+
+def _information_loss(setup: _Setup, config: RunConfig) -> InformationLoss:
+    """On `DIAGNOSIS_IMAGES` training images from the end of the shuffled set: calibration takes them from its front."""
+    order = torch.cat(shuffled(len(setup.images), len(setup.images), config.seed, 0))
+    batches = [setup.images.select(k) for k in order[-DIAGNOSIS_IMAGES:].split(DIAGNOSIS_BATCH)]
+    with autocast(setup.device, setup.precision):
+        return information_loss(setup.model, batches, find_backbone(setup.model).loss_fn)
+
+
+@contextmanager
+def _reference(
+    model: PeftModel, config: RunConfig, out: str | Path, quiet: bool, say: Say
+) -> Iterator[dict[str, Any] | None]:
+    """Beside the adapter, for a start that needs it, a tuned one: given, or tuned now by a run of its own.
+
+    Yields its folder and the seconds that tuning took: its own start and training, None where they are not known.
+    """
+    if "reference" not in get_initializer(config.init).needs:
+        yield None
+        return
+    given = config.abm_reference
+    if given is None:
+        say("reference tuned first, by the same run with init kaiming")
+        given = run(replace(config, init="kaiming"), out, quiet=quiet, say=say)["folder"]
+    folder = Path(given)
+    tuned = results.read_result(folder)
+    load_reference(model, folder / results.ADAPTER if (folder / results.ADAPTER).is_dir() else folder, REFERENCE)
+    try:
+        seconds = tuned["seconds"]["init"] + tuned["seconds"]["train"] if tuned else None
+        yield {"folder": str(given), "seconds": seconds}
+    finally:
+        model.delete_adapter(REFERENCE)
+
+
+def _run(
+    setup: _Setup, config: RunConfig, folder: Path, out: str | Path, quiet: bool, diagnose: bool, say: Say
+) -> dict[str, Any]:
+    model, images, device, precision, seconds = (
+        setup.model,
+        setup.images,
+        setup.device,
+        setup.precision,
+        setup.seconds,
+    )
+    state = results.load_checkpoint(folder, device)
+    progress = Progress() if state is None else state["progress"]
+    notes = {"information_loss": None} if state is None else state["notes"]
+    if state is not None:
+        _check_origin(notes["origin"], setup.origin, folder)
+    diagnose = diagnose and notes["information_loss"] is None
+    if state is None or diagnose or not get_initializer(config.init).in_factors:
+        started = _start(setup, config, out, seconds, quiet, diagnose, say)
+        notes = {"origin": setup.origin, "seconds": dict(seconds), **notes, **{k: v for k, v in started.items() if v}}
+    if state is not None:
+        seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
         say(f"resumed   after epoch {progress.epoch} of {config.epochs}")
-    if notes["abm"]:
-        before, after = notes["abm"]["before"], notes["abm"]["after"]
-        say(
-            f"abm       loss {before['loss']:.5f} to {after['loss']:.5f}, match rate {before['match']:.4f} to "
-            f"{after['match']:.4f}, {seconds['init']:.1f} s"
-        )
     optimiser = make_optimiser(model, config)
     if state is not None:
         results.restore(model, optimiser, state)
+    stage = _stopwatch(seconds)
 
     def test() -> tuple[int, int]:
-        chunks = stream(test_data, preprocessing, config.workers)
-        return count_correct(model, chunks, preprocessing, device, precision, quiet)
+        chunks = stream(setup.test_data, setup.preprocessing, config.workers)
+        return count_correct(model, chunks, setup.preprocessing, device, precision, quiet)
 
     def after_epoch(progress: Progress) -> None:
         if config.eval_epochs and progress.epoch % config.eval_epochs == 0 and progress.epoch < config.epochs:
@@ -153,15 +261,17 @@ def _run(config: RunConfig, folder: Path, quiet: bool, say: Say) -> dict[str, An
             "top1": correct / count,
             "correct": correct,
             "count": count,
-            "split_size": train_data.task.size("test"),
+            "split_size": setup.train_data.task.size("test"),
         },
-        "data": {"train": data_record(train_data), "test": data_record(test_data)},
-        "num_classes": num_classes,
-        "weights": asdict(weights),
-        "preprocessing": asdict(preprocessing),
+        "data": {"train": data_record(setup.train_data), "test": data_record(setup.test_data)},
+        "num_classes": setup.train_data.task.num_classes,
+        "weights": asdict(setup.weights),
+        "preprocessing": asdict(setup.preprocessing),
         "precision": precision,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "abm": notes["abm"],
+        "abm": notes.get("report"),
+        "reference": notes.get("reference"),
+        "information_loss": notes["information_loss"],
         "loss_per_step": progress.losses,
         "seconds_per_epoch": progress.seconds,
         "top1_per_epoch": {str(epoch): value for epoch, value in progress.accuracies.items()},
@@ -191,16 +301,6 @@ def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, devic
     pixels, _ = next(images.batches(2, config.seed, 0))
     check_adapters(model.eval(), pixels)
     return model
-
-
-def _initialise(
-    model: PeftModel, images: Images, config: RunConfig, device: torch.device, precision: str, quiet: bool
-) -> dict[str, Any] | None:
-    start = get_initializer(config.init)
-    batches = images.batches(min(config.batch_size, config.abm_samples), config.seed, 0)
-    with autocast(device, precision):
-        report = start.apply(model, batches, config.abm(), not quiet and sys.stderr.isatty())
-    return report.to_dict() if report else None
 
 
 def _check_origin(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:

@@ -27,6 +27,10 @@ class Progress:
     accuracies: dict[int, float] = field(default_factory=dict)
 
 
+class Diverged(ValueError):
+    """The training loss became NaN or infinite."""
+
+
 def faster_with_bf16(device: torch.device) -> bool:
     """Whether a product of the size that a small ViT has runs at least a quarter faster in bfloat16."""
 
@@ -96,7 +100,7 @@ def train(
     """Run the epochs that `progress` still lacks, and call `after_epoch` behind each.
 
     Raises:
-        ValueError: the loss is NaN or infinite.
+        Diverged: the loss is NaN or infinite.
     """
     device = images.pixels.device
     steps = math.ceil(len(images) / config.batch_size)
@@ -120,7 +124,7 @@ def train(
                 bar.set_postfix(loss=f"{torch.stack(losses[-4:]).mean().item():.3f}")
         values = torch.stack(losses).tolist()
         if not all(map(math.isfinite, values)):
-            raise ValueError(f"the training loss is not finite in epoch {epoch + 1}: lower --lr (now {config.lr})")
+            raise Diverged(f"the training loss is not finite in epoch {epoch + 1}: lower --lr (now {config.lr})")
         progress.losses += values
         progress.seconds.append(time.perf_counter() - start)
         progress.epoch += 1

@@ -1,0 +1,189 @@
+"""The aligned start: the factors point where the task's gradient does, and stay small enough to keep the boundaries.
+
+Step 1, directions. One backward pass over calibration batches gives every adapted layer's full gradient G (out, in),
+layer by layer. With G = sum_i s_i u_i v_i^T, A gets the rows v_1 .. v_r and B the columns u_(r+1) .. u_(2r): no pair
+is spent twice, so that the adapter's tangent space (`tangent.py`) holds the first 2r pairs of G, the best that rank r
+can do. Base weights are not touched, as they are by LoRA-GA (arXiv:2407.05000).
+
+Step 2, size. B A is not zero, so the model's output moves. B is made as large as the activation boundaries allow: the
+share of hidden units on the pretrained model's side (the match rate of arXiv:2511.19145) stays at a target.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, collect_batches, measure
+from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
+from abm_vision.abm.guards import check_ready, given_back, seeded
+from abm_vision.abm.merged_linear import BlockLinear
+from abm_vision.abm.record import ForwardFn
+from abm_vision.abm.report import BoundaryState, LayerReport, layer_reports
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The settings of the aligned start.
+
+    Args:
+        samples: labelled calibration samples; whole batches of the loader are taken until there are as many.
+        norm: length of every row of A.
+        size: length of every column of B, if the boundaries allow it.
+        match: the least share of hidden units that must stay on the pretrained model's side, in (0, 1]; B is
+            halved until they do.
+        seed: of torch, Python and NumPy during the initialisation, for what the loader draws.
+    """
+
+    samples: int = 128
+    norm: float = 0.577
+    size: float = 0.05
+    match: float = 0.99
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise ValueError(f"samples is {self.samples}; it must be 1 or more")
+        for field in ("norm", "size"):
+            if not getattr(self, field) > 0:
+                raise ValueError(f"{field} is {getattr(self, field)}; it must be more than 0")
+        if not 0 < self.match <= 1:
+            raise ValueError(f"match is {self.match}; it must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class AlignReport:
+    """The outcome of `initialize_lora_aligned_weights`.
+
+    Args:
+        layers: the boundaries in the order in which they fire, before and after.
+        before, after: the same overall, as in `ABMReport`.
+        size: length of the columns of B that came out.
+        samples: calibration samples used.
+        seconds: wall time of the whole call.
+        config: the settings.
+        reference: the boundaries are the pretrained model's.
+    """
+
+    layers: tuple[LayerReport, ...]
+    before: BoundaryState
+    after: BoundaryState
+    size: float
+    samples: int
+    seconds: float
+    config: AlignConfig
+    reference: str = "pretrained"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as dictionaries and numbers, ready for JSON."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def summary(self) -> str:
+        """One line."""
+        return (
+            f"columns of B of length {self.size:.4f}, match rate {self.after.match:.4f}, {self.samples} samples, "
+            f"{self.seconds:.1f} s"
+        )
+
+
+def initialize_lora_aligned_weights(
+    model: PeftModel,
+    dataloader: Iterable[Any],
+    config: AlignConfig | None = None,
+    *,
+    loss_fn: LossFn | None = None,
+    adapter_name: str = "default",
+    forward_fn: ForwardFn | None = None,
+    backbone: Backbone | None = None,
+) -> AlignReport:
+    """Point a fresh adapter along the task's gradient, in place, as far as activation boundaries allow.
+
+    Args:
+        model: the adapted model, on its device.
+        dataloader: yields labelled calibration batches.
+        config: the settings, `AlignConfig()` if None.
+        loss_fn: (model, batch) to the scalar mean loss; the backbone's if None.
+        adapter_name: the adapter to initialise; it must be the active one.
+        forward_fn: (model, batch) runs the model; the backbone's if None.
+        backbone: the record of the model's family; found from the model if None.
+
+    Raises:
+        ValueError: the model is not ready, the loader is empty or without labels, or a batch cannot be run.
+    """
+    start = time.perf_counter()
+    config = config or AlignConfig()
+    factors = check_ready(model, "pretrained", adapter_name)
+    backbone = backbone or find_backbone(model)
+    forward_fn, loss_fn = forward_fn or backbone.forward_fn, loss_fn or backbone.loss_fn
+    with given_back(model, adapter_name, factors), seeded(config.seed):
+        model.eval()
+        batches = collect_batches(dataloader, config.samples, factors[0].device)
+        boundaries = choose_layers(model.get_base_model(), backbone, ABMConfig())
+        calibration = calibrate(
+            model, batches, boundaries, ABMConfig(), "pretrained", adapter_name, forward_fn, backbone.token_mask_fn
+        )
+        before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
+        _point(model, batches, loss_fn, adapter_name, config)
+        size, after = _shrink(model, calibration, forward_fn, adapter_name, config)
+    seconds = time.perf_counter() - start
+    return AlignReport(*layer_reports(calibration, before, after), size, calibration.samples, seconds, config)
+
+
+def _point(model: PeftModel, batches: list[Any], loss_fn: LossFn, adapter_name: str, config: AlignConfig) -> None:
+    """Step 1: A and B of every layer from the singular vectors of its gradient."""
+    layers = adapted_layers(model, adapter_name)
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def decompose(name: str, gradient: Tensor) -> None:
+        b = layers[name].lora_B[adapter_name]
+        rank = layers[name].r[adapter_name]
+        if isinstance(b, BlockLinear):  # q and v each have half of the rank, k has none
+            dim = len(gradient) // 3
+            pairs = [_directions(rows, rank // 2) for rows in (gradient[:dim], gradient[2 * dim :])]
+            ahead = torch.cat([pairs[0][0], pairs[1][0]])
+            back = torch.block_diag(pairs[0][1], pairs[1][1])
+            back = torch.cat([back[:dim], back.new_zeros(dim, rank), back[dim:]])
+            found[name] = ahead, back
+        else:
+            found[name] = _directions(gradient, rank)
+
+    weight_gradients(model, batches, loss_fn, decompose, adapter_name)
+    with torch.no_grad():
+        for name, (ahead, back) in found.items():
+            a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
+            a.copy_((config.norm * ahead).view_as(a))
+            b.copy_((config.size * back).view_as(b))
+
+
+def _directions(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Rows v_1 .. v_r (r, in) and columns u_(r+1) .. u_(2r) (out, r) of G's singular vectors.
+
+    Where G has fewer than 2r, B begins again with the first.
+    """
+    u, _, v = torch.svd_lowrank(gradient, q=min(2 * rank + 4, *gradient.shape), niter=4)
+    second = u[:, rank : 2 * rank]
+    return v[:, :rank].T, torch.cat([second, u[:, : rank - second.shape[1]]], 1)
+
+
+@torch.no_grad()
+def _shrink(
+    model: PeftModel, calibration: Calibration, forward_fn: ForwardFn, adapter_name: str, config: AlignConfig
+) -> tuple[float, Tensor]:
+    """Step 2: halve every B until the match rate is at the target. Returns the length of its columns and the state."""
+    size = config.size
+    while True:
+        state = measure(model, calibration, forward_fn)
+        if state[:, 1].mean().item() >= config.match:
+            return size, state
+        for layer in adapted_layers(model, adapter_name).values():
+            layer.lora_B[adapter_name].weight.mul_(0.5)
+        size *= 0.5

@@ -1,0 +1,148 @@
+"""The full-parameter gradient of every adapted layer, one layer at a time.
+
+For an adapted layer that computes y = W x with W = W0 + s B A, the gradient that full fine-tuning of this one layer
+would see is G = dL/dW0 = sum over tokens of g x^T, (out, in), with g = dL/dy. It is formed in the backward pass from
+the layer's input and the gradient of its output, handed over, and forgotten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from abm_vision.abm.calibration import batch_size
+from abm_vision.abm.checks import modes_given_back
+
+LossFn = Callable[[nn.Module, Any], Tensor]
+Receive = Callable[[str, Tensor], None]
+
+
+def adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """Name in the bare model to the layers that carry the adapter, in the model's order."""
+    modules = model.get_base_model().named_modules()
+    return {n: m for n, m in modules if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
+
+
+def weight_gradients(
+    model: PeftModel, batches: Sequence[Any], loss_fn: LossFn, receive: Receive, adapter_name: str = "default"
+) -> None:
+    """Hand every adapted layer's gradient G of the mean loss over the batches to `receive`.
+
+    Of one batch, each G is forgotten before the next is formed, last layer first. Of several, their mean (weighted
+    by samples) needs one G a layer to be kept: as much memory as full fine-tuning's gradients. Dropout and stochastic
+    depth are off; autocast is as the caller has it, G is float32. Parameters' gradients are not touched.
+
+    Args:
+        model: the adapted model, with exactly this adapter active.
+        batches: as `loss_fn` takes them.
+        loss_fn: (model, batch) to the scalar mean loss over the batch's samples.
+        receive: called with a layer's name and its G, (out, in), once a layer.
+        adapter_name: peft's name of the adapter.
+
+    Raises:
+        ValueError: there is no batch, the loss is no finite scalar or does not depend on the adapter, or a layer was
+            not reached.
+    """
+    layers = adapted_layers(model, adapter_name)
+    if not batches:
+        raise ValueError("the gradient needs at least one batch")
+    samples = [batch_size(batch) for batch in batches]
+    sums: dict[str, Tensor] = {}
+    received: set[str] = set()
+
+    def add(name: str, gradient: Tensor) -> None:
+        sums[name] = sums[name].add_(gradient) if name in sums else gradient
+
+    def hand_over(name: str, gradient: Tensor) -> None:
+        received.add(name)
+        receive(name, gradient)
+
+    with _inputs_of_a_gradient(model, layers, adapter_name) as factors, torch.enable_grad():
+        for batch, count in zip(batches, samples, strict=True):
+            one_by_one = hand_over if len(batches) == 1 else add
+            with _gradients_formed(layers, one_by_one):
+                loss = _scalar(loss_fn(model, batch)) * (count / sum(samples))
+                torch.autograd.grad(loss, factors, allow_unused=True)
+    for name in list(sums):
+        hand_over(name, sums.pop(name))
+    silent = [name for name in layers if name not in received]
+    if silent:
+        raise ValueError(f"no gradient reaches {', '.join(silent)}: check_adapters(model, batch) says more")
+
+
+def _scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        given = f"a tensor {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn must return a scalar tensor, the mean loss over the batch; it returned {given}")
+    if not loss.requires_grad:
+        raise ValueError("the loss does not depend on the adapter: loss_fn must run the model that it is given")
+    if not loss.isfinite():
+        raise ValueError(f"the loss is {loss.item()}: check the weights, the batch, and autocast")
+    return loss
+
+
+@contextmanager
+def _inputs_of_a_gradient(
+    model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str
+) -> Iterator[list[nn.Parameter]]:
+    """The A of every layer, requiring gradient (a frozen one too): with it a layer's output is part of the graph."""
+    factors = [layer.lora_A[adapter_name].weight for layer in layers.values()]
+    flags = [factor.requires_grad for factor in factors]
+    try:
+        with modes_given_back(model):
+            model.eval()
+            for factor in factors:
+                factor.requires_grad_(True)
+            yield factors
+    finally:
+        for factor, flag in zip(factors, flags, strict=True):
+            factor.requires_grad_(flag)
+
+
+@contextmanager
+def _gradients_formed(layers: dict[str, LoraLayer], receive: Receive) -> Iterator[None]:
+    """While a forward and a backward pass run, form G of every layer and pass it on when the layer is done.
+
+    A layer may be called several times (shared blocks, a recomputation by gradient checkpointing): G is passed on
+    after as many gradients as calls, or at the end.
+    """
+    waiting = dict.fromkeys(layers, 0)
+    sums: dict[str, Tensor] = {}
+
+    def forward(name: str, args: tuple[Any, ...], output: Tensor) -> None:
+        if not output.requires_grad:
+            return
+        inputs = args[0].detach()
+        waiting[name] += 1
+
+        def backward(gradient: Tensor) -> None:
+            formed = _outer(gradient, inputs, layers[name].get_base_layer())
+            sums[name] = sums[name].add_(formed) if name in sums else formed
+            waiting[name] -= 1
+            if waiting[name] == 0:
+                receive(name, sums.pop(name))
+
+        output.register_hook(backward)
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            handle = layer.register_forward_hook(lambda _, args, output, name=name: forward(name, args, output))
+            stack.callback(handle.remove)
+        yield
+    for name in list(sums):
+        receive(name, sums.pop(name))
+
+
+@torch.no_grad()
+def _outer(gradient: Tensor, inputs: Tensor, base_layer: nn.Module) -> Tensor:
+    """sum over tokens of g x^T: (out, in), float32."""
+    if isinstance(base_layer, nn.Conv2d):  # 1x1: channels are in the second place
+        gradient, inputs = gradient.movedim(1, -1), inputs.movedim(1, -1)
+    with torch.autocast(gradient.device.type, enabled=False):
+        return gradient.reshape(-1, gradient.shape[-1]).float().T @ inputs.reshape(-1, inputs.shape[-1]).float()

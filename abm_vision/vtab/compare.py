@@ -1,0 +1,407 @@
+"""Starts side by side: runs that differ in nothing else, their table, and their figure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from abm_vision import plots
+from abm_vision.abm.files import write_atomically
+from abm_vision.vtab.config import RunConfig, make_config
+from abm_vision.vtab.run import run
+from abm_vision.vtab.train import Diverged
+
+BASELINE = "kaiming"
+RESAMPLES = 10_000
+FILES = ("compare.md", "compare.csv", "compare.png")
+# What may differ between compared runs. The learning rate may because each start is taken at its own best.
+_OWN = ("task", "init", "lr", "seed")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One start on one task, at the learning rate with its lowest mean training loss. Intervals are 95 %.
+
+    Args:
+        task, source, init, lr: what was run; source is where its images are from.
+        seeds: number of runs at that rate.
+        area: training loss averaged over all steps, mean over seeds: the area under its curve, in epochs, over
+            their number; area_error is the standard error.
+        area_ratio: to the baseline's area, paired by seed, with area_low and area_high by bootstrap over seeds.
+        timed_ratio: the same with the start's cost counted: the curve begins with as many epochs at its first value
+            as the start took time for, and ends where the baseline's ends.
+        top1: final test accuracy in [0, 1], mean over seeds; top1_error is the standard error.
+        top1_gain: less the baseline's, paired by seed, with top1_low and top1_high.
+        start_epochs: what the start cost, tuned reference included, in training epochs of the same run.
+        epochs_to: epochs until the mean training loss of an epoch is the baseline's last one; None if never.
+        timed_epochs_to: the same with the start's cost counted.
+        information_loss: after the start, mean over seeds; None where it was not measured.
+    """
+
+    task: str
+    source: str
+    init: str
+    lr: float
+    seeds: int
+    area: float
+    area_error: float
+    area_ratio: float
+    area_low: float
+    area_high: float
+    timed_ratio: float
+    top1: float
+    top1_error: float
+    top1_gain: float
+    top1_low: float
+    top1_high: float
+    start_epochs: float
+    epochs_to: float | None
+    timed_epochs_to: float | None
+    information_loss: float | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Rows by task and then area; for the figure the runs at each start's best rate, and what every rate gave.
+
+    Args:
+        rows: the table.
+        best: (task, init) to the results of its runs, in the order of seeds.
+        rates: (task, init) to {learning rate: (mean area, mean top-1)}, None where a run diverged.
+        settings: what all the runs have in common.
+    """
+
+    rows: tuple[Row, ...]
+    best: Mapping[tuple[str, str], Sequence[dict[str, Any]]]
+    rates: Mapping[tuple[str, str], Mapping[float, tuple[float, float] | None]]
+    settings: Mapping[str, Any]
+
+
+def run_all(
+    tasks: Sequence[str],
+    inits: Sequence[str],
+    seeds: int,
+    rates: Sequence[float],
+    settings: Mapping[str, Any],
+    out: str | Path,
+    *,
+    diagnose: bool = True,
+    quiet: bool = True,
+    say: Callable[[str], None] | None = None,
+) -> tuple[list[dict[str, Any]], list[RunConfig]]:
+    """Every task, start, rate and seed, finished runs reused. Returns the results, and the runs that diverged.
+
+    Raises:
+        ValueError: an empty list, less than one seed, or what a run raises.
+    """
+    for name, values in (("task", tasks), ("init", inits), ("lr", rates)):
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}; give one or more, each once")
+    if seeds < 1:
+        raise ValueError(f"seeds is {seeds}; it must be 1 or more")
+    say = say or (lambda line: None)
+    wanted = list(itertools.product(tasks, inits, rates, range(seeds)))
+    configs = [make_config(**{**settings, "task": t, "init": i, "lr": lr, "seed": s}) for t, i, lr, s in wanted]
+    found, diverged = [], []
+    for number, config in enumerate(configs, 1):
+        say(f"--- run {number} of {len(configs)}: {config.task}, {config.init}, lr {config.lr:g}, seed {config.seed}")
+        try:
+            found.append(run(config, out, quiet=quiet, diagnose=diagnose, say=say))
+        except Diverged as error:
+            say(f"diverged  {error}")
+            diverged.append(config)
+    return found, diverged
+
+
+def compare(results: Sequence[dict[str, Any]], diverged: Sequence[RunConfig] = ()) -> Comparison:
+    """The comparison of finished runs, among them the baseline's (`kaiming`).
+
+    Args:
+        results: contents of `result.json`.
+        diverged: runs without a result; their start is not taken at their rate.
+
+    Raises:
+        ValueError: the runs differ in more than task, start, rate, seed and the start's own settings; the message
+            names the fields. Or the baseline is missing, or a start lacks seeds that others have.
+    """
+    settings = _common_settings(results)
+    groups: dict[tuple[str, str], dict[float, list[dict[str, Any]] | None]] = {}
+    for result in results:
+        config = result["config"]
+        rates = groups.setdefault((config["task"], config["init"]), {})
+        rates.setdefault(config["lr"], []).append(result)
+    for config in diverged:
+        groups.setdefault((config.task, config.init), {})[config.lr] = None
+    best: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for key, rates in groups.items():
+        whole = {lr: runs for lr, runs in rates.items() if runs is not None}
+        if not whole:
+            raise ValueError(f"{key[1]} on {key[0]} diverged at every learning rate: add a lower one")
+        best[key] = sorted(min(whole.values(), key=_mean_area), key=lambda r: r["config"]["seed"])
+    _check_seeds(best)
+    rows = [_row(runs, _baseline(best, task)) for (task, _), runs in best.items()]
+    tasks = list(dict.fromkeys(task for task, _ in best))
+    rows.sort(key=lambda row: (tasks.index(row.task), row.area))
+    spread = {
+        key: {lr: None if runs is None else (_mean_area(runs), _mean_top1(runs)) for lr, runs in sorted(rates.items())}
+        for key, rates in groups.items()
+    }
+    return Comparison(tuple(rows), best, spread, settings)
+
+
+def _common_settings(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if not results:
+        raise ValueError("there is nothing to compare: no run has finished")
+    common = [_settings(result) for result in results]
+    differing = {
+        name: sorted({str(settings[name]) for settings in common})
+        for name in common[0]
+        if any(settings[name] != common[0][name] for settings in common)
+    }
+    if differing:
+        words = "; ".join(f"{name} ({', '.join(values)})" for name, values in differing.items())
+        raise ValueError(f"the runs differ in more than task, start, rate and seed: {words}. Compare like with like")
+    return common[0]
+
+
+def _settings(result: dict[str, Any]) -> dict[str, Any]:
+    """What must be equal for a difference to be the start's."""
+    config = {k: v for k, v in result["config"].items() if k not in _OWN and not k.startswith(("abm_", "align_"))}
+    for name in (
+        "source",
+        "weights",
+        "precision",
+        "device",
+        "data_dir",
+    ):  # as they turned out, not as they were asked for
+        config.pop(name)
+    return {
+        **config,
+        "training data": result["data"]["train"]["source"],
+        "test data": result["data"]["test"]["source"],
+        "weights": result["weights"]["sha256"],
+        "precision": result["precision"],
+        "device": result["environment"]["device"],
+    }
+
+
+def _check_seeds(best: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> None:
+    for (task, init), runs in best.items():
+        seeds = [r["config"]["seed"] for r in runs]
+        wanted = [r["config"]["seed"] for r in _baseline(best, task)]
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"{init} on {task} has several runs of one seed: their own settings differ")
+        if seeds != wanted:
+            raise ValueError(f"{init} on {task} has seeds {seeds}, {BASELINE} has {wanted}: differences are paired")
+
+
+def _baseline(best: Mapping[tuple[str, str], Sequence[dict[str, Any]]], task: str) -> Sequence[dict[str, Any]]:
+    if (task, BASELINE) not in best:
+        raise ValueError(f"{task} has no run with init {BASELINE}, which all others are compared with: add it")
+    return best[task, BASELINE]
+
+
+def _row(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> Row:
+    config = runs[0]["config"]
+    areas, others = _each(area, runs), _each(area, baseline)
+    top1, other_top1 = _each(_top1, runs), _each(_top1, baseline)
+    cost = _each(start_epochs, runs)
+    timed = [timed_area(r, e) for r, e in zip(runs, cost, strict=True)]
+    timed_other = [timed_area(r, e) for r, e in zip(baseline, _each(start_epochs, baseline), strict=True)]
+    reached = _epochs_to(runs, epoch_losses(baseline).mean(0)[-1])
+    losses = [r["information_loss"]["after"]["overall"]["loss"] for r in runs if r["information_loss"]]
+    ratio_low, ratio_high = bootstrap(areas / others)
+    gain_low, gain_high = bootstrap(top1 - other_top1)
+    return Row(
+        task=config["task"],
+        source=runs[0]["data"]["train"]["source"],
+        init=config["init"],
+        lr=config["lr"],
+        seeds=len(runs),
+        area=float(areas.mean()),
+        area_error=standard_error(areas),
+        area_ratio=float((areas / others).mean()),
+        area_low=ratio_low,
+        area_high=ratio_high,
+        timed_ratio=float(np.mean(np.array(timed) / np.array(timed_other))),
+        top1=float(top1.mean()),
+        top1_error=standard_error(top1),
+        top1_gain=float((top1 - other_top1).mean()),
+        top1_low=gain_low,
+        top1_high=gain_high,
+        start_epochs=float(cost.mean()),
+        epochs_to=reached,
+        timed_epochs_to=None if reached is None else reached + float(cost.mean()),
+        information_loss=float(np.mean(losses)) if len(losses) == len(runs) else None,
+    )
+
+
+def _each(figure: Callable[[dict[str, Any]], float], runs: Sequence[dict[str, Any]]) -> np.ndarray:
+    return np.array([figure(run) for run in runs])
+
+
+def area(result: dict[str, Any]) -> float:
+    """Training loss averaged over all steps: the area under its curve per epoch."""
+    return float(np.mean(result["loss_per_step"]))
+
+
+def timed_area(result: dict[str, Any], cost: float) -> float:
+    """The same when training begins `cost` epochs late: the first step's loss until then, and the end cut off."""
+    losses = np.array(result["loss_per_step"])
+    late = min(len(losses), cost * len(losses) / result["config"]["epochs"])  # steps, a fraction at the end
+    whole = len(losses) - int(np.ceil(late))
+    rest = len(losses) - late - whole  # of the step that is only partly run
+    total = late * losses[0] + losses[:whole].sum() + (rest * losses[whole] if rest else 0.0)
+    return float(total / len(losses))
+
+
+def start_epochs(result: dict[str, Any]) -> float:
+    """What the start took, its tuned reference included, over the median training epoch of the same run."""
+    seconds = result["seconds"]
+    return (seconds["init"] + seconds.get("reference", 0.0)) / float(np.median(result["seconds_per_epoch"]))
+
+
+def epoch_losses(runs: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Mean training loss of every epoch: (runs, epochs)."""
+    return np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
+
+
+def _epochs_to(runs: Sequence[dict[str, Any]], target: float) -> float | None:
+    """Epochs until the mean over runs of an epoch's loss is at the target, linear between epochs."""
+    curve = epoch_losses(runs).mean(0)
+    below = np.flatnonzero(curve <= target)
+    if not len(below):
+        return None
+    k = int(below[0])
+    if k == 0:
+        return 1.0
+    return float(k + (curve[k - 1] - target) / (curve[k - 1] - curve[k]))
+
+
+def _top1(result: dict[str, Any]) -> float:
+    return result["test"]["top1"]
+
+
+def _mean_area(runs: Sequence[dict[str, Any]]) -> float:
+    return float(_each(area, runs).mean())
+
+
+def _mean_top1(runs: Sequence[dict[str, Any]]) -> float:
+    return float(_each(_top1, runs).mean())
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Of the mean; NaN for a single value."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def bootstrap(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of the mean of paired differences (or ratios), by resampling them; seeded."""
+    picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
+    return float(low), float(high)
+
+
+# ------------------------------------------------------------------------------------------------------- reporting
+
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "start": lambda r: r.init,
+    "best lr": lambda r: f"{r.lr:g}",
+    "information loss": lambda r: "-" if r.information_loss is None else f"{r.information_loss:.3f}",
+    "area": lambda r: _with_error(r.area, r.area_error, 3),
+    "ratio": lambda r: f"{r.area_ratio:.2f} ({r.area_low:.2f} to {r.area_high:.2f})",
+    "ratio, start counted": lambda r: f"{r.timed_ratio:.2f}",
+    "epochs to baseline's last loss": lambda r: "never" if r.epochs_to is None else f"{r.epochs_to:.1f}",
+    "start counted": lambda r: "never" if r.timed_epochs_to is None else f"{r.timed_epochs_to:.1f}",
+    "start costs (epochs)": lambda r: f"{r.start_epochs:.2f}",
+    "test top-1 (%)": lambda r: _with_error(100 * r.top1, 100 * r.top1_error, 1),
+    "gain": lambda r: f"{100 * r.top1_gain:+.1f} ({100 * r.top1_low:+.1f} to {100 * r.top1_high:+.1f})",
+}
+
+
+def _with_error(value: float, error: float, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")
+
+
+def to_text(comparison: Comparison) -> str:
+    """The tables for a terminal."""
+    parts = []
+    for task, rows in _by_task(comparison).items():
+        cells = [list(_COLUMNS), *([column(row) for column in _COLUMNS.values()] for row in rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(c.rjust(w) if k else c.ljust(w) for k, (c, w) in enumerate(zip(line, widths, strict=True)))
+                 for line in cells]  # fmt: skip
+        parts.append("\n".join([_title(task, rows), *lines]))
+    return "\n\n".join([*parts, _legend(comparison)])
+
+
+def to_markdown(comparison: Comparison) -> str:
+    """The tables, and what every learning rate gave."""
+    parts = ["# Starts compared\n"]
+    for task, rows in _by_task(comparison).items():
+        lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *([c(row) for c in _COLUMNS.values()] for row in rows)]
+        parts.append(f"## {_title(task, rows)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        parts.append(_rates_table(comparison, task))
+    parts.append(_legend(comparison))
+    return "\n\n".join(parts) + "\n"
+
+
+def _rates_table(comparison: Comparison, task: str) -> str:
+    spread = {init: rates for (t, init), rates in comparison.rates.items() if t == task}
+    rates = sorted({lr for found in spread.values() for lr in found})
+    lines = [["start", *(f"lr {lr:g}" for lr in rates)], ["---"] * (len(rates) + 1)]
+    for init, found in spread.items():
+        cells = ("-" if lr not in found else _rate_cell(found[lr]) for lr in rates)
+        lines.append([init, *cells])
+    return "Area and test top-1 at every learning rate:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _rate_cell(found: tuple[float, float] | None) -> str:
+    return "diverged" if found is None else f"{found[0]:.3f}, {100 * found[1]:.1f} %"
+
+
+def to_csv(comparison: Comparison) -> str:
+    """One line a row, the fields of `Row`."""
+    stream = io.StringIO()
+    writer = csv.DictWriter(stream, [f.name for f in fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in comparison.rows)
+    return stream.getvalue()
+
+
+def write_report(comparison: Comparison, folder: str | Path) -> list[Path]:
+    """Write `compare.md`, `compare.csv` and `compare.png`; returns their paths."""
+    paths = [Path(folder) / name for name in FILES]
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for path, text in zip(paths, (to_markdown(comparison), to_csv(comparison)), strict=False):
+        write_atomically(path, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
+    plots.save_figure(plots.draw_comparison(comparison), paths[2])
+    return paths
+
+
+def _by_task(comparison: Comparison) -> dict[str, list[Row]]:
+    tasks: dict[str, list[Row]] = {}
+    for row in comparison.rows:
+        tasks.setdefault(row.task, []).append(row)
+    return tasks
+
+
+def _title(task: str, rows: Sequence[Row]) -> str:
+    seeds = rows[0].seeds
+    return f"{task} [{rows[0].source}], {seeds} seed{'s' if seeds > 1 else ''}"
+
+
+def _legend(comparison: Comparison) -> str:
+    s = comparison.settings
+    return (
+        f"{s['model']}, {s['image_size']} px, rank {s['rank']} on {s['targets']}, {s['epochs']} epochs, {s['device']}. "
+        "Every start at the learning rate with its lowest area (training loss averaged over all steps). Ratio and gain "
+        f"are to {BASELINE}, paired by seed, with a 95 % bootstrap interval over the seeds; ± is the standard error."
+    )
