@@ -1,0 +1,319 @@
+"""Every start of the table: against stock peft, through files, and what is refused."""
+
+import copy
+import math
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import build_vit, images, randomise
+from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft.tuners.lora.config import CordaConfig, LoraGAConfig
+from peft.tuners.lora.corda import preprocess_corda
+from peft.tuners.lora.loraga import preprocess_loraga
+from safetensors.torch import load_file
+from torch import nn
+
+from abm_vision import ABMConfig, add_lora, initialize_lora, load_adapter, save_adapter
+from abm_vision.abm.adapters import load_reference
+from abm_vision.abm.gradient import adapted_layers
+from abm_vision.initializers import INITIALIZERS, NEEDS, get_initializer
+from abm_vision.vit import VIT
+
+TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+X, Y = images(16), torch.arange(16) % 5
+BATCHES = [(X[:8], Y[:8]), (X[8:], Y[8:])]
+FAST = ABMConfig(steps=3, batch_size=4)
+
+
+def small_vit():
+    return build_vit(embed_dim=32, depth=2, num_heads=2).eval()
+
+
+def started(name, base=None, batches=BATCHES, **options):
+    """A fresh adapter with a start of the table, in evaluation mode."""
+    torch.manual_seed(1)
+    model = add_lora(copy.deepcopy(base) if base else small_vit(), **{"rank": 4, "alpha": 6, **options}).eval()
+    reference = None
+    if "reference" in INITIALIZERS[name].needs:
+        model = randomise(add_lora(model, rank=2, adapter_name="tuned"), adapter="tuned")
+        reference = "tuned"
+    initialize_lora(model, name, batches, config=FAST, reference=reference, show_progress_bar=False)
+    if reference:
+        model.delete_adapter("tuned")
+    return model
+
+
+def trained(model, steps=3):
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        F.cross_entropy(model(X), Y).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval()
+
+
+def test_the_table():
+    for name, start in INITIALIZERS.items():
+        assert start.name == name and start.needs in NEEDS and start.summary and start.source
+    changing = {name for name, start in INITIALIZERS.items() if start.changes_base}
+    assert changing == {"pissa", "pissa_niter_16", "olora", "corda", "lora_ga"}
+    offered = {"gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "lora_ga"}  # peft 0.21
+    assert offered < set(INITIALIZERS)
+
+
+# Rank and alpha patterns with rsLoRA are what peft's own conversion refuses.
+@pytest.mark.parametrize("options", [{}, {"rslora": True, "rank_pattern": {"fc1": 2}, "alpha_pattern": {"proj": 3}}])
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_trained_adapter_loads_in_stock_peft_on_the_untouched_base_and_merges(name, options, tmp_path):
+    base = small_vit()
+    model = trained(started(name, base, **options))
+    expected = model(X)
+    assert (expected - base(X)).abs().max() > 0.05  # it has learned something
+    save_adapter(model, tmp_path)
+    near = {"rtol": 0, "atol": 1e-5}
+    stock = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path).eval()
+    torch.testing.assert_close(stock(X), expected, **near)
+    torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path).eval()(X), expected, **near)
+    torch.testing.assert_close(stock.merge_and_unload()(X), expected, **near)
+    config = LoraConfig.from_pretrained(tmp_path)
+    if INITIALIZERS[name].changes_base:
+        assert config.init_lora_weights is True and config.r == 8
+    torch.testing.assert_close(model.merge_and_unload()(X), expected, **near)
+
+
+@pytest.mark.parametrize("name", INITIALIZERS)
+def test_output_at_the_start(name):
+    base = small_vit()
+    moved = (started(name, base)(X) - base(X)).abs().max().item()
+    if name in ("random_b", "abm", "abm_tuned", "abm_aligned"):
+        assert moved > 1e-4  # these move the model, as little as boundaries allow
+    else:
+        assert moved < 1e-5
+
+
+@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if s.changes_base])
+def test_saving_leaves_the_live_model_as_it_was(name, tmp_path):
+    model = started(name)
+    before, config = model(X), copy.deepcopy(model.peft_config["default"])
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(model(X), before, rtol=0, atol=0)
+    assert model.peft_config["default"].to_dict() == config.to_dict()
+
+
+def test_conversion_against_pefts_own(tmp_path):
+    model = started("pissa", alpha=8)
+    model.peft_config["default"].init_lora_weights = True
+    start = tmp_path / "start"
+    model.save_pretrained(start)
+    model.peft_config["default"].init_lora_weights = "pissa"
+    trained(model)
+    save_adapter(model, tmp_path / "ours")
+    model.save_pretrained(tmp_path / "pefts", path_initial_model_for_weight_conversion=str(start))
+    ours, pefts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "pefts"))
+    assert {n for n in ours if "lora_" in n} == set(pefts)  # peft's leaves out the head
+    assert any("head" in n for n in ours)
+    for name, value in pefts.items():
+        torch.testing.assert_close(ours[name], value, rtol=0, atol=0)
+    configs = [LoraConfig.from_pretrained(tmp_path / n) for n in ("ours", "pefts")]
+    assert configs[0].r == configs[1].r == 8 and configs[0].lora_alpha == configs[1].lora_alpha == 16
+
+
+# ------------------------------------------------------------------------------------------ the same as in stock peft
+
+
+def stock(config, prepare=None):
+    """Stock peft's way to the same start: before wrapping, on a bare model."""
+    base = small_vit()
+    if prepare:
+        prepare(base, config)
+    torch.manual_seed(0)
+    return get_peft_model(base, config)
+
+
+def assert_same_start(model, other, **tolerance):
+    for name, layer in adapted_layers(model, "default").items():
+        theirs = other.get_base_model().get_submodule(name)
+        ours = layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        product = theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
+        near = tolerance or {"rtol": 1e-4, "atol": 1e-5}
+        torch.testing.assert_close(ours, product, **near)
+        torch.testing.assert_close(layer.base_layer.weight, theirs.base_layer.weight, **near)
+        for factor in ("lora_A", "lora_B"):
+            mine, other_factor = (getattr(m, factor)["default"].weight for m in (layer, theirs))
+            assert mine.shape == other_factor.shape and mine.requires_grad == other_factor.requires_grad
+            torch.testing.assert_close(mine.norm(), other_factor.norm(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["pissa", "olora", "mica"])
+def test_weight_starts_are_stock_pefts(name):
+    assert_same_start(
+        started(name), stock(LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights=name))
+    )
+
+
+def test_corda_is_stock_pefts():
+    def prepare(base, config):
+        preprocess_corda(base, config, run_model=lambda: [base(x[None]) for x in X])
+
+    config = LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=TARGETS,
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="ipm"),
+    )
+    assert_same_start(started("corda"), stock(config, prepare))
+
+
+def test_lora_ga_is_stock_pefts():
+    def prepare(base, config):
+        preprocess_loraga(base, config, lambda: F.cross_entropy(base.eval()(X), Y).backward())
+
+    config = LoraConfig(
+        r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights="lora_ga", lora_ga_config=LoraGAConfig()
+    )
+    # Singular pairs of a full-rank gradient by a randomised decomposition: equal to its accuracy.
+    assert_same_start(started("lora_ga", batches=[(X, Y)]), stock(config, prepare), rtol=1e-2, atol=1e-4)
+
+
+def test_eva_is_stock_pefts():
+    model = stock(
+        LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights="eva", eva_config=EvaConfig())
+    )
+    initialize_lora_eva_weights(
+        model,
+        BATCHES,
+        forward_fn=lambda m, b: m(b[0]),
+        prepare_model_inputs_fn=None,
+        prepare_layer_inputs_fn=None,
+        show_progress_bar=False,
+    )
+    ours = started("eva")
+    assert set(adapted_layers(ours, "default")) == set(adapted_layers(model, "default"))
+    assert_same_start(ours, model)
+
+
+def test_gaussian_orthogonal_and_random_b_by_their_definition():
+    many = {"rank": 16, "alpha": 16}
+    for layer in adapted_layers(started("gaussian", **many), "default").values():
+        assert layer.lora_A["default"].weight.std().item() == pytest.approx(1 / 16, rel=0.15)
+        assert not layer.lora_B["default"].weight.any()
+    for layer in adapted_layers(started("orthogonal", **many), "default").values():
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        assert a.any() and b.any() and (b @ a).abs().max() < 1e-5
+    for layer in adapted_layers(started("random_b", **many), "default").values():
+        assert layer.lora_B["default"].weight.std().item() == pytest.approx(0.01, rel=0.15)
+        assert layer.lora_A["default"].weight.abs().max() <= 1 / math.sqrt(layer.in_features)
+
+
+@pytest.mark.parametrize("name", ["gaussian", "random_b", "eva", "lora_ga", "abm", "abm_aligned"])
+def test_seed_fixes_the_start_and_nothing_else_moves(name):
+    state = torch.get_rng_state()
+    models = [started(name) for _ in range(2)]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+    torch.manual_seed(1)
+    model = add_lora(small_vit(), rank=4).train()
+    state = torch.get_rng_state()
+    initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+    assert torch.equal(state, torch.get_rng_state()) and model.training
+    assert all(p.grad is None for p in model.parameters())
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert all("lora_" in n or "head" in n for n in trainable) and any("lora_B" in n for n in trainable)
+
+
+@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if s.blocks])
+def test_k_is_left_alone(name, tmp_path):
+    base = small_vit()
+    model = trained(started(name, base, qkv="qv"))
+    for layer_name, layer in adapted_layers(model, "default").items():
+        if layer_name.endswith("qkv"):
+            dim = layer.out_features // 3
+            assert not layer.get_delta_weight("default")[dim : 2 * dim].any()
+    save_adapter(model, tmp_path)
+    stock = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(stock(X), model(X), rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------- a tuned reference
+
+
+def test_reference_from_a_file_has_its_signs_and_not_its_head(tmp_path):
+    tuned = randomise(add_lora(build_vit(embed_dim=32, depth=2, num_heads=2, num_classes=7), rank=2).eval())
+    save_adapter(tuned, tmp_path)
+    model = add_lora(small_vit(), rank=4).eval()
+    load_reference(model, tmp_path)
+    assert list(model.active_adapters) == ["default"]
+    for name, layer in adapted_layers(tuned, "default").items():
+        loaded = model.get_base_model().get_submodule(name)
+        torch.testing.assert_close(loaded.get_delta_weight("reference"), layer.get_delta_weight("default"))
+        assert not loaded.lora_A["reference"].weight.requires_grad
+    before = model(X)
+    report = initialize_lora(model, "abm_tuned", BATCHES, config=FAST, reference="reference", show_progress_bar=False)
+    assert report.reference == "adapter 'reference'" and report.before.match < 1
+    model.delete_adapter("reference")
+    assert (model(X) - before).abs().max() > 0 and model(X).shape == (16, 5)
+
+
+def test_reference_that_does_not_fit(tmp_path):
+    save_adapter(add_lora(build_vit(embed_dim=64, depth=2, num_heads=2), rank=2), tmp_path / "wide")
+    save_adapter(add_lora(build_vit(embed_dim=32, depth=3, num_heads=2), rank=2), tmp_path / "deep")
+    for kind in ("wide", "deep"):
+        with pytest.raises(ValueError, match=f"reference .*{kind} does not fit this model"):
+            load_reference(add_lora(small_vit(), rank=2), tmp_path / kind)
+    with pytest.raises(FileNotFoundError, match="no adapter_config.json"):
+        load_reference(add_lora(small_vit(), rank=2), tmp_path / "nothing")
+
+
+# ---------------------------------------------------------------------------------------------------------- refused
+
+
+def refused(name, message, batches=BATCHES, model=None, **options):
+    with pytest.raises(ValueError, match=message):
+        initialize_lora(model or add_lora(small_vit(), rank=4), name, batches, **options)
+
+
+def test_refused():
+    refused("abm_align", "init is 'abm_align'; allowed are kaiming, .*did you mean abm_aligned")
+    refused("eva", "eva needs batches: pass a dataloader", batches=None)
+    refused("lora_ga", "lora_ga needs labelled batches: pass a dataloader", batches=None)
+    refused("abm_tuned", "abm_tuned needs a reference")
+    refused("abm_aligned", "holds no labels.*loss_fn", batches=[X])
+    refused("lora_ga", "holds no labels.*loss_fn", batches=[(X,)])
+    refused("abm", "the dataloader is empty", batches=[])
+    refused("kaiming", "VisionTransformer is no PeftModel: call add_lora first", model=small_vit())
+    refused("pissa", "cannot leave k alone", model=add_lora(small_vit(), rank=4, qkv="qv"))
+    second = add_lora(add_lora(small_vit(), rank=4), rank=4, adapter_name="second")
+    refused("pissa", "active adapters are", model=second, adapter_name="second")
+    refused("orthogonal", "even", model=add_lora(small_vit(), rank=3))
+
+
+def test_base_is_changed_once():
+    model = started("pissa")
+    refused("olora", "was started before", model=model)
+    refused("abm", "was started before", model=model)
+
+
+def test_convolutions_are_named():
+    model = add_lora(timm.create_model("mobilevitv2_050", num_classes=5), rank=2)
+    refused("pissa", "starts nn.Linear layers alone, .* is a Conv2d", model=model)
+
+
+def test_labels_may_be_in_a_mapping():
+    for key in ("labels", "label", "target"):
+        loss = VIT.loss_fn(small_vit(), {"image": X, key: Y})
+        torch.testing.assert_close(loss, F.cross_entropy(small_vit()(X), Y))
+
+
+def test_nearest_names():
+    with pytest.raises(ValueError, match="did you mean pissa"):
+        get_initializer("pisa")
+
+
+def test_a_loss_of_ones_own():
+    model = add_lora(small_vit(), rank=4)
+    loss = nn.MSELoss()
+    initialize_lora(model, "abm_aligned", [X], loss_fn=lambda m, b: loss(m(b), torch.ones(16, 5)))
+    assert all(layer.lora_B["default"].weight.any() for layer in adapted_layers(model, "default").values())
