@@ -4,18 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from abm_vision.abm.files import write_atomically
 from abm_vision.abm.tangent import layer_kind
-
-if TYPE_CHECKING:
-    from abm_vision.vtab.compare import Comparison, Row
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
@@ -76,10 +74,10 @@ def draw_information_loss(result: dict[str, Any]) -> Figure:
     return figure
 
 
-def draw_comparison(comparison: Comparison) -> Figure:
+def draw_comparison(comparison: Any) -> Figure:
     """A row of panels a task: training loss by epoch and by seconds (start counted), test top-1, information loss.
 
-    Lines are means over seeds, bands one standard deviation.
+    Lines are means over seeds, bands one standard deviation. `comparison` is a `vtab.compare.Comparison`.
     """
     tasks = list(dict.fromkeys(row.task for row in comparison.rows))
     starts = list(dict.fromkeys(init for _, init in comparison.best))
@@ -105,12 +103,16 @@ def draw_comparison(comparison: Comparison) -> Figure:
                 )
         for axes in line:
             _tidy(axes)
+        for axes in line[:2]:
+            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ScalarFormatter())
+            axes.yaxis.set_minor_formatter(NullFormatter())
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     return figure
 
 
-def _draw_start(line: Sequence[Axes], row: Row, runs: Sequence[dict[str, Any]], colour: Any) -> None:
+def _draw_start(line: Sequence[Axes], row: Any, runs: Sequence[dict[str, Any]], colour: Any) -> None:
     label = f"{row.init}, lr {row.lr:g}"
     losses = np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
     epochs = np.arange(losses.shape[1]) + 0.5

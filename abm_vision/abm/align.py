@@ -1,9 +1,10 @@
 """The aligned start: the factors point where the task's gradient does, and stay small enough to keep the boundaries.
 
 Step 1, directions. One backward pass over calibration batches gives every adapted layer's full gradient G (out, in),
-layer by layer. With G = sum_i s_i u_i v_i^T, A gets the rows v_1 .. v_r and B the columns u_(r+1) .. u_(2r): no pair
-is spent twice, so that the adapter's tangent space (`tangent.py`) holds the first 2r pairs of G, the best that rank r
-can do. Base weights are not touched, as they are by LoRA-GA (arXiv:2407.05000).
+layer by layer. With G = sum_i s_i u_i v_i^T, B gets the columns u_1 .. u_r and A the rows v_(r+1) .. v_(2r): no pair
+is spent twice, so that the adapter's tangent space (`tangent.py`) holds the first 2r pairs of this G, the best that
+rank r can do. (A from v_1 .. v_r would do so too. It trained slower in every trial: `benchmarks/README.md`.) Base
+weights are not touched, as they are by LoRA-GA (arXiv:2407.05000).
 
 Step 2, size. B A is not zero, so the model's output moves. B is made as large as the activation boundaries allow: the
 share of hidden units on the pretrained model's side (the match rate of arXiv:2511.19145) stays at a target.
@@ -45,7 +46,7 @@ class AlignConfig:
     """
 
     samples: int = 128
-    norm: float = 0.577
+    norm: float = 1.0
     size: float = 0.05
     match: float = 0.99
     seed: int = 0
@@ -165,13 +166,13 @@ def _point(model: PeftModel, batches: list[Any], loss_fn: LossFn, adapter_name: 
 
 
 def _directions(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Rows v_1 .. v_r (r, in) and columns u_(r+1) .. u_(2r) (out, r) of G's singular vectors.
+    """Rows v_(r+1) .. v_(2r) (r, in) and columns u_1 .. u_r (out, r) of G's singular vectors.
 
-    Where G has fewer than 2r, B begins again with the first.
+    Where G has fewer than 2r, A takes the last r there are.
     """
     u, _, v = torch.svd_lowrank(gradient, q=min(2 * rank + 4, *gradient.shape), niter=4)
-    second = u[:, rank : 2 * rank]
-    return v[:, :rank].T, torch.cat([second, u[:, : rank - second.shape[1]]], 1)
+    last = min(2 * rank, v.shape[1])
+    return v[:, last - rank : last].T, u[:, :rank]
 
 
 @torch.no_grad()

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from abm_vision.abm.checks import check_choice
 
+FITS = ("end_to_end", "local")
+
 
 @dataclass(frozen=True)
 class ABMConfig:
@@ -23,6 +25,9 @@ class ABMConfig:
             computed on whole batches, which is faster.
         layers: which boundaries of each stack: "all", the last n, or a list of module names.
         layer_weights: "quadratic" (w_l^2 = ((l + 1) / L)^2 over the matched layers of a stack) or "uniform".
+        fit: "end_to_end" (AdamW on all factors before the last boundary) or "local" (every boundary on its own, in
+            closed form, on the first batch: B of the projection in front of it alone; steps, learning_rate and
+            batch_size do not apply).
         seed: of torch, Python and NumPy during the initialisation, for what the loader draws.
     """
 
@@ -34,11 +39,13 @@ class ABMConfig:
     batch_size: int = 16
     layers: str | int | Sequence[str] = "all"
     layer_weights: str = "quadratic"
+    fit: str = "end_to_end"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_choice("margin_unit", self.margin_unit, ("absolute", "relative"))
         check_choice("layer_weights", self.layer_weights, ("quadratic", "uniform"))
+        check_choice("fit", self.fit, FITS)
         if not self.margin >= 0:
             raise ValueError(f"margin is {self.margin}; it must be 0 or more")
         if not self.learning_rate > 0:

@@ -25,6 +25,7 @@ from abm_vision.abm.calibration import (
 )
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.guards import check_ready, given_back, seeded
+from abm_vision.abm.local import fit_locally
 from abm_vision.abm.loss import boundary_loss
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
 from abm_vision.abm.report import ABMReport, layer_reports
@@ -85,7 +86,10 @@ def initialize_lora_abm_weights(
         batches = collect_batches(dataloader, config.samples, factors[0].device)
         calibration = calibrate(model, batches, layers, config, reference, adapter_name, forward_fn, token_mask_fn)
         before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
-        losses = _optimise(model, calibration, factors, forward_fn, config, show_progress_bar)
+        if config.fit == "local":
+            losses = fit_locally(model, calibration, adapter_name, forward_fn)
+        else:
+            losses = _optimise(model, calibration, factors, forward_fn, config, show_progress_bar)
         after = measure(model, calibration, forward_fn)
     return ABMReport(
         *layer_reports(calibration, before, after),

@@ -48,7 +48,8 @@ class ABMReport:
         layers: the matched layers in the order in which they fire.
         before, after: the same figures overall; the loss is Eq. (22), arXiv:2511.19145 (weighted mean over
             layers), the shares are averaged over layers.
-        loss_per_step: the loss of each optimiser step on its own batch.
+        loss_per_step: the loss of each optimiser step on its own batch; of a local fit, before each Newton step and
+            after the last, on the layers' recorded inputs.
         seconds: wall time of the whole call.
         samples: calibration samples used. `config.samples` says how many were asked for.
         reference: "pretrained", "adapter 'NAME'" or "another CLASS".
@@ -78,7 +79,8 @@ class ABMReport:
 
     def __str__(self) -> str:
         head = (
-            f"ABM: {len(self.layers)} layers matched to {self.reference} in {self.config.steps} steps, "
+            f"ABM: {len(self.layers)} layers matched to {self.reference}, "
+            f"{'each on its own' if self.config.fit == 'local' else f'in {self.config.steps} steps'}, "
             f"{self.samples} of {self.config.samples} samples, {self.seconds:.1f} s\n"
             f"{'layer':<32} {'w^2':>5} {'margin':>6}   {'loss':^17}  {'match rate':^15}  {'inside margin':^15}"
         )

@@ -42,7 +42,8 @@ class Row:
         start_epochs: what the start cost, tuned reference included, in training epochs of the same run.
         epochs_to: epochs until the mean training loss of an epoch is the baseline's last one; None if never.
         timed_epochs_to: the same with the start's cost counted.
-        information_loss: after the start, mean over seeds; None where it was not measured.
+        information_loss: after the start, on images that it did not see, mean over seeds; None where not measured.
+        seen_loss: the same on images that it saw.
     """
 
     task: str
@@ -65,6 +66,7 @@ class Row:
     epochs_to: float | None
     timed_epochs_to: float | None
     information_loss: float | None
+    seen_loss: float | None
 
 
 @dataclass(frozen=True)
@@ -174,12 +176,13 @@ def _common_settings(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def _settings(result: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a difference to be the start's."""
     config = {k: v for k, v in result["config"].items() if k not in _OWN and not k.startswith(("abm_", "align_"))}
-    for name in (
+    for name in (  # what was asked for: below is what came of it
         "source",
         "weights",
         "precision",
         "device",
         "data_dir",
+        "workers",
     ):  # as they turned out, not as they were asked for
         config.pop(name)
     return {
@@ -216,7 +219,6 @@ def _row(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> 
     timed = [timed_area(r, e) for r, e in zip(runs, cost, strict=True)]
     timed_other = [timed_area(r, e) for r, e in zip(baseline, _each(start_epochs, baseline), strict=True)]
     reached = _epochs_to(runs, epoch_losses(baseline).mean(0)[-1])
-    losses = [r["information_loss"]["after"]["overall"]["loss"] for r in runs if r["information_loss"]]
     ratio_low, ratio_high = bootstrap(areas / others)
     gain_low, gain_high = bootstrap(top1 - other_top1)
     return Row(
@@ -239,8 +241,15 @@ def _row(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> 
         start_epochs=float(cost.mean()),
         epochs_to=reached,
         timed_epochs_to=None if reached is None else reached + float(cost.mean()),
-        information_loss=float(np.mean(losses)) if len(losses) == len(runs) else None,
+        information_loss=_mean_loss(runs, "after"),
+        seen_loss=_mean_loss(runs, "after_on_seen"),
     )
+
+
+def _mean_loss(runs: Sequence[dict[str, Any]], moment: str) -> float | None:
+    if not all(run["information_loss"] for run in runs):
+        return None
+    return float(np.mean([run["information_loss"][moment]["overall"]["loss"] for run in runs]))
 
 
 def _each(figure: Callable[[dict[str, Any]], float], runs: Sequence[dict[str, Any]]) -> np.ndarray:
@@ -314,7 +323,9 @@ def bootstrap(values: np.ndarray) -> tuple[float, float]:
 _COLUMNS: Mapping[str, Callable[[Row], str]] = {
     "start": lambda r: r.init,
     "best lr": lambda r: f"{r.lr:g}",
-    "information loss": lambda r: "-" if r.information_loss is None else f"{r.information_loss:.3f}",
+    "information loss (seen)": lambda r: (
+        "-" if r.seen_loss is None else f"{r.information_loss:.3f} ({r.seen_loss:.3f})"
+    ),
     "area": lambda r: _with_error(r.area, r.area_error, 3),
     "ratio": lambda r: f"{r.area_ratio:.2f} ({r.area_low:.2f} to {r.area_high:.2f})",
     "ratio, start counted": lambda r: f"{r.timed_ratio:.2f}",

@@ -14,7 +14,7 @@ import torch
 
 import vtab_tasks
 from abm_vision.abm.checks import check_choice
-from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.config import FITS, ABMConfig
 from abm_vision.abm.lora import KINDS, QKV_MODES
 from abm_vision.initializers import INITIALIZERS, get_initializer
 
@@ -55,6 +55,7 @@ class RunConfig:
     abm_batch_size: int = _flag(16, "images in a step of the matching")
     abm_layers: str = _flag("all", "all, the number of last layers to match, or activation modules with commas between")
     abm_layer_weights: str = _flag("quadratic", "weight of a layer by its depth", choices=("quadratic", "uniform"))
+    abm_fit: str = _flag("end_to_end", "all layers together by AdamW, or each on its own in closed form", choices=FITS)
     abm_reference: str | None = _flag(
         None,
         "for init abm_tuned: folder of a tuned adapter, or of its run; none: one is tuned first, by this run with "
@@ -121,6 +122,7 @@ class RunConfig:
             batch_size=self.abm_batch_size,
             layers=layers if layers == "all" else int(layers) if layers.isdigit() else layers.split(","),
             layer_weights=self.abm_layer_weights,
+            fit=self.abm_fit,
             seed=self.seed,
         )
 

@@ -68,7 +68,7 @@ def run(
         rerun: start afresh even if the run is finished or half done.
         quiet: no progress bars.
         diagnose: measure the adapter's information loss before and after its start, on training images that the
-            start does not see; a finished run that lacks it gets it added.
+            start does not see, and after it on some that it does; a finished run that lacks it gets it added.
         say: receives a line about every stage.
 
     Returns:
@@ -170,16 +170,21 @@ def _start(
         say(f"{config.init:<9} {report.summary()}")
     loss = None
     if diagnose:
-        after = _information_loss(setup, config)
-        loss = {"before": before.to_dict(), "after": after.to_dict()}
-        say(f"{after}\nbefore the start: {before.overall.loss:.4f}")
+        after, seen = _information_loss(setup, config), _information_loss(setup, config, seen=True)
+        loss = {"before": before.to_dict(), "after": after.to_dict(), "after_on_seen": seen.to_dict()}
+        say(
+            f"{after}\nbefore the start {before.overall.loss:.4f}; after, on calibration images {seen.overall.loss:.4f}"
+        )
     return {"report": report.to_dict() if report else None, "reference": reference, "information_loss": loss}
 
 
-def _information_loss(setup: _Setup, config: RunConfig) -> InformationLoss:
-    """On `DIAGNOSIS_IMAGES` training images from the end of the shuffled set: calibration takes them from its front."""
+def _information_loss(setup: _Setup, config: RunConfig, seen: bool = False) -> InformationLoss:
+    """On `DIAGNOSIS_IMAGES` training images: calibration takes them from the front of the shuffled set, so those at its
+    end are unseen by the start.
+    """
     order = torch.cat(shuffled(len(setup.images), len(setup.images), config.seed, 0))
-    batches = [setup.images.select(k) for k in order[-DIAGNOSIS_IMAGES:].split(DIAGNOSIS_BATCH)]
+    chosen = order[:DIAGNOSIS_IMAGES] if seen else order[-DIAGNOSIS_IMAGES:]
+    batches = [setup.images.select(k) for k in chosen.split(DIAGNOSIS_BATCH)]
     with autocast(setup.device, setup.precision):
         return information_loss(setup.model, batches, find_backbone(setup.model).loss_fn)
 

@@ -1,0 +1,222 @@
+"""Comparisons: every figure of the table against a plain loop, the real command, and what is refused."""
+
+import copy
+import csv
+import dataclasses
+import json
+import math
+import re
+
+import matplotlib.image
+import numpy as np
+import pytest
+from test_cli import FLAGS, refused, start
+from test_vtab import tiny
+
+from abm_vision.vtab import compare as module
+from abm_vision.vtab import make_config, run
+from abm_vision.vtab.compare import bootstrap, compare, run_all, timed_area, to_csv, to_markdown, to_text
+from abm_vision.vtab.train import Diverged
+
+
+def record(
+    init="kaiming", lr=1e-3, seed=0, losses=(4, 3, 2, 1), top1=0.5, init_seconds=0.0, task="dsprites_loc", **more
+):
+    """A result as `compare` reads it: two epochs of two steps, 10 seconds each."""
+    config = dataclasses.asdict(make_config(task=task, init=init, lr=lr, seed=seed, epochs=2))
+    loss = {"overall": {"loss": 0.9}}
+    return {
+        "config": config,
+        "loss_per_step": [float(v) for v in losses],
+        "seconds_per_epoch": [10.0, 10.0],
+        "seconds": {"init": init_seconds, "train": 20.0},
+        "test": {"top1": top1},
+        "top1_per_epoch": {},
+        "data": {"train": {"source": "rendered"}, "test": {"source": "rendered"}},
+        "weights": {"sha256": "abc"},
+        "precision": "bf16",
+        "environment": {"device": "a processor"},
+        "information_loss": {"before": loss, "after": loss, "after_on_seen": {"overall": {"loss": 0.1}}},
+        **more,
+    }
+
+
+def three(init, areas, lr=1e-3, **more):
+    """Three seeds with the given mean losses."""
+    return [record(init, lr, seed, [a + 1.5, a + 0.5, a - 0.5, a - 1.5], **more) for seed, a in enumerate(areas)]
+
+
+def test_row_by_hand():
+    runs = [*three("kaiming", [2.5, 2.6, 2.7], top1=0.5), *three("eva", [2.0, 2.6, 2.3], init_seconds=5.0, top1=0.6)]
+    rows = {row.init: row for row in compare(runs).rows}
+    eva = rows["eva"]
+    ratios = [2.0 / 2.5, 1.0, 2.3 / 2.7]
+    assert eva.area == pytest.approx(2.3) and eva.area_error == pytest.approx(0.3 / math.sqrt(3))
+    assert eva.area_ratio == pytest.approx(sum(ratios) / 3) and eva.area_low < eva.area_ratio < eva.area_high
+    assert eva.area_low >= min(ratios) - 1e-9 and eva.area_high <= max(ratios) + 1e-9
+    assert eva.top1_gain == pytest.approx(0.1) and eva.top1_low == pytest.approx(0.1) == pytest.approx(eva.top1_high)
+    assert eva.start_epochs == pytest.approx(0.5) and eva.seeds == 3 and eva.source == "rendered"
+    # Half an epoch is one of the four steps: the first loss twice, the last one cut off.
+    timed = [(2 * (a + 1.5) + a + 0.5 + a - 0.5) / 4 for a in (2.0, 2.6, 2.3)]
+    assert eva.timed_ratio == pytest.approx(np.mean([t / a for t, a in zip(timed, (2.5, 2.6, 2.7), strict=True)]))
+    # Epoch means: the baseline ends at 2.6 - 1 = 1.6, this one goes from 3.3 to 1.3.
+    assert eva.epochs_to == pytest.approx(1 + (3.3 - 1.6) / (3.3 - 1.3))
+    assert eva.timed_epochs_to == pytest.approx(eva.epochs_to + 0.5)
+    assert (eva.information_loss, eva.seen_loss) == (pytest.approx(0.9), pytest.approx(0.1))
+    base = rows["kaiming"]
+    assert base.area_ratio == base.timed_ratio == 1 and base.top1_gain == 0 and base.epochs_to == pytest.approx(2)
+
+
+def test_every_start_at_its_own_best_rate():
+    runs = [*three("kaiming", [2.5] * 3, 1e-3), *three("kaiming", [2.2] * 3, 2e-3), *three("eva", [2.4] * 3, 1e-3)]
+    runs += three("eva", [2.9] * 3, 2e-3)
+    found = compare(runs, [make_config(init="eva", lr=4e-3, epochs=2)])
+    assert {row.init: row.lr for row in found.rows} == {"kaiming": 2e-3, "eva": 1e-3}
+    assert found.rates["dsprites_loc", "eva"] == {
+        1e-3: (pytest.approx(2.4), 0.5),
+        2e-3: (pytest.approx(2.9), 0.5),
+        4e-3: None,
+    }
+    assert "diverged" in to_markdown(found) and "2.400, 50.0 %" in to_markdown(found)
+
+
+def test_never_reached_and_one_seed():
+    rows = {r.init: r for r in compare([record(), record("eva", losses=(5, 4, 4, 4))]).rows}
+    assert rows["eva"].epochs_to is None and rows["eva"].timed_epochs_to is None
+    assert math.isnan(rows["eva"].area_error)
+    text = to_text(compare([record(), record("eva", losses=(5, 4, 4, 4))]))
+    assert "never" in text and "nan" not in text and "1 seed\n" in text
+
+
+@pytest.mark.parametrize("cost", [0, 0.1, 0.25, 1.3, 2, 7])
+def test_timed_area_against_an_integral(cost):
+    result = record(losses=(4, 3, 2, 1))
+    x = (np.arange(200_000) + 0.5) / 100_000  # two epochs, finely cut
+    steps = np.floor((x - cost) * 2).astype(int)
+    curve = np.where(x < cost, 4.0, np.array([4.0, 3.0, 2.0, 1.0])[steps.clip(0, 3)])
+    assert timed_area(result, cost) == pytest.approx(curve.mean(), abs=1e-4)
+
+
+def test_bootstrap_against_all_resamples():
+    values = np.array([0.1, 0.5, 0.9])
+    means = np.sort([np.mean(c) for c in np.stack(np.meshgrid(*[values] * 3), -1).reshape(-1, 3)])  # all 27
+    low, high = bootstrap(values)
+    assert (low, high) == bootstrap(values)
+    assert means[0] <= low <= means[2] and means[-3] <= high <= means[-1]
+
+
+def test_files(tmp_path):
+    found = compare([*three("kaiming", [2.5, 2.6, 2.7]), *three("eva", [2.0, 2.6, 2.3])])
+    paths = module.write_report(found, tmp_path / "report")
+    assert [p.name for p in paths] == ["compare.md", "compare.csv", "compare.png"]
+    rows = list(csv.DictReader(paths[1].open()))
+    assert [r["init"] for r in rows] == ["eva", "kaiming"] and float(rows[0]["area"]) == pytest.approx(2.3)
+    assert paths[0].read_text() == to_markdown(found) and "[rendered], 3 seeds" in paths[0].read_text()
+    assert paths[1].read_text() == to_csv(found)
+    picture = matplotlib.image.imread(paths[2])
+    assert picture.shape[1] > 2 * picture.shape[0] and picture.std() > 0.05
+
+
+# Unequal runs
+
+
+def changed(result, **settings):
+    other = copy.deepcopy(result)
+    other["config"].update(settings)
+    return other
+
+
+@pytest.mark.parametrize(
+    "other, words",
+    [
+        (changed(record("eva"), epochs=3), r"epochs \(2, 3\)"),
+        (changed(record("eva"), rank=4, alpha=1.0), r"rank \(4, 8\); alpha|alpha.*rank"),
+        (record("eva", weights={"sha256": "other"}), r"weights \(abc, other\)"),
+        (
+            record("eva", data={"train": {"source": "tfds"}, "test": {"source": "tfds"}}),
+            r"training data \(rendered, tfds\)",
+        ),
+        (record("eva", precision="fp32"), "precision"),
+        (record("eva", environment={"device": "another"}), r"device \(a processor, another\)"),
+    ],
+)
+def test_unequal_settings_are_refused_by_name(other, words):
+    with pytest.raises(ValueError, match=f"differ in more than task, start, rate and seed: .*({words})"):
+        compare([record(), other])
+
+
+def test_starts_may_have_settings_of_their_own():
+    compare([record(), changed(record("abm"), abm_steps=7, abm_lr=1.0)])
+
+
+def test_what_else_is_refused():
+    with pytest.raises(ValueError, match="nothing to compare"):
+        compare([])
+    with pytest.raises(ValueError, match="dsprites_loc has no run with init kaiming"):
+        compare([record("eva")])
+    with pytest.raises(ValueError, match=r"eva on dsprites_loc has seeds \[1\], kaiming has \[0\]"):
+        compare([record(), record("eva", seed=1)])
+    with pytest.raises(ValueError, match="several runs of one seed"):
+        compare([record(), record("abm"), changed(record("abm"), abm_steps=3)])
+    with pytest.raises(ValueError, match="eva on dsprites_loc diverged at every learning rate"):
+        compare([record()], [make_config(init="eva")])
+
+
+# Runs
+
+
+def test_run_all_reuses_and_records_what_diverged(tmp_path, monkeypatch):
+    settings = {k: v for k, v in dataclasses.asdict(tiny(epochs=1)).items() if k not in ("task", "init", "lr", "seed")}
+    arguments = (["dsprites_loc"], ["kaiming", "gaussian"], 1, [1e-3], settings, tmp_path)
+    found, diverged = run_all(*arguments)
+    assert [r["config"]["init"] for r in found] == ["kaiming", "gaussian"] and not diverged
+    assert found[0]["information_loss"]["after"]["overall"]["loss"] > 0.5
+    lines = []
+    assert run_all(*arguments, say=lines.append)[0] == found
+    assert sum("finished before" in line for line in lines) == 2
+
+    def diverge(config, *a, **k):
+        if config.init == "gaussian":
+            raise Diverged("the training loss is not finite")
+        return run(config, *a, **k)
+
+    monkeypatch.setattr(module, "run", diverge)
+    found, diverged = run_all(*arguments)
+    assert len(found) == 1 and [c.init for c in diverged] == ["gaussian"]
+
+
+def test_the_real_command(tmp_path):
+    flags = [*FLAGS[:-4], "--epochs", "1", "--eval-epochs", "1"]
+    words = ["compare", *flags, "--init", "kaiming,random_b", "--seeds", "2", "--lr", "1e-3", "--out", tmp_path]
+    process = start(*words)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "--- run 4 of 4: dsprites_loc, random_b, lr 0.001, seed 1" in out
+    assert re.search(r"dsprites_loc \[rendered\], 2 seeds\nstart +best lr", out)
+    assert out.splitlines()[-1] == str(tmp_path / "compare.png")
+    folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
+    assert len(folders) == 4
+    process = start("compare", *folders, "--json", "--report", tmp_path / "again")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert {row["init"] for row in json.loads(out)} == {"kaiming", "random_b"}
+    assert (tmp_path / "again" / "compare.md").read_text() == (tmp_path / "compare.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--init", "kaiming,pisa"], "init is 'pisa'; allowed are kaiming.*did you mean pissa"),
+        (["--seeds", "0"], "seeds is 0; it must be 1 or more"),
+        (["--init", "kaiming,kaiming"], "init is kaiming, kaiming; give one or more, each once"),
+        (["--lr", "1e-3,fast"], "lr is '1e-3,fast'; give numbers with commas between"),
+        (["--task", "dsprites_lok"], "unknown task 'dsprites_lok'"),
+        (["--init", "kaiming,pissa", "--qkv", "qv"], "pissa cannot leave k alone"),
+        (["--seed=1"], "unrecognized arguments: --seed=1"),
+        (["absent"], r"no result\.json in absent"),
+        (["absent", "--rank", "4"], "finished runs have their settings: leave out rank"),
+    ],
+)
+def test_command_refuses(words, message, capsys, tmp_path):
+    assert re.search(message, refused(["compare", "--quiet", "--out", tmp_path, *words], capsys))
+    assert not list(tmp_path.iterdir())
