@@ -6,8 +6,8 @@ is spent twice, so that the adapter's tangent space (`tangent.py`) holds the fir
 rank r can do. (A from v_1 .. v_r would do so too. It trained slower in every trial: `benchmarks/README.md`.) Base
 weights are not touched, as they are by LoRA-GA (arXiv:2407.05000).
 
-Step 2, size. B A is not zero, so the model's output moves. B is made as large as the activation boundaries allow: the
-share of hidden units on the pretrained model's side (the match rate of arXiv:2511.19145) stays at a target.
+Step 2, size. B A is not zero, so the model's output moves. B is made so small that activation boundaries stay: the
+share of hidden units on the pretrained model's side (the match rate of arXiv:2511.19145) is at least the target.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class AlignConfig:
 
     samples: int = 128
     norm: float = 1.0
-    size: float = 0.05
+    size: float = 0.01
     match: float = 0.99
     seed: int = 0
 
