@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import vtab_tasks
+from abm_vision.abm.align import AlignConfig
 from abm_vision.abm.checks import check_choice
 from abm_vision.abm.config import FITS, ABMConfig
 from abm_vision.abm.lora import KINDS, QKV_MODES
@@ -61,6 +62,9 @@ class RunConfig:
         "for init abm_tuned: folder of a tuned adapter, or of its run; none: one is tuned first, by this run with "
         "init kaiming, and its time is counted",
     )
+    align_norm: float = _flag(1.0, "for init abm_aligned: length of the rows of A")
+    align_size: float = _flag(0.01, "for init abm_aligned: length of the columns of B, if boundaries allow it")
+    align_match: float = _flag(0.99, "for init abm_aligned: least share of hidden units that keep their side")
     epochs: int = _flag(12, "training epochs over the 1,000 images")
     batch_size: int = _flag(64, "images in a training step")
     lr: float = _flag(2e-3, "peak learning rate of AdamW, adapter and head alike")
@@ -102,6 +106,7 @@ class RunConfig:
         if self.test_images > task.size("test"):
             raise ValueError(f"test_images is {self.test_images}; {self.task} has {task.size('test')}")
         self.abm()
+        self.align()
         resolve_device(self.device)
 
     def _check_types(self) -> None:
@@ -125,6 +130,10 @@ class RunConfig:
             fit=self.abm_fit,
             seed=self.seed,
         )
+
+    def align(self) -> AlignConfig:
+        """The aligned start's settings; it takes as many images as the matching."""
+        return AlignConfig(self.abm_samples, self.align_norm, self.align_size, self.align_match, self.seed)
 
     def lora_targets(self) -> str | list[str]:
         """What `add_lora` takes as `targets`."""

@@ -163,6 +163,7 @@ def _start(
                 config.init,
                 setup.images.batches(min(config.batch_size, config.abm_samples), config.seed, 0),
                 config=config.abm(),
+                align=config.align(),
                 reference=REFERENCE if reference else None,
                 show_progress_bar=not quiet and sys.stderr.isatty(),
             )
