@@ -43,12 +43,16 @@ def training_step() -> str:
 def abm_init() -> str:
     content = read("abm_init")
     rows = []
-    for variant, words in (("reference", "reference procedure"), ("ours", "`initialize_lora_abm_weights`")):
+    names = {
+        "reference": "reference procedure",
+        "ours": "`initialize_lora_abm_weights`",
+        "local": '`... (fit="local")`',
+        "aligned": "`initialize_lora_aligned_weights`",
+    }
+    for variant, words in names.items():
         found = [r[variant] for r in content["rounds"]]
         seconds = [f["seconds"] for f in found]
-        share = statistics.median(
-            f["seconds"] / r["epoch_seconds"] for f, r in zip(found, content["rounds"], strict=True)
-        )
+        share = content["summary"]["share_of_epoch"][variant]
         rows.append(
             [
                 words,

@@ -42,6 +42,11 @@ def test_the_real_command(tmp_path):
     (folder,) = (tmp_path / "results").iterdir()
     assert str(folder) in lines[-1] and (folder / "result.json").is_file()
     # A second time it is read, not run; as JSON and nothing else.
+    process = start(*FLAGS, "--out", tmp_path / "results", "--diagnose")
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, err) == (0, "")
+    assert "finished before" in out and re.search(r"^all +0\.\d{4} +0\.\d{4} +0\.\d{4} +1\.000$", out, re.MULTILINE)
+    assert (folder / "information_loss.png").is_file()
     process = start(*FLAGS, "--out", tmp_path / "results", "--json")
     out, err = process.communicate(timeout=300)
     assert (process.returncode, err, out.count("\n")) == (0, "", 1)
@@ -146,6 +151,16 @@ def refused(words, capsys):
         (["--targets", "attn.qkv,fc3"], "target 'fc3' matches no projection inside a block"),
         (["--abm-layers", "first"], r"layers names first; the boundaries of this model are blocks\.0\.mlp\.act"),
         (["--weights", "absent.safetensors"], r"no file absent\.safetensors"),
+        (["--init", "abm_aline"], "init is 'abm_aline'; allowed are kaiming.*did you mean abm_aligned"),
+        (
+            ["--init", "pissa", "--qkv", "qv"],
+            "init pissa cannot leave k alone inside a fused qkv: use qkv full, or kaiming",
+        ),
+        (["--init", "abm_tuned", "--abm-reference", "absent"], "no adapter_config.json in absent"),
+        (["--abm-reference", "absent"], "abm_reference is given, but init abm uses no reference"),
+        (["--init", "orthogonal", "--rank", "3"], "even"),
+        (["--align-match", "2"], r"match is 2\.0; it must lie in"),
+        (["--abm-fit", "block"], "invalid choice: 'block'"),
         (["--image-size", "33"], r"does not run at 33 px .* divisible by patch size \(16\)"),
         (["--source", "folder"], 'source="folder" needs data_dir'),
         (["--config", "absent.json"], r"no configuration file absent\.json"),

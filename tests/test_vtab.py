@@ -15,7 +15,7 @@ from conftest import build_vit
 from PIL import Image
 
 import vtab_tasks
-from abm_vision import create_backbone, initializers, load_adapter
+from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter
 from abm_vision.vtab import PRESETS, RunConfig, data, make_config, results, run, train
 from abm_vision.vtab.config import read_config, resolve_device
 from abm_vision.vtab.predict import predict
@@ -126,7 +126,17 @@ def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch):
 
 
 @pytest.mark.parametrize("stop_after", [0, 1])
-@pytest.mark.parametrize("changes", [{}, {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"},
+        {"init": "pissa"},  # of these three more belongs to the start than A and B
+        {"init": "eva"},
+        {"init": "mica"},
+        {"init": "abm_aligned"},
+    ],
+)
 def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, stop_after, changes):
     config = tiny(epochs=3, **changes)
     unbroken = run(config, tmp_path / "unbroken")
@@ -148,6 +158,77 @@ def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch
     assert {**(resumed["abm"] or {}), "seconds": 0} == {**(unbroken["abm"] or {}), "seconds": 0}
     files = [f"{r['folder']}/adapter/adapter_model.safetensors" for r in (resumed, unbroken)]
     assert open(files[0], "rb").read() == open(files[1], "rb").read()
+
+
+def test_diagnosis_of_a_new_a_resumed_and_a_finished_run_is_the_same(tmp_path, monkeypatch):
+    config, lines = tiny(init="lora_ga"), []
+    new = run(config, tmp_path / "new", diagnose=True, say=lines.append)
+    assert any(line.startswith("information loss") and "attn.qkv" in line for line in lines)
+    finished = run(config, tmp_path / "old")
+    assert finished["information_loss"] is None and "information_loss.png" not in {
+        p.name for p in (tmp_path / "old" / config.run_name()).iterdir()
+    }
+    added = run(config, tmp_path / "old", diagnose=True)
+    original = results.save_checkpoint
+
+    def killed(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results, "save_checkpoint", killed)
+        run(config, tmp_path / "broken")
+    resumed = run(config, tmp_path / "broken", diagnose=True)
+    for result in (new, added, resumed):
+        found = json.loads(open(f"{result['folder']}/result.json").read())["information_loss"]
+        for moment in ("before", "after", "after_on_seen"):
+            assert {**found[moment], "seconds": 0} == {**new["information_loss"][moment], "seconds": 0}
+        assert matplotlib.image.imread(f"{result['folder']}/information_loss.png").std() > 0.05
+        assert result["loss_per_step"] == new["loss_per_step"] and result["test"] == new["test"]
+    assert found["before"]["overall"]["loss"] > 0.9 > found["after_on_seen"]["overall"]["loss"]
+    assert found["before"]["samples"] == 64
+
+
+def test_diagnosis_by_hand(tmp_path):
+    """The start's information loss on the last 64 images of the shuffled training set, in one batch."""
+    config = tiny(init="gaussian", epochs=1)
+    found = run(config, tmp_path, diagnose=True)["information_loss"]["after"]["overall"]["loss"]
+    torch.manual_seed(config.seed)
+    backbone, _ = create_backbone(config.model, 16, 32, "none")
+    pre = data.preprocessing_for(backbone, 32)
+    train_set = vtab_tasks.load("dsprites_loc", "train800val200", source="rendered")
+    pixels, labels = data.load_all(train_set, pre)
+    (order,) = data.shuffled(1000, 1000, config.seed, 0)
+    torch.manual_seed(config.seed)
+    model = add_lora(backbone, config.rank, config.alpha)
+    initialize_lora(model, "gaussian")
+    batch = (pre.normalise(pixels[order[-64:]]), labels[order[-64:]])
+    assert information_loss(model, [batch], VIT.loss_fn).overall.loss == pytest.approx(found, abs=1e-5)
+
+
+def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
+    config, lines = tiny(init="abm_tuned"), []
+    result = run(config, tmp_path, say=lines.append)
+    reference = tmp_path / dataclasses.replace(config, init="kaiming").run_name()
+    tuned = read_result(reference)
+    assert result["reference"] == {"folder": str(reference), "seconds": result["seconds"]["reference"]}
+    assert result["seconds"]["reference"] == tuned["seconds"]["init"] + tuned["seconds"]["train"]
+    assert result["abm"]["reference"] == "adapter 'reference'" and result["abm"]["before"]["match"] < 1
+    adapter = json.loads((tmp_path / config.run_name() / "adapter" / "adapter_config.json").read_text())
+    assert adapter["r"] == 4 and not (tmp_path / config.run_name() / "adapter" / "reference").exists()
+    assert any("reference tuned first" in line for line in lines)
+    # Given by its folder, or by its adapter alone: then what it cost is not known.
+    given = run(tiny(init="abm_tuned", abm_reference=str(reference)), tmp_path / "given")
+    alone = run(tiny(init="abm_tuned", abm_reference=str(reference / "adapter")), tmp_path / "alone")
+    assert given["loss_per_step"] == alone["loss_per_step"] == result["loss_per_step"]
+    assert given["seconds"]["reference"] == result["seconds"]["reference"] and "reference" not in alone["seconds"]
+    assert alone["reference"] == {"folder": str(reference / "adapter"), "seconds": None}
+
+
+def test_reference_of_another_task_and_rank(tmp_path):
+    other = run(tiny(task="dsprites_ori", rank=2, init="kaiming"), tmp_path)
+    result = run(tiny(init="abm_tuned", abm_reference=other["folder"], abm_fit="local"), tmp_path)
+    assert result["abm"]["before"]["match"] < 1 and result["abm"]["after"]["loss"] < result["abm"]["before"]["loss"]
 
 
 @pytest.fixture
@@ -246,7 +327,7 @@ def test_paper_preset_is_the_published_recipe():
     "changes, message",
     [
         ({"task": "dsprite_loc"}, r"unknown task 'dsprite_loc'; did you mean dsprites_loc"),
-        ({"init": "kaimin"}, r"init is 'kaimin'; allowed are kaiming, abm; did you mean kaiming\?"),
+        ({"init": "kaimin"}, r"init is 'kaimin'; allowed are kaiming, .*abm_aligned; did you mean kaiming\?"),
         ({"preset": "slow"}, "preset is 'slow'; allowed are 'quick', 'paper'"),
         ({"rank": 0}, "rank is 0; it must be 1 or more"),
         ({"epochs": 0}, "epochs is 0"),
@@ -323,11 +404,6 @@ def test_device_auto_is_the_best_there_is():
 
 
 # Parts
-
-
-def test_every_start_of_the_table_has_its_name():
-    for name, start in initializers.INITIALIZERS.items():
-        assert start.name == name and start.source.startswith("arXiv:")
 
 
 @pytest.mark.parametrize(

@@ -79,8 +79,8 @@ class ABMReport:
 
     def __str__(self) -> str:
         head = (
-            f"ABM: {len(self.layers)} layers matched to {self.reference}, "
-            f"{'each on its own' if self.config.fit == 'local' else f'in {self.config.steps} steps'}, "
+            f"ABM: {len(self.layers)} layers matched to {self.reference}"
+            f"{', each on its own' if self.config.fit == 'local' else f' in {self.config.steps} steps'}, "
             f"{self.samples} of {self.config.samples} samples, {self.seconds:.1f} s\n"
             f"{'layer':<32} {'w^2':>5} {'margin':>6}   {'loss':^17}  {'match rate':^15}  {'inside margin':^15}"
         )
