@@ -3,7 +3,7 @@
     python benchmarks/information_loss.py
 
 Random weights and random images: neither time nor memory depends on them. Each way of cutting the 64 images into
-batches runs in a process of its own; memory is the growth of that process's peak over the adapted model. One batch keeps
+batches runs in a process of its own; memory is the growth of its peak over the adapted model. One batch keeps
 one full gradient at a time, several keep one a layer but fewer activations.
 """
 

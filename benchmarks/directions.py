@@ -1,0 +1,194 @@
+"""Which directions should A start from? Trials behind the aligned start.
+
+    python benchmarks/directions.py --task dsprites_loc      # goes on where it stopped
+
+Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset, one seed: the first 5 of 12 epochs. Every variant sets A (r,
+in) and perhaps B (out, r) of every adapted layer from the layer's gradient G = U S V^T and its inputs x on 128 labelled
+images. Rows of A are orthonormal unless said otherwise. Every trial is kept as one line of
+`results/directions-TASK.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import vtab_tasks
+from abm_vision import VIT, add_lora, create_backbone, information_loss
+from abm_vision.abm.files import write_atomically
+from abm_vision.abm.gradient import adapted_layers, weight_gradients
+from abm_vision.provenance import environment
+from abm_vision.vtab import make_config
+from abm_vision.vtab.data import Images, load_all, preprocessing_for
+from abm_vision.vtab.train import Progress, autocast, choose_attention, faster_with_bf16, make_optimiser, train
+
+RESULTS = Path(__file__).parent / "results"
+IMAGES, EPOCHS, RANK = 128, 5, 8
+
+
+@dataclass(frozen=True)
+class Given:
+    """One layer's G (out, in), inputs x (tokens, in), and the A (r, in) that peft has drawn."""
+
+    gradient: Tensor
+    inputs: Tensor
+    drawn: Tensor
+
+    def right(self, first: int, count: int = RANK) -> Tensor:
+        """Right singular vectors of G as rows, from number `first` (1 is the leading one) on."""
+        return torch.linalg.svd(self.gradient, full_matrices=False)[2][first - 1 : first - 1 + count]
+
+    def left(self) -> Tensor:
+        """The leading left singular vectors as columns."""
+        return torch.linalg.svd(self.gradient, full_matrices=False)[0][:, :RANK]
+
+    def principal(self, first: int, count: int = RANK) -> Tensor:
+        """Principal directions of the inputs, not centred, as EVA takes them."""
+        return torch.linalg.svd(self.inputs, full_matrices=False)[2][first - 1 : first - 1 + count]
+
+
+def mixed(given: Given) -> Tensor:
+    """Eight random orthonormal combinations of v_1 .. v_16."""
+    rotation, _ = torch.linalg.qr(torch.randn(2 * RANK, 2 * RANK, generator=torch.Generator().manual_seed(0)))
+    return rotation[:RANK] @ given.right(1, 2 * RANK)
+
+
+def evened(given: Given) -> Tensor:
+    """v_1 .. v_8, each row divided by the root mean square of its v x, then scaled to a mean length of 1."""
+    rows = given.right(1)
+    rows = rows / (given.inputs @ rows.T).square().mean(0).sqrt()[:, None]
+    return rows / rows.norm() * RANK**0.5
+
+
+def beside_the_inputs(given: Given) -> Tensor:
+    """Leading right singular vectors of G without its part along the inputs' 8 principal directions."""
+    main = given.principal(1)
+    rest = given.gradient - (given.gradient @ main.T) @ main
+    return torch.linalg.svd(rest, full_matrices=False)[2][:RANK]
+
+
+Start = Callable[[Given], tuple[Tensor, Tensor | None]]
+VARIANTS: dict[str, Start] = {
+    "peft's default": lambda g: (g.drawn, None),
+    "default, rows 1.73 as long (1.0)": lambda g: (3**0.5 * g.drawn, None),
+    "default, rows 3 as long": lambda g: (3 * g.drawn, None),
+    "v1 .. v8": lambda g: (g.right(1), None),
+    "v5 .. v12": lambda g: (g.right(5), None),
+    "v9 .. v16": lambda g: (g.right(9), None),
+    "v9 .. v16, rows 1.5 long": lambda g: (1.5 * g.right(9), None),
+    "v9 .. v16, rows 0.58 long": lambda g: (g.right(9) / 3**0.5, None),
+    "v17 .. v24": lambda g: (g.right(17), None),
+    "mix of v1 .. v16": lambda g: (mixed(g), None),
+    "v1 .. v8, evened by the inputs": lambda g: (evened(g), None),
+    "v1 .. v8 beside the inputs' first 8": lambda g: (beside_the_inputs(g), None),
+    "inputs' 1 .. 8 (EVA)": lambda g: (g.principal(1), None),
+    "inputs' 9 .. 16": lambda g: (g.principal(9), None),
+    "default, B 0.05 u1 .. u8": lambda g: (g.drawn, 0.05 * g.left()),
+    "v9 .. v16, B 0.01 u1 .. u8": lambda g: (g.right(9), 0.01 * g.left()),
+    "v9 .. v16, B 0.05 u1 .. u8": lambda g: (g.right(9), 0.05 * g.left()),
+    "v9 .. v16, B 0.2 u1 .. u8": lambda g: (g.right(9), 0.2 * g.left()),
+}
+RATES = (1e-3, 2e-3)
+
+
+class _Enough(Exception):
+    """Ends a training after its first epochs."""
+
+
+def adapted(task: str) -> tuple[PeftModel, Images, torch.device, str]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = "bf16" if faster_with_bf16(device) else "fp32"
+    data = vtab_tasks.load(task, "train800val200", source="rendered")
+    torch.manual_seed(0)
+    backbone, _ = create_backbone("vit_small_patch14_dinov2.lvd142m", data.task.num_classes, 70)
+    preprocessing = preprocessing_for(backbone, 70)
+    torch.manual_seed(0)
+    model = add_lora(backbone, RANK, RANK).to(device)
+    choose_attention(model, device, precision)
+    return model, Images(*load_all(data, preprocessing), preprocessing, device), device, precision
+
+
+def start(model: PeftModel, images: Images, device: torch.device, precision: str, variant: Start) -> None:
+    layers = adapted_layers(model, "default")
+    batch = next(images.batches(IMAGES, 0, 0))
+    gradients: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
+    with ExitStack() as stack, autocast(device, precision):
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(
+                lambda _, args, name=name: inputs.__setitem__(name, args[0].detach().float().flatten(0, -2))
+            )
+            stack.callback(handle.remove)
+        weight_gradients(model, [batch], VIT.loss_fn, gradients.__setitem__)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            new_a, new_b = variant(Given(gradients[name], inputs[name], a.clone()))
+            a.copy_(new_a)
+            if new_b is not None:
+                b.copy_(new_b)
+
+
+def trial(task: str, name: str, lr: float) -> dict[str, Any]:
+    model, images, device, precision = adapted(task)
+    start(model, images, device, precision, VARIANTS[name])
+    order = torch.arange(len(images))  # the last images of the unshuffled set; most are unseen by the start
+    with autocast(device, precision):
+        lost = information_loss(model, [images.select(order[-64:])], VIT.loss_fn).overall.loss
+    config = make_config(task=task, lr=lr)
+    progress = Progress()
+
+    def stop(progress: Progress) -> None:
+        if progress.epoch == EPOCHS:
+            raise _Enough
+
+    try:
+        train(model, make_optimiser(model, config), images, config, precision, progress, stop, quiet=True)
+    except _Enough:
+        pass
+    steps = len(progress.losses) // EPOCHS
+    epochs = [statistics.mean(progress.losses[k * steps : (k + 1) * steps]) for k in range(EPOCHS)]
+    return {
+        "variant": name,
+        "lr": lr,
+        "area": round(statistics.mean(progress.losses), 4),
+        "loss_per_epoch": [round(value, 4) for value in epochs],
+        "information_loss": round(lost, 4),
+        "precision": precision,
+        "environment": environment(str(device)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", default="dsprites_loc")
+    parser.add_argument("--threads", type=int, help="of torch; one each lets two tasks run side by side")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    path = RESULTS / f"directions-{options.task}.jsonl"
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    done = {(r["variant"], r["lr"]) for r in map(json.loads, lines)}
+    for lr in RATES:
+        for name in VARIANTS:
+            if (name, lr) in done:
+                continue
+            record = trial(options.task, name, lr)
+            lines.append(json.dumps(record))
+            text = "\n".join(lines) + "\n"
+            write_atomically(path, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
+            print(f"{name}, lr {lr:g}: {record['area']:.3f} {record['loss_per_epoch']}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
