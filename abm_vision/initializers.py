@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,7 +157,7 @@ def initialize_lora(
         align=align or AlignConfig(),
         progress=show_progress_bar,
     )
-    with seeded(config.seed), modes_given_back(model):
+    with seeded(config.seed), modes_given_back(model), _undone_on_error(model, adapter_name):
         return start.apply(given)
 
 
@@ -193,6 +194,39 @@ def _check_fresh(model: PeftModel, start: Initializer, adapter_name: str) -> Non
             raise ValueError(f"{start.name} starts nn.Linear layers alone, {name} is a {kind}: leave it out of targets")
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@contextmanager
+def _undone_on_error(model: PeftModel, adapter_name: str) -> Iterator[None]:
+    """If anything raises, the adapter is fresh again, and what peft's preprocessing leaves on the model is removed.
+
+    Base weights are not kept: peft changes them last, when nothing is left that could fail on bad input.
+    """
+    config = model.peft_config[adapter_name]
+    settings, flags = dict(vars(config)), [(p, p.requires_grad) for p in model.parameters()]
+    hooks = [(getattr(m, name), dict(getattr(m, name))) for m in model.modules() for name in _HOOKS]
+    layers = adapted_layers(model, adapter_name).values()
+    factors = [(table, table[adapter_name]) for layer in layers for table in (layer.lora_A, layer.lora_B)]
+    attributes = [(base, set(vars(base))) for base in (layer.get_base_layer() for layer in layers)]
+    try:
+        yield
+    except BaseException:
+        vars(config).update(settings)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+            parameter.grad = None
+        for live, before in hooks:
+            live.clear()
+            live.update(before)
+        for table, module in factors:
+            table[adapter_name] = module
+        for base, before in attributes:
+            for name in set(vars(base)) - before:
+                delattr(base, name)
+        raise
+
+
 # ---------------------------------------------------------------------------------------------- peft's own starts
 
 
@@ -221,7 +255,9 @@ def _restart(given: Ingredients, value: str, **fields: Any) -> None:
 
 
 def _eva(given: Ingredients) -> None:
-    _restart(given, "eva", eva_config=EvaConfig())
+    config = EvaConfig()
+    _check_tokens(given, config.rho)
+    _restart(given, "eva", eva_config=config)
     initialize_lora_eva_weights(
         given.model,
         given.batches,
@@ -231,6 +267,27 @@ def _eva(given: Ingredients) -> None:
         adapter_name=given.adapter_name,
         show_progress_bar=given.progress,
     )
+
+
+@torch.no_grad()
+def _check_tokens(given: Ingredients, rho: float) -> None:
+    """peft's EVA waits for ever for a batch with as many tokens as it looks for components, rho r."""
+    layers = adapted_layers(given.model, given.adapter_name)
+    with ExitStack() as stack:
+        tokens: dict[str, int] = {}
+        for name, layer in layers.items():
+            handle = layer.register_forward_pre_hook(
+                lambda _, args, name=name: tokens.__setitem__(name, args[0].shape[:-1].numel())
+            )
+            stack.callback(handle.remove)
+        given.forward_fn(given.model, min(given.batches, key=batch_size))
+    for name, count in tokens.items():
+        wanted = round(rho * layers[name].r[given.adapter_name])
+        if count < wanted:
+            raise ValueError(
+                f"eva looks for {wanted} directions, {name} sees {count} tokens in a batch: give larger batches, or "
+                "a lower rank"
+            )
 
 
 def _corda(given: Ingredients) -> None:

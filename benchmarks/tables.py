@@ -1,7 +1,7 @@
-"""README's tables, printed from the committed result files.
+"""The tables of README.md and benchmarks/README.md, printed from the committed result files and the code.
 
 python benchmarks/tables.py            # print them
-python benchmarks/tables.py --write    # put them into README.md, between their markers
+python benchmarks/tables.py --write    # put them into the documents, between their markers
 """
 
 from __future__ import annotations
@@ -14,8 +14,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from abm_vision.initializers import INITIALIZERS
+from abm_vision.vtab.compare import area
+
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+BENCHMARKS = Path(__file__).parent / "README.md"
+TASKS = ("dsprites_loc", "dsprites_ori")
 VARIANTS = {"floor": "frozen floor", "ours": "LoRA, ours", "peft": "LoRA, stock peft", "full": "full fine-tuning"}
 
 
@@ -97,26 +102,85 @@ def families() -> str:
     )
 
 
-TABLES: dict[str, Callable[[], str]] = {f.__name__: f for f in (training_step, abm_init, attention, families)}
+def starts() -> str:
+    rows = [
+        [f"`{name}`", start.summary, start.needs, "yes" if start.changes_base else "no", start.source]
+        for name, start in INITIALIZERS.items()
+    ]
+    return table(["start", "what it is", "needs", "changes base weights", "source"], rows)
 
 
-def fill(text: str) -> str:
-    """`text` with every `<!-- table: NAME -->` ... `<!-- end -->` filled."""
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+def read_lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def screening() -> str:
+    parts = []
+    for task in TASKS:
+        records = [r for r in read_lines(f"initializers-{task}") if r["stage"] == "screen"]
+        rates = sorted({r["config"]["lr"] for r in records})
+        starts: dict[str, dict[float, dict[str, Any]]] = {}
+        for record in records:
+            starts.setdefault(record["config"]["init"], {})[record["config"]["lr"]] = record
+
+        def best(found: dict[float, dict[str, Any]]) -> float:
+            return min(area(r) for r in found.values() if "loss_per_step" in r)
+
+        rows = [
+            [f"`{init}`", _lost(found), *(_cell(found.get(lr), best(found)) for lr in rates)]
+            for init, found in sorted(starts.items(), key=lambda item: best(item[1]))
+        ]
+        head = ["start", "information loss (seen)", *(f"lr {lr:g}" for lr in rates)]
+        device = records[0]["environment"]["device"]
+        parts.append(
+            f"{task}, rendered; {records[0]['config']['epochs']} epochs, seed 0; {device}:\n\n{table(head, rows)}"
+        )
+    return "\n\n".join(parts)
+
+
+def _lost(found: dict[float, dict[str, Any]]) -> str:
+    reports = [r["information_loss"] for r in found.values() if r.get("information_loss")]
+    if not reports:
+        return "-"
+    unseen, seen = (reports[0][moment]["overall"]["loss"] for moment in ("after", "after_on_seen"))
+    return f"{unseen:.3f} ({seen:.3f})"
+
+
+def _cell(record: dict[str, Any] | None, best: float) -> str:
+    if record is None:
+        return "-"
+    if "diverged" in record:
+        return "diverged"
+    text = f"{area(record):.3f}, {100 * record['test']['top1']:.1f} %"
+    return f"**{text}**" if area(record) == best else text
+
+
+TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
+    README: (training_step, abm_init, attention, families, starts),
+    BENCHMARKS: (screening,),
+}
+
+
+def fill(path: Path) -> str:
+    """The document with every `<!-- table: NAME -->` ... `<!-- end -->` filled."""
+    text = path.read_text(encoding="utf-8")
+    for make in TABLES[path]:
+        pattern = re.compile(rf"(<!-- table: {make.__name__} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
         if count != 1:
-            raise ValueError(f"README.md has {count} places for the table {name}, it needs one")
+            raise ValueError(f"{path.name} has {count} places for the table {make.__name__}, it needs one")
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help="into README.md")
-    if parser.parse_args().write:
-        README.write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
-    else:
-        print("\n\n".join(f"{name}\n\n{make()}" for name, make in TABLES.items()))
+    parser.add_argument("--write", action="store_true", help="into the documents")
+    write = parser.parse_args().write
+    for path, makers in TABLES.items():
+        if write:
+            path.write_text(fill(path), encoding="utf-8")
+        else:
+            print("\n\n".join(f"{make.__name__}\n\n{make()}" for make in makers))
 
 
 if __name__ == "__main__":

