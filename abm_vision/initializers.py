@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,18 +12,17 @@ import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
-from peft.tuners.lora.loraga import preprocess_loraga
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.backbone import Backbone, find_backbone
-from abm_vision.abm.calibration import batch_size, collect_batches
+from abm_vision.abm.calibration import batch_size, collect_batches, does_nothing
 from abm_vision.abm.checks import modes_given_back
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.conversion import changes_base, remember_start
-from abm_vision.abm.gradient import LossFn, adapted_layers
+from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
 from abm_vision.abm.guards import seeded
 from abm_vision.abm.initialize import initialize_lora_abm_weights
 from abm_vision.abm.merged_linear import BlockLinear
@@ -116,7 +114,8 @@ def initialize_lora(
     Args:
         model: fresh from `add_lora`, on its device.
         init: a name of `INITIALIZERS`.
-        dataloader: yields calibration batches, for a start that needs them; `config.samples` samples are taken.
+        dataloader: yields calibration batches, for a start that needs them; `config.samples` samples are taken, for
+            "abm_aligned" `align.samples`.
         config: settings of boundary matching, number of samples and seed; `ABMConfig()` if None.
         align: settings of the aligned start, `AlignConfig()` if None.
         reference: for "abm_tuned": the name of another adapter of this model, or another model.
@@ -137,28 +136,30 @@ def initialize_lora(
     config = config or ABMConfig()
     backbone = backbone or find_backbone(model)
     _check_fresh(model, start, adapter_name)
-    if start.needs == "nothing":
-        batches = []
-    elif dataloader is None:
+    if start.needs != "nothing" and dataloader is None:
         raise ValueError(f"{init} needs {start.needs}: pass a dataloader")
-    else:
-        batches = collect_batches(dataloader, config.samples, next(model.parameters()).device)
     if "reference" in start.needs and reference is None:
         raise ValueError(f"{init} needs a reference: the name of an adapter tuned on the task, or a tuned model")
-    given = Ingredients(
-        model=model,
-        adapter_name=adapter_name,
-        batches=batches,
-        backbone=backbone,
-        forward_fn=forward_fn or backbone.forward_fn,
-        loss_fn=loss_fn or backbone.loss_fn,
-        reference=reference,
-        abm=config,
-        align=align or AlignConfig(),
-        progress=show_progress_bar,
-    )
-    with seeded(config.seed), modes_given_back(model), _undone_on_error(model, adapter_name):
-        return start.apply(given)
+    align = align or AlignConfig()
+    samples = align.samples if start.apply is _align else config.samples
+    with seeded(config.seed), modes_given_back(model), _undone_on_error(model, start, adapter_name):
+        device = next(model.parameters()).device
+        given = Ingredients(
+            model=model,
+            adapter_name=adapter_name,
+            batches=[] if start.needs == "nothing" else collect_batches(dataloader, samples, device),
+            backbone=backbone,
+            forward_fn=forward_fn or backbone.forward_fn,
+            loss_fn=loss_fn or backbone.loss_fn,
+            reference=reference,
+            abm=config,
+            align=align,
+            progress=show_progress_bar,
+        )
+        report = start.apply(given)
+        for layer in adapted_layers(model, adapter_name).values():
+            layer.train(layer.training)  # peft makes the inner modules anew, in training mode
+        return report
 
 
 def get_initializer(name: str) -> Initializer:
@@ -182,8 +183,14 @@ def _check_fresh(model: PeftModel, start: Initializer, adapter_name: str) -> Non
             f"the active adapters are {model.active_adapters}, but exactly {adapter_name!r} is to be started: "
             f"call model.set_adapter({adapter_name!r}) first"
         )
-    if changes_base(model.peft_config[adapter_name]):
-        raise ValueError("the adapter was started before, and the base weights with it: begin with the bare model")
+    shared = next((name for name, config in model.peft_config.items() if changes_base(config)), None)
+    if shared:
+        raise ValueError(f"adapter {shared!r} has changed the base weights: begin with the bare model")
+    if model.peft_config[adapter_name].init_lora_weights is not True or not does_nothing(model, adapter_name):
+        raise ValueError(f"adapter {adapter_name!r} is not fresh, it was started or trained: begin with add_lora")
+    if len(model.peft_config) > 1 and not start.in_factors:
+        others = ", ".join(name for name in model.peft_config if name != adapter_name)
+        raise ValueError(f"{start.name} changes more than its adapter, which {others} would suffer: start it alone")
     if start.blocks:
         return
     for name, layer in adapted_layers(model, adapter_name).items():
@@ -198,24 +205,25 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 @contextmanager
-def _undone_on_error(model: PeftModel, adapter_name: str) -> Iterator[None]:
-    """If anything raises, the adapter is fresh again, and what peft's preprocessing leaves on the model is removed.
+def _undone_on_error(model: PeftModel, start: Initializer, adapter_name: str) -> Iterator[None]:
+    """If anything raises, the adapter is fresh again, the base as it was, and nothing of peft's is left on the model.
 
-    Base weights are not kept: peft changes them last, when nothing is left that could fail on bad input.
+    What was trainable before is so afterwards in any case: peft's `disable_adapter` thaws a frozen head.
     """
     config = model.peft_config[adapter_name]
     settings, flags = dict(vars(config)), [(p, p.requires_grad) for p in model.parameters()]
     hooks = [(getattr(m, name), dict(getattr(m, name))) for m in model.modules() for name in _HOOKS]
     layers = adapted_layers(model, adapter_name).values()
     factors = [(table, table[adapter_name]) for layer in layers for table in (layer.lora_A, layer.lora_B)]
-    attributes = [(base, set(vars(base))) for base in (layer.get_base_layer() for layer in layers)]
+    bases = [layer.get_base_layer() for layer in layers]
+    attributes = [(base, set(vars(base))) for base in bases]
+    weights = [(base.weight, base.weight.detach().clone()) for base in bases] if start.changes_base else []
     try:
         yield
     except BaseException:
         vars(config).update(settings)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-            parameter.grad = None
+        for weight, value in weights:
+            weight.data = value
         for live, before in hooks:
             live.clear()
             live.update(before)
@@ -225,6 +233,9 @@ def _undone_on_error(model: PeftModel, adapter_name: str) -> Iterator[None]:
             for name in set(vars(base)) - before:
                 delattr(base, name)
         raise
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 # ---------------------------------------------------------------------------------------------- peft's own starts
@@ -245,88 +256,96 @@ def _restart(given: Ingredients, value: str, **fields: Any) -> None:
     for name, content in {"init_lora_weights": value, **fields}.items():
         setattr(config, name, content)
     layers = adapted_layers(given.model, given.adapter_name).values()
-    for layer in layers:
-        rank, alpha = layer.r[given.adapter_name], layer.lora_alpha[given.adapter_name]
-        layer.update_layer(given.adapter_name, r=rank, lora_alpha=alpha, config=config)
+    with _no_autocast(given.model):  # decompositions and what is taken out of the base weights need full precision
+        for layer in layers:
+            rank, alpha = layer.r[given.adapter_name], layer.lora_alpha[given.adapter_name]
+            layer.update_layer(given.adapter_name, r=rank, lora_alpha=alpha, config=config)
     cast_adapter_dtype(given.model, given.adapter_name)
     if changes_base(config):
         for layer in layers:
             remember_start(layer, given.adapter_name)
 
 
+def _no_autocast(model: PeftModel) -> AbstractContextManager[None]:
+    return torch.autocast(next(model.parameters()).device.type, enabled=False)
+
+
 def _eva(given: Ingredients) -> None:
     config = EvaConfig()
-    _check_tokens(given, config.rho)
+    layers = adapted_layers(given.model, given.adapter_name)
+    for name, shape in _input_shapes(given, min(given.batches, key=batch_size)).items():
+        tokens, wanted = shape[:-1].numel(), round(config.rho * layers[name].r[given.adapter_name])
+        if tokens < wanted:  # peft would wait for a larger batch for ever
+            raise ValueError(
+                f"eva looks for {wanted} directions, {name} sees {tokens} tokens in a batch: give larger batches, or "
+                "a lower rank"
+            )
     _restart(given, "eva", eva_config=config)
-    initialize_lora_eva_weights(
-        given.model,
-        given.batches,
-        forward_fn=given.forward_fn,
-        prepare_model_inputs_fn=None,
-        prepare_layer_inputs_fn=None,
-        adapter_name=given.adapter_name,
-        show_progress_bar=given.progress,
-    )
+    with _no_autocast(given.model):
+        initialize_lora_eva_weights(
+            given.model,
+            given.batches,
+            forward_fn=given.forward_fn,
+            prepare_model_inputs_fn=None,
+            prepare_layer_inputs_fn=None,
+            adapter_name=given.adapter_name,
+            show_progress_bar=given.progress,
+        )
+    cast_adapter_dtype(given.model, given.adapter_name)  # layers whose rank has changed were made anew
 
 
 @torch.no_grad()
-def _check_tokens(given: Ingredients, rho: float) -> None:
-    """peft's EVA waits for ever for a batch with as many tokens as it looks for components, rho r."""
-    layers = adapted_layers(given.model, given.adapter_name)
+def _input_shapes(given: Ingredients, batch: Any) -> dict[str, torch.Size]:
+    """The shape of what goes into every adapted layer."""
+    shapes: dict[str, torch.Size] = {}
     with ExitStack() as stack:
-        tokens: dict[str, int] = {}
-        for name, layer in layers.items():
-            handle = layer.register_forward_pre_hook(
-                lambda _, args, name=name: tokens.__setitem__(name, args[0].shape[:-1].numel())
-            )
+        for name, layer in adapted_layers(given.model, given.adapter_name).items():
+            handle = layer.register_forward_pre_hook(lambda _, args, name=name: shapes.__setitem__(name, args[0].shape))
             stack.callback(handle.remove)
-        given.forward_fn(given.model, min(given.batches, key=batch_size))
-    for name, count in tokens.items():
-        wanted = round(rho * layers[name].r[given.adapter_name])
-        if count < wanted:
-            raise ValueError(
-                f"eva looks for {wanted} directions, {name} sees {count} tokens in a batch: give larger batches, or "
-                "a lower rank"
-            )
+        given.forward_fn(given.model, batch)
+    return shapes
 
 
 def _corda(given: Ingredients) -> None:
-    def run_model() -> None:
-        for batch in given.batches:
-            for sample in _one_by_one(batch):  # its covariance hook takes one sample at a time
-                given.forward_fn(given.model, sample)
+    samples = [sample for batch in given.batches for sample in _one_by_one(batch)]  # its hook takes one at a time
+    for name, shape in _input_shapes(given, samples[0]).items():
+        if len(shape) != 3 or shape[0] != 1:
+            raise ValueError(f"corda takes one sample's tokens, (1, tokens, in); {name} sees {tuple(shape)}")
 
-    config = _on_base_layers(given, "corda", corda_config=CordaConfig(corda_method="ipm"))
-    with given.model.disable_adapter():
+    def run_model() -> None:
+        for sample in samples:
+            given.forward_fn(given.model, sample)
+
+    layers = adapted_layers(given.model, given.adapter_name)
+    ranks = {f"{name}.base_layer": layer.r[given.adapter_name] for name, layer in layers.items()}
+    config = LoraConfig(
+        target_modules=list(ranks),  # the layers inside peft's wrappers
+        rank_pattern=ranks,
+        init_lora_weights="corda",
+        corda_config=CordaConfig(corda_method="ipm"),
+    )
+    with given.model.disable_adapter(), _no_autocast(given.model):
         preprocess_corda(given.model.get_base_model(), config, run_model=run_model)
     _restart(given, "corda", corda_config=config.corda_config)
 
 
 def _lora_ga(given: Ingredients) -> None:
-    def train_step() -> None:
-        given.model.eval()  # peft switches to training mode, where dropout would make the gradient a sample
-        for batch in given.batches:
-            given.loss_fn(given.model, batch).backward()
-
-    config = _on_base_layers(given, "lora_ga", lora_ga_config=LoraGAConfig())
-    with given.model.disable_adapter(), warnings.catch_warnings():
-        # The first layer's input needs no gradient; peft only counts with the hook that torch warns of.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        preprocess_loraga(given.model.get_base_model(), config, train_step)
-    _restart(given, "lora_ga", lora_ga_config=config.lora_ga_config)
-
-
-def _on_base_layers(given: Ingredients, value: str, **fields: Any) -> LoraConfig:
-    """A configuration whose targets are the layers inside peft's wrappers, with their ranks."""
+    """peft's start on gradients that are formed here: its own preprocessing leaves flags and hooks after an error."""
     layers = adapted_layers(given.model, given.adapter_name)
-    names = {f"{name}.base_layer": layer.r[given.adapter_name] for name, layer in layers.items()}
-    return LoraConfig(target_modules=list(names), rank_pattern=names, init_lora_weights=value, **fields)
+
+    def attach(name: str, gradient: Tensor) -> None:
+        layers[name].get_base_layer()._peft_loraga_grad = gradient
+
+    weight_gradients(given.model, given.batches, given.loss_fn, attach, given.adapter_name)
+    _restart(given, "lora_ga", lora_ga_config=LoraGAConfig())
 
 
 def _one_by_one(batch: Any) -> Iterable[Any]:
     count = batch_size(batch)
     for k in range(count):
-        yield tree_map(lambda v, k=k: v[k : k + 1] if isinstance(v, Tensor) and len(v) == count else v, batch)
+        yield tree_map(
+            lambda v, k=k: v[k : k + 1] if isinstance(v, Tensor) and v.ndim and len(v) == count else v, batch
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------- ours

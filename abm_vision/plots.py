@@ -93,7 +93,7 @@ def draw_comparison(comparison: Any) -> Figure:
         line[1].set(yscale="log", xlabel="seconds, start included", ylabel="training loss")
         line[2].set(xlabel="epoch", ylabel="test top-1 (%)")
         line[3].set(xlabel="information loss", xlim=(0, 1), yticks=range(len(rows)))
-        line[3].set_yticklabels([row.init for row in rows])
+        line[3].set_yticklabels([f"{row.init}, lr {row.lr:g}" for row in rows])
         line[3].invert_yaxis()
         for position, row in enumerate(rows):
             if row.information_loss is not None:
@@ -113,16 +113,15 @@ def draw_comparison(comparison: Any) -> Figure:
 
 
 def _draw_start(line: Sequence[Axes], row: Any, runs: Sequence[dict[str, Any]], colour: Any) -> None:
-    label = f"{row.init}, lr {row.lr:g}"
     losses = np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
     epochs = np.arange(losses.shape[1]) + 0.5
     began = np.mean([r["seconds"]["init"] + r["seconds"].get("reference", 0) for r in runs])
     per_epoch = np.mean([np.median(r["seconds_per_epoch"]) for r in runs])
     for axes, x in ((line[0], epochs), (line[1], began + per_epoch * epochs)):
-        _line_with_band(axes, x, losses, colour, label)
+        _line_with_band(axes, x, losses, colour, row.init)
     followed = runs[0]["top1_per_epoch"] or {str(runs[0]["config"]["epochs"]): None}
     top1 = np.array([[100 * (r["top1_per_epoch"] or {k: r["test"]["top1"]})[k] for k in followed] for r in runs])
-    _line_with_band(line[2], np.array([int(k) for k in followed]), top1, colour, label)
+    _line_with_band(line[2], np.array([int(k) for k in followed]), top1, colour, row.init)
 
 
 def _line_with_band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, label: str) -> None:

@@ -5,8 +5,8 @@
 
 Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset. `screen`: every start at every learning rate, one seed,
 4 epochs. `confirm`: the full 12 epochs, 3 seeds, for the default, EVA, ours, and the two others that did best in the
-screening, each at the rate that had the lowest mean training loss there and at the neighbouring rates of the default,
-so that the default is not left with a rate that suits 4 epochs alone. Every run is kept as one line of
+screening, each at the rate that had the lowest mean training loss there; the default also at the rates beside it, so
+that it is not left with one that suits 4 epochs alone. Every run is kept as one line of
 `results/initializers-TASK.jsonl`, and is not repeated.
 """
 
@@ -72,9 +72,12 @@ def best_rates(records: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
 
 def confirming(task: str, records: list[dict[str, Any]]) -> Iterator[RunConfig]:
     best = best_rates(records)
+    if not set(ALWAYS) <= set(best):
+        return  # the screening has not come so far
     peers = sorted((area, init) for init, (area, _) in best.items() if init not in ALWAYS)
     for seed in SEEDS:
-        for lr in RATES[1:3]:
+        place = RATES.index(best[BASELINE][1])
+        for lr in RATES[max(0, place - 1) : place + 2]:
             yield make_config(task=task, init=BASELINE, lr=lr, seed=seed)
         for init in (*ALWAYS[1:], *(init for _, init in peers[:2])):
             yield make_config(task=task, init=init, lr=best[init][1], seed=seed)
@@ -96,6 +99,7 @@ def slim(result: dict[str, Any]) -> dict[str, Any]:
         "seconds": {name: round(value, 3) for name, value in result["seconds"].items()},
         "seconds_per_epoch": [round(value, 3) for value in result["seconds_per_epoch"]],
         "top1_per_epoch": result["top1_per_epoch"],
+        "reference": result["reference"],
         "match": result["abm"]["after"]["match"] if result["abm"] else None,
         "information_loss": lost and {moment: {"overall": report["overall"]} for moment, report in lost.items()},
     }

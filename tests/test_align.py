@@ -10,6 +10,7 @@ from test_abm import record
 from test_tangent import gradients_by_autograd
 
 from abm_vision import AlignConfig, add_lora, information_loss, initialize_lora_aligned_weights
+from abm_vision.abm import align
 from abm_vision.abm.gradient import adapted_layers
 from abm_vision.vit import VIT
 
@@ -131,3 +132,22 @@ def test_settings_out_of_range(field, value, words):
     with pytest.raises(ValueError, match=rf"{field} is {value}; .*{words}"):
         AlignConfig(**{field: value})
     AlignConfig(match=1)
+
+
+def test_refused():
+    with pytest.raises(ValueError, match="the aligned start is made for W0 .*dora=False"):
+        aligned(dora=True)
+    with pytest.raises(ValueError, match="gradient at .* is zero.*draw it at random first"):
+        aligned(base=with_zero_head())
+
+
+def with_zero_head():
+    base = small_vit()
+    torch.nn.init.zeros_(base.head.weight)
+    return base
+
+
+def test_a_rate_that_cannot_be_kept(monkeypatch):
+    monkeypatch.setattr(align, "measure", lambda *a: torch.tensor([[0.0, 0.98, 0.0]]))
+    with pytest.raises(ValueError, match=r"stays at 0\.980000, below 0\.99, however small B is"):
+        aligned()

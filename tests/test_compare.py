@@ -34,6 +34,7 @@ def record(
         "top1_per_epoch": {},
         "data": {"train": {"source": "rendered"}, "test": {"source": "rendered"}},
         "weights": {"sha256": "abc"},
+        "reference": None,
         "precision": "bf16",
         "environment": {"device": "a processor"},
         "information_loss": {"before": loss, "after": loss, "after_on_seen": {"overall": {"loss": 0.1}}},
@@ -83,7 +84,7 @@ def test_every_start_at_its_own_best_rate():
 def test_never_reached_and_one_seed():
     rows = {r.init: r for r in compare([record(), record("eva", losses=(5, 4, 4, 4))]).rows}
     assert rows["eva"].epochs_to is None and rows["eva"].timed_epochs_to is None
-    assert math.isnan(rows["eva"].area_error)
+    assert rows["eva"].area_error is rows["eva"].top1_error is None
     text = to_text(compare([record(), record("eva", losses=(5, 4, 4, 4))]))
     assert "never" in text and "nan" not in text and "1 seed\n" in text
 
@@ -149,6 +150,25 @@ def test_starts_may_have_settings_of_their_own():
     compare([record(), changed(record("abm"), abm_steps=7, abm_lr=1.0)])
 
 
+def test_tasks_may_have_data_of_their_own():
+    def of(task, source, **more):
+        return changed(record(data=dict.fromkeys(("train", "test"), {"source": source}), **more), task=task)
+
+    compare([of("dsprites_loc", "rendered"), of("dsprites_ori", "tfds")])
+    with pytest.raises(ValueError, match="training data"):
+        compare([of("dsprites_loc", "rendered"), of("dsprites_loc", "tfds", init="eva")])
+
+
+def test_reference_whose_cost_is_not_known():
+    tuned = record("abm_tuned", reference={"folder": "x", "seconds": None})
+    row = next(r for r in compare([record(), tuned]).rows if r.init == "abm_tuned")
+    assert row.start_epochs is row.timed_ratio is row.timed_epochs_to is None and row.area_ratio == 1
+    assert to_text(compare([record(), tuned])).count("unknown") == 2
+    known = record("abm_tuned", reference={"folder": "x", "seconds": 30.0})
+    known["seconds"]["reference"] = 30.0
+    assert next(r for r in compare([record(), known]).rows if r.init == "abm_tuned").start_epochs == pytest.approx(3)
+
+
 def test_what_else_is_refused():
     with pytest.raises(ValueError, match="nothing to compare"):
         compare([])
@@ -208,6 +228,8 @@ def test_the_real_command(tmp_path):
     [
         (["--init", "kaiming,pisa"], "init is 'pisa'; allowed are kaiming.*did you mean pissa"),
         (["--seeds", "0"], "seeds is 0; it must be 1 or more"),
+        (["--init", "eva"], "init is eva; kaiming, which all others are compared with, must be among them"),
+        (["absent", "--lr", "1e-3"], "finished runs have their settings: leave out lr"),
         (["--init", "kaiming,kaiming"], "init is kaiming, kaiming; give one or more, each once"),
         (["--lr", "1e-3,fast"], "lr is '1e-3,fast'; give numbers with commas between"),
         (["--task", "dsprites_lok"], "unknown task 'dsprites_lok'"),

@@ -308,6 +308,40 @@ def test_an_error_leaves_a_fresh_adapter(name, batches):
     initialize_lora(model, "pissa")
 
 
+def test_reference_that_was_saved_raw_or_damaged(tmp_path):
+    started("pissa").save_pretrained(tmp_path / "raw")
+    with pytest.raises(ValueError, match="saved raw after init 'pissa'.*save it with save_adapter"):
+        load_reference(add_lora(small_vit(), rank=4), tmp_path / "raw")
+    with pytest.raises(ValueError, match="saved raw after init 'pissa'.*under the other adapters"):
+        load_adapter(add_lora(small_vit(), rank=4), tmp_path / "raw", adapter_name="second")
+    save_adapter(started("gaussian"), tmp_path / "damaged")
+    (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):
+        load_reference(add_lora(small_vit(), rank=4), tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if "reference" not in s.needs])
+def test_autocast_of_the_caller_costs_no_precision(name, tmp_path):
+    """Decompositions and what is taken out of the weights run in full precision, whatever the passes run in."""
+    base = small_vit()
+    torch.manual_seed(1)
+    model = add_lora(copy.deepcopy(base), rank=4).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+    if name not in ("random_b", "abm", "abm_aligned"):
+        torch.testing.assert_close(model(X), base(X), rtol=0, atol=1e-5)
+    save_adapter(model, tmp_path)
+    stock = PeftModel.from_pretrained(base, tmp_path).eval()
+    torch.testing.assert_close(stock(X), model(X), rtol=0, atol=1e-5)
+
+
+def test_dropout_is_in_the_models_mode():
+    torch.manual_seed(1)
+    model = add_lora(small_vit(), rank=4, dropout=0.5).eval()
+    initialize_lora(model, "gaussian")
+    assert not any(m.training for m in model.modules())
+
+
 def test_odd_rank_leaves_a_fresh_adapter():
     model = add_lora(small_vit(), rank=3)
     refused("orthogonal", "even", model=model)
@@ -316,8 +350,13 @@ def test_odd_rank_leaves_a_fresh_adapter():
 
 def test_base_is_changed_once():
     model = started("pissa")
-    refused("olora", "was started before", model=model)
-    refused("abm", "was started before", model=model)
+    refused("olora", "'default' has changed the base weights: begin with the bare model", model=model)
+    refused("abm", "has changed the base weights", model=model)
+    refused("kaiming", "not fresh", model=started("gaussian"))
+    refused("eva", "not fresh", model=trained(add_lora(small_vit(), rank=4)))
+    beside = add_lora(add_lora(small_vit(), rank=4), rank=4, adapter_name="second")
+    for name in ("pissa", "eva"):
+        refused(name, f"{name} changes more than its adapter, which second would suffer", model=beside)
 
 
 def test_convolutions_are_named():

@@ -127,5 +127,7 @@ def test_activation_without_an_adapted_projection_in_front():
     )
     with pytest.raises(ValueError, match="output goes straight into the activation"):
         match(add_lora(packed), [images(4, side=28)], LOCAL)
+    with pytest.raises(ValueError, match="fit=.local. is made for .*DoRA"):
+        match(add_lora(build_vit(), dora=True), config=LOCAL)
     with pytest.raises(ValueError, match="fit is 'block'; allowed are 'end_to_end', 'local'"):
         ABMConfig(fit="block")

@@ -56,10 +56,10 @@ def jacobian(layer, adapter="default"):
     return torch.cat([j.flatten(2).permute(2, 0, 1) for j, flag in zip((by_a, by_b), flags, strict=True) if flag])
 
 
-def gradients_by_autograd(model, x, y):
+def gradients_by_autograd(model, x, y, others=()):
     """dL/dW of every adapted layer, from a bare model whose weights are the merged ones."""
     bare = copy.deepcopy(model).merge_and_unload().eval()
-    names = list(adapted_layers(model, "default"))
+    names = [*adapted_layers(model, "default"), *others]
     weights = [bare.get_submodule(name).weight.requires_grad_() for name in names]
     return dict(zip(names, torch.autograd.grad(F.cross_entropy(bare(x), y), weights), strict=True))
 
@@ -263,6 +263,7 @@ def refused(message, model=None, batches=None, loss=VIT.loss_fn, **options):
 
 
 def test_refused():
+    refused("VisionTransformer is no PeftModel", model=small_vit())
     refused("at least one batch", batches=[])
     refused("no layer has an adapter 'other'; the model has default", adapter_name="other")
     refused("holds no labels.*loss_fn=lambda", batches=[images(2).double()])
@@ -281,3 +282,27 @@ def test_refused():
     second = add_lora(adapted(), rank=2, adapter_name="second")
     second.set_adapter("second")
     refused("active adapters are", model=second)
+
+
+def test_half_precision_factors_still_span_something():
+    model = adapted()
+    whole = information_loss(model, [data()], VIT.loss_fn).overall.loss
+    for layer in adapted_layers(model, "default").values():
+        layer.lora_A.bfloat16()
+        layer.lora_B.bfloat16()
+    assert information_loss(model, [data()], VIT.loss_fn).overall.loss == pytest.approx(whole, abs=0.05)
+
+
+def test_layers_without_an_adapter_lose_everything():
+    model = adapted()
+    whole = information_loss(model, [data()], VIT.loss_fn)
+    some = randomise(add_lora(small_vit().double(), rank=3, targets=["attn.qkv"]).double().eval(), 0)
+    absent = [layer.name for layer in whole.layers if not layer.name.endswith("attn.qkv")]
+    report = information_loss(some, [data()], VIT.loss_fn, unadapted=absent)
+    assert [layer.name for layer in report.layers] == [layer.name for layer in whole.layers]
+    gradients = gradients_by_autograd(some, *data(), absent)
+    for layer in report.layers:
+        if layer.name in absent:
+            assert layer.loss == layer.optimum == layer.random == 1
+            assert layer.energy == pytest.approx(gradients[layer.name].square().sum().item(), rel=1e-4)
+    assert not any(some.get_base_model().get_submodule(name).weight.requires_grad for name in absent)

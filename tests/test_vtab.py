@@ -57,7 +57,7 @@ def test_result_says_everything(finished):
     folder = out / config.run_name()
     written = json.loads((folder / "result.json").read_text())
     assert {**written, "folder": str(folder)} == result
-    assert written["schema"] == 1 and written["config"] == dataclasses.asdict(config)
+    assert written["schema"] == 2 and written["config"] == dataclasses.asdict(config)
     assert written["test"]["count"] == 60 and written["test"]["split_size"] == 73_728
     assert written["test"]["top1"] == written["test"]["correct"] / 60
     assert written["data"]["train"]["images"] == 1000 and written["data"]["test"]["source"] == "rendered"
@@ -209,7 +209,8 @@ def test_diagnosis_by_hand(tmp_path):
 def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
     config, lines = tiny(init="abm_tuned"), []
     result = run(config, tmp_path, say=lines.append)
-    reference = tmp_path / dataclasses.replace(config, init="kaiming").run_name()
+    plain = make_config(**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, init="kaiming")
+    reference = tmp_path / plain.run_name()
     tuned = read_result(reference)
     assert result["reference"] == {"folder": str(reference), "seconds": result["seconds"]["reference"]}
     assert result["seconds"]["reference"] == tuned["seconds"]["init"] + tuned["seconds"]["train"]
@@ -223,6 +224,45 @@ def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
     assert given["loss_per_step"] == alone["loss_per_step"] == result["loss_per_step"]
     assert given["seconds"]["reference"] == result["seconds"]["reference"] and "reference" not in alone["seconds"]
     assert alone["reference"] == {"folder": str(reference / "adapter"), "seconds": None}
+
+
+def test_diagnosis_needs_images_that_the_start_does_not_see(tmp_path):
+    with pytest.raises(ValueError, match="diagnose needs 64 training images.*abm_samples 950 leaves 50"):
+        run(tiny(abm_samples=950), tmp_path, diagnose=True)
+
+
+def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
+    config = tiny(init="kaiming", epochs=1)
+    run(config, tmp_path)
+    other = data.data_record
+    monkeypatch.setattr(RUN, "data_record", lambda d: {**other(d), "source": "tfds"})
+    with pytest.raises(ValueError, match="began with train_data"):
+        run(config, tmp_path, diagnose=True)
+
+
+def test_start_that_comes_out_differently_is_not_resumed(tmp_path, monkeypatch):
+    config, original = tiny(init="pissa"), results.save_checkpoint
+
+    def killed(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results, "save_checkpoint", killed)
+        run(config, tmp_path)
+    monkeypatch.setattr(RUN, "_fingerprint", lambda model: "another")
+    with pytest.raises(ValueError, match="comes out differently now.*--rerun starts afresh"):
+        run(config, tmp_path)
+
+
+def test_reference_tuned_on_other_weights(tmp_path):
+    reference = run(tiny(init="kaiming", epochs=1), tmp_path)["folder"]
+    path = f"{reference}/adapter/abm.json"
+    content = json.loads(open(path).read())
+    content["weights"]["sha256"] = "another"
+    open(path, "w").write(json.dumps(content))
+    with pytest.raises(ValueError, match=r"was tuned on random weights \(sha256 another\), this run has"):
+        run(tiny(init="abm_tuned", abm_reference=reference, epochs=1), tmp_path)
 
 
 def test_reference_of_another_task_and_rank(tmp_path):
@@ -371,8 +411,8 @@ def test_config_file_of_another_schema_or_none(tmp_path):
     good = open_folder(tmp_path, tiny()) / "config.json"
     assert make_config(**read_config(good)) == tiny()
     for text, message in (
-        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 1"),
-        ("[1, 2]", r"has schema None, this version reads 1"),
+        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 2"),
+        ("[1, 2]", r"has schema None, this version reads 2"),
         ("{", "is not JSON"),
     ):
         (tmp_path / "bad.json").write_text(text)
@@ -385,7 +425,7 @@ def test_config_file_of_another_schema_or_none(tmp_path):
 def test_result_of_another_schema_is_not_taken(tmp_path):
     folder = open_folder(tmp_path, tiny())
     (folder / "result.json").write_text('{"schema": 7}')
-    with pytest.raises(ValueError, match=r"has schema 7, this version reads 1; move it away"):
+    with pytest.raises(ValueError, match=r"has schema 7, this version reads 2; move it away"):
         run(tiny(), tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

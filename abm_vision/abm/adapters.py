@@ -10,12 +10,13 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import guard_saved_modules, modes_given_back
-from abm_vision.abm.conversion import as_plain_lora
+from abm_vision.abm.conversion import as_plain_lora, changes_base
 from abm_vision.abm.files import write_json
 from abm_vision.abm.lora import bare_model, restrict_to_blocks
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
@@ -80,14 +81,14 @@ def load_adapter(
         FileNotFoundError: the directory holds no adapter.
         ValueError: the adapter is no LoRA, or the model has an adapter of this name already.
     """
-    folder = Path(directory)
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"no adapter_config.json in {directory}: pass a folder that save_adapter wrote")
+    folder, config = Path(directory), _read_config(directory)
     bare = bare_model(model, adapter_name)
     backbone = backbone or find_backbone(bare)
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be loaded")
+    if isinstance(model, PeftModel) and changes_base(config):
+        raise ValueError(
+            f"{directory} was saved raw after init {config.init_lora_weights!r}: loading it would change the base "
+            "weights under the other adapters. Save it with save_adapter"
+        )
     blocks = read_settings(folder)["qv_only"] if (folder / ABM_FILE).is_file() else []
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
@@ -107,34 +108,57 @@ def load_adapter(
     return guard_saved_modules(adapted)
 
 
-def load_reference(model: PeftModel, directory: str | os.PathLike[str], adapter_name: str = "reference") -> None:
+def load_reference(
+    model: PeftModel,
+    directory: str | os.PathLike[str],
+    adapter_name: str = "reference",
+    *,
+    backbone: Backbone | None = None,
+) -> None:
     """Put the LoRA factors of a saved adapter beside those of `model`, frozen and inactive, as a source of signs.
 
     Its head is left out: it may be of another task. Rank and targets may differ too.
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: it is no LoRA, or its layers are not this model's.
+        ValueError: it is no LoRA, it needs changed base weights, its file is damaged, or its layers are not this
+            model's.
     """
-    folder = Path(directory)
-    if not (folder / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"no adapter_config.json in {directory}: pass a folder that save_adapter wrote")
-    config = PeftConfig.from_pretrained(str(folder))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be a reference")
+    folder, config = Path(directory), _read_config(directory)
+    if changes_base(config):
+        raise ValueError(
+            f"{directory} was saved raw after init {config.init_lora_weights!r}, so it needs changed base weights: "
+            "save it with save_adapter"
+        )
     config.modules_to_save, config.inference_mode = None, True
-    tensors = load_file(folder / "adapter_model.safetensors")
+    try:
+        tensors = load_file(folder / "adapter_model.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder / 'adapter_model.safetensors'} cannot be read: {error}") from error
     try:
         model.add_adapter(adapter_name, config)
         loaded = set_peft_model_state_dict(
             model, {n: t for n, t in tensors.items() if ".lora_" in n}, adapter_name=adapter_name
         )
+        if loaded.unexpected_keys:
+            raise ValueError(f"the model lacks {', '.join(loaded.unexpected_keys[:4])}")
     except (ValueError, RuntimeError) as error:
+        if adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
         raise ValueError(f"the reference {directory} does not fit this model: {error}") from error
-    if loaded.unexpected_keys:
-        raise ValueError(
-            f"the reference {directory} does not fit this model, which lacks {', '.join(loaded.unexpected_keys[:4])}"
-        )
+    bare = model.get_base_model()
+    names = [n for n, m in bare.named_modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_A]
+    (backbone or find_backbone(bare)).prepare(bare, names)
+
+
+def _read_config(directory: str | os.PathLike[str]) -> LoraConfig:
+    """The configuration of a saved LoRA adapter; raises FileNotFoundError and ValueError."""
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise FileNotFoundError(f"no adapter_config.json in {directory}: pass a folder that save_adapter wrote")
+    config = PeftConfig.from_pretrained(str(directory))
+    if not isinstance(config, LoraConfig):
+        raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be loaded")
+    return config
 
 
 def read_settings(folder: Path) -> dict[str, Any]:

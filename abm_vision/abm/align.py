@@ -1,9 +1,9 @@
 """The aligned start: the factors point where the task's gradient does, and stay small enough to keep the boundaries.
 
-Step 1, directions. One backward pass over calibration batches gives every adapted layer's full gradient G (out, in),
-layer by layer. With G = sum_i s_i u_i v_i^T, B gets the columns u_1 .. u_r and A the rows v_(r+1) .. v_(2r): no pair
-is spent twice, so that the adapter's tangent space (`tangent.py`) holds the first 2r pairs of this G, the best that
-rank r can do. (A from v_1 .. v_r would do so too. It trained slower in every trial: `benchmarks/README.md`.) Base
+Step 1, directions. One backward pass over calibration batches gives every adapted layer's full gradient G (out, in);
+of several batches their mean, one G a layer. With G = sum_i s_i u_i v_i^T, B gets the columns u_1 .. u_r and A the rows
+v_(r+1) .. v_(2r): no pair is spent twice, so that the adapter's tangent space (`tangent.py`) holds the first 2r pairs
+of this G, the best that rank r can do. (A from v_1 .. v_r would too: `benchmarks/directions.py` compares them.) Base
 weights are not touched, as they are by LoRA-GA (arXiv:2407.05000).
 
 Step 2, size. B A is not zero, so the model's output moves. B is made so small that activation boundaries stay: the
@@ -26,10 +26,12 @@ from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, collect_batches, measure
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
-from abm_vision.abm.guards import check_ready, given_back, seeded
+from abm_vision.abm.guards import check_no_dora, check_ready, given_back, seeded
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.record import ForwardFn
 from abm_vision.abm.report import BoundaryState, LayerReport, layer_reports
+
+HALVINGS = 30  # 1e-9 of the size: below the rounding of every precision
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,7 @@ def initialize_lora_aligned_weights(
     start = time.perf_counter()
     config = config or AlignConfig()
     factors = check_ready(model, "pretrained", adapter_name)
+    check_no_dora(model, adapter_name, "the aligned start")
     backbone = backbone or find_backbone(model)
     forward_fn, loss_fn = forward_fn or backbone.forward_fn, loss_fn or backbone.loss_fn
     with given_back(model, adapter_name, factors), seeded(config.seed):
@@ -145,6 +148,11 @@ def _point(model: PeftModel, batches: list[Any], loss_fn: LossFn, adapter_name: 
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def decompose(name: str, gradient: Tensor) -> None:
+        if not gradient.any():
+            raise ValueError(
+                f"the gradient at {name} is zero, so it has no directions: a head that starts at zero passes nothing "
+                "back; draw it at random first"
+            )
         b = layers[name].lora_B[adapter_name]
         rank = layers[name].r[adapter_name]
         if isinstance(b, BlockLinear):  # q and v each have half of the rank, k has none
@@ -170,7 +178,8 @@ def _directions(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
     Where G has fewer than 2r, A takes the last r there are.
     """
-    u, _, v = torch.svd_lowrank(gradient, q=min(2 * rank + 4, *gradient.shape), niter=4)
+    with torch.autocast(gradient.device.type, enabled=False):
+        u, _, v = torch.svd_lowrank(gradient, q=min(2 * rank + 4, *gradient.shape), niter=4)
     last = min(2 * rank, v.shape[1])
     return v[:, last - rank : last].T, u[:, :rank]
 
@@ -181,10 +190,14 @@ def _shrink(
 ) -> tuple[float, Tensor]:
     """Step 2: halve every B until the match rate is at the target. Returns the length of its columns and the state."""
     size = config.size
-    while True:
+    for _ in range(HALVINGS):
         state = measure(model, calibration, forward_fn)
         if state[:, 1].mean().item() >= config.match:
             return size, state
         for layer in adapted_layers(model, adapter_name).values():
             layer.lora_B[adapter_name].weight.mul_(0.5)
         size *= 0.5
+    raise ValueError(
+        f"the match rate stays at {state[:, 1].mean().item():.6f}, below {config.match}, however small B is: rounding "
+        "alone moves units across; lower match"
+    )

@@ -162,7 +162,7 @@ def calibrate(
         absent = [name for name in chosen if name not in there]
         if absent:
             raise ValueError(f"the reference {type(reference).__name__} has no modules {', '.join(absent)}")
-    idle = reference == "pretrained" and _does_nothing(model, adapter_name)
+    idle = reference == "pretrained" and does_nothing(model, adapter_name)
     layers: list[Layer] = []
     parts: list[Part] = []
     states: list[Tensor] = []
@@ -189,7 +189,7 @@ def _margin(z: Tensor, mask: Tensor | None, config: ABMConfig) -> float:
     return config.margin * (z if mask is None else z[mask]).float().square().mean().sqrt().item()
 
 
-def _does_nothing(model: PeftModel, adapter_name: str) -> bool:
+def does_nothing(model: PeftModel, adapter_name: str) -> bool:
     """Whether every B of the adapter is zero, so that the adapted model is the pretrained one."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_B]
     return all(not m.lora_B[adapter_name].weight.any() for m in layers) and not any(m.lora_variant for m in layers)
@@ -257,4 +257,4 @@ def layer_states(layers: list[Layer], recorded: dict[str, Tensor], part: Part) -
 
 def _average(states: list[Tensor], samples: list[int]) -> Tensor:
     weights = torch.tensor(samples, dtype=torch.float64) / sum(samples)
-    return torch.einsum("b,blk->lk", weights, torch.stack(states).double().cpu()).float()
+    return torch.einsum("b,blk->lk", weights, torch.stack(states).cpu().double()).float()

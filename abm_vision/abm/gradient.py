@@ -30,7 +30,12 @@ def adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
 
 
 def weight_gradients(
-    model: PeftModel, batches: Sequence[Any], loss_fn: LossFn, receive: Receive, adapter_name: str = "default"
+    model: PeftModel,
+    batches: Sequence[Any],
+    loss_fn: LossFn,
+    receive: Receive,
+    adapter_name: str = "default",
+    unadapted: Sequence[str] = (),
 ) -> None:
     """Hand every adapted layer's gradient G of the mean loss over the batches to `receive`.
 
@@ -44,12 +49,17 @@ def weight_gradients(
         loss_fn: (model, batch) to the scalar mean loss over the batch's samples.
         receive: called with a layer's name and its G, (out, in), once a layer.
         adapter_name: peft's name of the adapter.
+        unadapted: the names of further linear layers, without this adapter, whose gradient is wanted too.
 
     Raises:
         ValueError: there is no batch, the loss is no finite scalar or does not depend on the adapter, or a layer was
             not reached.
     """
-    layers = adapted_layers(model, adapter_name)
+    layers: dict[str, nn.Module] = dict(adapted_layers(model, adapter_name))
+    factors = [layer.lora_A[adapter_name].weight for layer in layers.values()]
+    for name in unadapted:
+        layers[name] = model.get_base_model().get_submodule(name)
+        factors.append(_linear(layers[name]).weight)
     if not batches:
         raise ValueError("the gradient needs at least one batch")
     samples = [batch_size(batch) for batch in batches]
@@ -63,7 +73,7 @@ def weight_gradients(
         received.add(name)
         receive(name, gradient)
 
-    with _inputs_of_a_gradient(model, layers, adapter_name) as factors, torch.enable_grad():
+    with _inputs_of_a_gradient(model, factors), torch.enable_grad():
         for batch, count in zip(batches, samples, strict=True):
             one_by_one = hand_over if len(batches) == 1 else add
             with _gradients_formed(layers, one_by_one):
@@ -88,25 +98,27 @@ def _scalar(loss: Any) -> Tensor:
 
 
 @contextmanager
-def _inputs_of_a_gradient(
-    model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str
-) -> Iterator[list[nn.Parameter]]:
-    """The A of every layer, requiring gradient (a frozen one too): with it a layer's output is part of the graph."""
-    factors = [layer.lora_A[adapter_name].weight for layer in layers.values()]
+def _inputs_of_a_gradient(model: PeftModel, factors: list[nn.Parameter]) -> Iterator[None]:
+    """Evaluation mode, and one weight a layer that requires gradient: with it the layer's output is in the graph."""
     flags = [factor.requires_grad for factor in factors]
     try:
         with modes_given_back(model):
             model.eval()
             for factor in factors:
                 factor.requires_grad_(True)
-            yield factors
+            yield
     finally:
         for factor, flag in zip(factors, flags, strict=True):
             factor.requires_grad_(flag)
 
 
+def _linear(layer: nn.Module) -> nn.Module:
+    """The linear layer itself, without peft's wrapper."""
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
 @contextmanager
-def _gradients_formed(layers: dict[str, LoraLayer], receive: Receive) -> Iterator[None]:
+def _gradients_formed(layers: dict[str, nn.Module], receive: Receive) -> Iterator[None]:
     """While a forward and a backward pass run, form G of every layer and pass it on when the layer is done.
 
     A layer may be called several times (shared blocks, a recomputation by gradient checkpointing): G is passed on
@@ -122,7 +134,7 @@ def _gradients_formed(layers: dict[str, LoraLayer], receive: Receive) -> Iterato
         waiting[name] += 1
 
         def backward(gradient: Tensor) -> None:
-            formed = _outer(gradient, inputs, layers[name].get_base_layer())
+            formed = _outer(gradient, inputs, _linear(layers[name]))
             sums[name] = sums[name].add_(formed) if name in sums else formed
             waiting[name] -= 1
             if waiting[name] == 0:

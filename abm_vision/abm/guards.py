@@ -53,6 +53,12 @@ def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str)
     return factors
 
 
+def check_no_dora(model: PeftModel, adapter_name: str, what: str) -> None:
+    """Raise a ValueError if the adapter is DoRA, whose weight is not W0 + s B A."""
+    if model.peft_config[adapter_name].use_dora:
+        raise ValueError(f"{what} is made for W0 + s B A, which DoRA rescales: use dora=False")
+
+
 def _check_adapter(model: PeftModel, adapter_name: str) -> None:
     names = ", ".join(map(repr, model.peft_config))
     if adapter_name not in model.peft_config:

@@ -24,7 +24,7 @@ from abm_vision.abm.calibration import (
     measure,
 )
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.guards import check_ready, given_back, seeded
+from abm_vision.abm.guards import check_no_dora, check_ready, given_back, seeded
 from abm_vision.abm.local import fit_locally
 from abm_vision.abm.loss import boundary_loss
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
@@ -77,6 +77,8 @@ def initialize_lora_abm_weights(
     start = time.perf_counter()
     config = config or ABMConfig()
     factors = check_ready(model, reference, adapter_name)
+    if config.fit == "local":
+        check_no_dora(model, adapter_name, 'fit="local"')
     backbone = backbone or find_backbone(model)
     forward_fn = forward_fn or backbone.forward_fn
     token_mask_fn = token_mask_fn or backbone.token_mask_fn

@@ -100,7 +100,7 @@ def _newton(z: Tensor, u: Tensor, tau: Tensor, start: Tensor, margin: float) -> 
         slope = (short * tau).T @ u / len(u) - (b - start) @ ridge
         b = b + torch.linalg.solve(curvature, slope)
     losses.append((margin - tau * (z + u @ b.T)).clamp_min(0).square().mean())
-    return b, torch.stack(losses).double().cpu()
+    return b, torch.stack(losses).cpu().double()
 
 
 def _feeders(model: PeftModel, calibration: Calibration, adapter_name: str, forward_fn: ForwardFn) -> dict[str, str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -80,7 +80,7 @@ class InformationLoss:
         head = f"{'information loss':<32} {'now':>7} {'optimum':>8} {'random':>7}   share of ||G||^2"
         rows = [
             f"{part.name:<32} {part.loss:7.4f} {part.optimum:8.4f} {part.random:7.4f}   "
-            f"{part.energy / self.overall.energy:.3f}"
+            f"{part.energy / (self.overall.energy or 1):.3f}"
             for part in (*self.layers, *self.kinds, self.overall)
         ]
         return "\n".join([head, *rows])
@@ -103,7 +103,12 @@ def _together(name: str, parts: Iterable[LayerLoss]) -> LayerLoss:
 
 
 def information_loss(
-    model: PeftModel, batches: Iterable[Any], loss_fn: LossFn, *, adapter_name: str = "default"
+    model: PeftModel,
+    batches: Iterable[Any],
+    loss_fn: LossFn,
+    *,
+    adapter_name: str = "default",
+    unadapted: Sequence[str] = (),
 ) -> InformationLoss:
     """The information loss of an adapter on a task's batches, exactly, per layer and whole.
 
@@ -115,22 +120,29 @@ def information_loss(
         batches: as `loss_fn` takes them, on the model's device.
         loss_fn: (model, batch) to the scalar mean loss over the batch's samples.
         adapter_name: peft's name of the adapter.
+        unadapted: the names of linear layers that count with all they lose, such as those to which EVA gave rank 0.
 
     Raises:
-        ValueError: the adapter is frozen, merged, not the active one, or of a kind with another tangent space (DoRA);
-            or the gradient cannot be formed.
+        ValueError: the model is no PeftModel; the adapter is frozen, merged, not the active one, or of a kind with
+            another tangent space (DoRA); or the gradient cannot be formed.
     """
     start = time.perf_counter()
+    if not isinstance(model, PeftModel):
+        raise ValueError(
+            f"{type(model).__name__} is no PeftModel: pass what add_lora returned, not compiled or wrapped"
+        )
     layers = adapted_layers(model, adapter_name)
     _check_adapter(model, layers, adapter_name)
     sides = {name: _blocks(layer, adapter_name) for name, layer in layers.items()}  # before flags are changed
     found: dict[str, LayerLoss] = {}
     batches = list(batches)
-    weight_gradients(
-        model, batches, loss_fn, lambda name, g: found.update({name: _layer_loss(name, g, sides[name])}), adapter_name
-    )
-    samples = sum(map(batch_size, batches))
-    return InformationLoss(tuple(found[name] for name in layers), samples, time.perf_counter() - start)
+
+    def take(name: str, gradient: Tensor) -> None:
+        found[name] = _layer_loss(name, gradient, sides.get(name, []))
+
+    weight_gradients(model, batches, loss_fn, take, adapter_name, unadapted)
+    in_order = [found[name] for name, _ in model.get_base_model().named_modules() if name in found]
+    return InformationLoss(tuple(in_order), sum(map(batch_size, batches)), time.perf_counter() - start)
 
 
 def _check_adapter(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str) -> None:
@@ -210,10 +222,12 @@ def leading_energy(g: Tensor, count: int) -> float:
 def orthonormal_columns(factor: Tensor) -> Tensor:
     """An orthonormal basis (n, k <= r) of the columns of a factor (n, r), float64; none for a factor of zeros.
 
-    Columns count as dependent where the pseudo-inverse of the factor in its own precision would drop them.
+    Columns count as dependent where a pseudo-inverse in float32 (for float64 in float64) would drop them: bfloat16's
+    own precision would drop all.
     """
     u, s, _ = torch.linalg.svd(exact(factor), full_matrices=False)
-    return u[:, s > s[0] * max(factor.shape) * torch.finfo(factor.dtype).eps]
+    eps = min(torch.finfo(factor.dtype).eps, torch.finfo(torch.float32).eps)
+    return u[:, s > s[0] * max(factor.shape) * eps]
 
 
 def exact(tensor: Tensor) -> Tensor:

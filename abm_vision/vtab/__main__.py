@@ -112,6 +112,10 @@ def summary(result: dict[str, Any]) -> str:
     )
 
 
+# What is compared unless it is said otherwise.
+COMPARED = {"task": RunConfig.task, "init": "kaiming,abm", "lr": "5e-4,1e-3,2e-3,4e-3", "seeds": 3}
+
+
 def compare_parser() -> argparse.ArgumentParser:
     """What is to be compared, and the settings that all runs share."""
     parser = _Parser(
@@ -120,10 +124,15 @@ def compare_parser() -> argparse.ArgumentParser:
         "Finished runs are reused, a killed comparison goes on. Or compare the finished runs in given folders.",
     )
     parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of running any")
-    parser.add_argument("--task", default=RunConfig.task, help="tasks with commas between (default: dsprites_loc)")
-    parser.add_argument("--init", default="kaiming,abm", help="starts with commas between; kaiming must be among them")
-    parser.add_argument("--lr", default="5e-4,1e-3,2e-3,4e-3", help="learning rates with commas between")
-    parser.add_argument("--seeds", type=int, default=3, help="number of seeds, from 0 on (default: 3)")
+    for name, text in {
+        "task": "tasks with commas between",
+        "init": "starts with commas between, kaiming among them",
+        "lr": "learning rates with commas between",
+        "seeds": "number of seeds, from 0 on",
+    }.items():
+        default = COMPARED[name]
+        kind = type(default)
+        parser.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=f"{text} (default: {default})")
     parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
     parser.add_argument("--report", metavar="DIR", help="folder of compare.md, .csv and .png (default: as --out)")
     parser.add_argument("--json", action="store_true", help="print the rows as one line of JSON, nothing else")
@@ -134,8 +143,7 @@ def compare_parser() -> argparse.ArgumentParser:
 
 def _compare(words: list[str]) -> int:
     options = vars(compare_parser().parse_args(words))
-    names = ("runs", "task", "init", "lr", "seeds", "out", "report", "json", "quiet")
-    runs, task, init, lr, seeds, out, report, as_json, quiet = (options.pop(k) for k in names)
+    runs, out, report, as_json, quiet = (options.pop(k) for k in ("runs", "out", "report", "json", "quiet"))
 
     from abm_vision.vtab import compare, results
 
@@ -145,6 +153,7 @@ def _compare(words: list[str]) -> int:
         found, diverged = [results.read_finished(folder) for folder in runs], []
     else:
         quiet = quiet or as_json
+        task, init, lr, seeds = (options.pop(name, default) for name, default in COMPARED.items())
         found, diverged = compare.run_all(
             task.split(","),
             init.split(","),

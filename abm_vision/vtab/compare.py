@@ -14,6 +14,7 @@ import numpy as np
 
 from abm_vision import plots
 from abm_vision.abm.files import write_atomically
+from abm_vision.initializers import get_initializer
 from abm_vision.vtab.config import RunConfig, make_config
 from abm_vision.vtab.run import run
 from abm_vision.vtab.train import Diverged
@@ -27,19 +28,22 @@ _OWN = ("task", "init", "lr", "seed")
 
 @dataclass(frozen=True)
 class Row:
-    """One start on one task, at the learning rate with its lowest mean training loss. Intervals are 95 %.
+    """One start on one task, at the learning rate with its lowest mean training loss.
+
+    Intervals are the 2.5 and 97.5 % quantiles of a bootstrap over seeds. A few seeds are few: of three it is the range.
 
     Args:
         task, source, init, lr: what was run; source is where its images are from.
         seeds: number of runs at that rate.
         area: training loss averaged over all steps, mean over seeds: the area under its curve, in epochs, over
-            their number; area_error is the standard error.
+            their number; area_error is the standard error, None for a single seed.
         area_ratio: to the baseline's area, paired by seed, with area_low and area_high by bootstrap over seeds.
         timed_ratio: the same with the start's cost counted: the curve begins with as many epochs at its first value
-            as the start took time for, and ends where the baseline's ends.
+            as the start took time for, and ends where the baseline's ends. None if the cost is not known.
         top1: final test accuracy in [0, 1], mean over seeds; top1_error is the standard error.
         top1_gain: less the baseline's, paired by seed, with top1_low and top1_high.
-        start_epochs: what the start cost, tuned reference included, in training epochs of the same run.
+        start_epochs: what the start cost, tuned reference included, in training epochs of the same run; None if the
+            cost of a given reference is not known.
         epochs_to: epochs until the mean training loss of an epoch is the baseline's last one; None if never.
         timed_epochs_to: the same with the start's cost counted.
         information_loss: after the start, on images that it did not see, mean over seeds; None where not measured.
@@ -52,17 +56,17 @@ class Row:
     lr: float
     seeds: int
     area: float
-    area_error: float
+    area_error: float | None
     area_ratio: float
     area_low: float
     area_high: float
-    timed_ratio: float
+    timed_ratio: float | None
     top1: float
-    top1_error: float
+    top1_error: float | None
     top1_gain: float
     top1_low: float
     top1_high: float
-    start_epochs: float
+    start_epochs: float | None
     epochs_to: float | None
     timed_epochs_to: float | None
     information_loss: float | None
@@ -108,9 +112,16 @@ def run_all(
             raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}; give one or more, each once")
     if seeds < 1:
         raise ValueError(f"seeds is {seeds}; it must be 1 or more")
+    if BASELINE not in inits:
+        raise ValueError(
+            f"init is {', '.join(inits)}; {BASELINE}, which all others are compared with, must be among them"
+        )
     say = say or (lambda line: None)
     wanted = list(itertools.product(tasks, inits, rates, range(seeds)))
-    configs = [make_config(**{**settings, "task": t, "init": i, "lr": lr, "seed": s}) for t, i, lr, s in wanted]
+    configs = [
+        make_config(**{**_settings_for(i, settings), "task": t, "init": i, "lr": lr, "seed": s})
+        for t, i, lr, s in wanted
+    ]
     found, diverged = [], []
     for number, config in enumerate(configs, 1):
         say(f"--- run {number} of {len(configs)}: {config.task}, {config.init}, lr {config.lr:g}, seed {config.seed}")
@@ -120,6 +131,12 @@ def run_all(
             say(f"diverged  {error}")
             diverged.append(config)
     return found, diverged
+
+
+def _settings_for(init: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A reference is for the starts alone that use one."""
+    uses_reference = "reference" in get_initializer(init).needs
+    return {name: value for name, value in settings.items() if uses_reference or name != "abm_reference"}
 
 
 def compare(results: Sequence[dict[str, Any]], diverged: Sequence[RunConfig] = ()) -> Comparison:
@@ -159,9 +176,15 @@ def compare(results: Sequence[dict[str, Any]], diverged: Sequence[RunConfig] = (
 
 
 def _common_settings(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What all runs must have in common, and those of one task besides: its data."""
     if not results:
         raise ValueError("there is nothing to compare: no run has finished")
-    common = [_settings(result) for result in results]
+    for task in dict.fromkeys(result["config"]["task"] for result in results):
+        _equal([_data(result) for result in results if result["config"]["task"] == task])
+    return _equal([_settings(result) for result in results])
+
+
+def _equal(common: Sequence[dict[str, Any]]) -> dict[str, Any]:
     differing = {
         name: sorted({str(settings[name]) for settings in common})
         for name in common[0]
@@ -187,12 +210,14 @@ def _settings(result: dict[str, Any]) -> dict[str, Any]:
         config.pop(name)
     return {
         **config,
-        "training data": result["data"]["train"]["source"],
-        "test data": result["data"]["test"]["source"],
         "weights": result["weights"]["sha256"],
         "precision": result["precision"],
         "device": result["environment"]["device"],
     }
+
+
+def _data(result: dict[str, Any]) -> dict[str, Any]:
+    return {"training data": result["data"]["train"]["source"], "test data": result["data"]["test"]["source"]}
 
 
 def _check_seeds(best: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> None:
@@ -215,9 +240,8 @@ def _row(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> 
     config = runs[0]["config"]
     areas, others = _each(area, runs), _each(area, baseline)
     top1, other_top1 = _each(_top1, runs), _each(_top1, baseline)
-    cost = _each(start_epochs, runs)
-    timed = [timed_area(r, e) for r, e in zip(runs, cost, strict=True)]
-    timed_other = [timed_area(r, e) for r, e in zip(baseline, _each(start_epochs, baseline), strict=True)]
+    costs = [start_epochs(r) for r in runs]
+    cost = None if None in costs else float(np.mean(costs))
     reached = _epochs_to(runs, epoch_losses(baseline).mean(0)[-1])
     ratio_low, ratio_high = bootstrap(areas / others)
     gain_low, gain_high = bootstrap(top1 - other_top1)
@@ -232,15 +256,15 @@ def _row(runs: Sequence[dict[str, Any]], baseline: Sequence[dict[str, Any]]) -> 
         area_ratio=float((areas / others).mean()),
         area_low=ratio_low,
         area_high=ratio_high,
-        timed_ratio=float(np.mean(np.array(timed) / np.array(timed_other))),
+        timed_ratio=None if cost is None else float((_each(_timed, runs) / _each(_timed, baseline)).mean()),
         top1=float(top1.mean()),
         top1_error=standard_error(top1),
         top1_gain=float((top1 - other_top1).mean()),
         top1_low=gain_low,
         top1_high=gain_high,
-        start_epochs=float(cost.mean()),
+        start_epochs=cost,
         epochs_to=reached,
-        timed_epochs_to=None if reached is None else reached + float(cost.mean()),
+        timed_epochs_to=None if reached is None or cost is None else reached + cost,
         information_loss=_mean_loss(runs, "after"),
         seen_loss=_mean_loss(runs, "after_on_seen"),
     )
@@ -271,9 +295,15 @@ def timed_area(result: dict[str, Any], cost: float) -> float:
     return float(total / len(losses))
 
 
-def start_epochs(result: dict[str, Any]) -> float:
+def _timed(result: dict[str, Any]) -> float:
+    return timed_area(result, start_epochs(result))
+
+
+def start_epochs(result: dict[str, Any]) -> float | None:
     """What the start took, its tuned reference included, over the median training epoch of the same run."""
-    seconds = result["seconds"]
+    seconds, reference = result["seconds"], result["reference"]
+    if reference and reference["seconds"] is None:
+        return None
     return (seconds["init"] + seconds.get("reference", 0.0)) / float(np.median(result["seconds_per_epoch"]))
 
 
@@ -306,13 +336,13 @@ def _mean_top1(runs: Sequence[dict[str, Any]]) -> float:
     return float(_each(_top1, runs).mean())
 
 
-def standard_error(values: np.ndarray) -> float:
-    """Of the mean; NaN for a single value."""
-    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean; None for a single value."""
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else None
 
 
 def bootstrap(values: np.ndarray) -> tuple[float, float]:
-    """The 95 % interval of the mean of paired differences (or ratios), by resampling them; seeded."""
+    """The 2.5 and 97.5 % quantiles of the mean of paired differences (or ratios) over resamples of them; seeded."""
     picks = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
     low, high = np.quantile(values[picks].mean(1), [0.025, 0.975])
     return float(low), float(high)
@@ -327,18 +357,23 @@ _COLUMNS: Mapping[str, Callable[[Row], str]] = {
         "-" if r.seen_loss is None else f"{r.information_loss:.3f} ({r.seen_loss:.3f})"
     ),
     "area": lambda r: _with_error(r.area, r.area_error, 3),
-    "ratio": lambda r: f"{r.area_ratio:.2f} ({r.area_low:.2f} to {r.area_high:.2f})",
-    "ratio, start counted": lambda r: f"{r.timed_ratio:.2f}",
+    "ratio": lambda r: _with_interval(r, f"{r.area_ratio:.2f}", f"{r.area_low:.2f} to {r.area_high:.2f}"),
+    "ratio, start counted": lambda r: "unknown" if r.timed_ratio is None else f"{r.timed_ratio:.2f}",
     "epochs to baseline's last loss": lambda r: "never" if r.epochs_to is None else f"{r.epochs_to:.1f}",
-    "start counted": lambda r: "never" if r.timed_epochs_to is None else f"{r.timed_epochs_to:.1f}",
-    "start costs (epochs)": lambda r: f"{r.start_epochs:.2f}",
-    "test top-1 (%)": lambda r: _with_error(100 * r.top1, 100 * r.top1_error, 1),
-    "gain": lambda r: f"{100 * r.top1_gain:+.1f} ({100 * r.top1_low:+.1f} to {100 * r.top1_high:+.1f})",
+    "start costs (epochs)": lambda r: "unknown" if r.start_epochs is None else f"{r.start_epochs:.2f}",
+    "test top-1 (%)": lambda r: _with_error(100 * r.top1, r.top1_error and 100 * r.top1_error, 1),
+    "gain": lambda r: _with_interval(
+        r, f"{100 * r.top1_gain:+.1f}", f"{100 * r.top1_low:+.1f} to {100 * r.top1_high:+.1f}"
+    ),
 }
 
 
-def _with_error(value: float, error: float, digits: int) -> str:
-    return f"{value:.{digits}f}" + ("" if np.isnan(error) else f" ± {error:.{digits}f}")
+def _with_error(value: float, error: float | None, digits: int) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+
+
+def _with_interval(row: Row, value: str, interval: str) -> str:
+    return f"{value} ({interval})" if row.seeds > 1 else value
 
 
 def to_text(comparison: Comparison) -> str:
@@ -414,5 +449,6 @@ def _legend(comparison: Comparison) -> str:
     return (
         f"{s['model']}, {s['image_size']} px, rank {s['rank']} on {s['targets']}, {s['epochs']} epochs, {s['device']}. "
         "Every start at the learning rate with its lowest area (training loss averaged over all steps). Ratio and gain "
-        f"are to {BASELINE}, paired by seed, with a 95 % bootstrap interval over the seeds; ± is the standard error."
+        f"are to {BASELINE}, paired by seed, with a bootstrap interval over the seeds (of three seeds: their range); ± "
+        "is the standard error."
     )

@@ -19,7 +19,7 @@ from abm_vision.abm.config import FITS, ABMConfig
 from abm_vision.abm.lora import KINDS, QKV_MODES
 from abm_vision.initializers import INITIALIZERS, get_initializer
 
-SCHEMA = 1
+SCHEMA = 2
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "constant")
 SOURCES = ("auto", "tfds", "folder", "rendered")
@@ -193,7 +193,7 @@ def make_config(**settings: Any) -> RunConfig:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The settings in a JSON file: a run's own `config.json` or `result.json`, or {"schema": 1, "config": {...}}.
+    """The settings in a JSON file: a run's own `config.json` or `result.json`, or {"schema": 2, "config": {...}}.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no JSON, or another schema.

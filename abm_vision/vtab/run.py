@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,10 @@ except ImportError:  # Windows
 
 import vtab_tasks
 from abm_vision import plots
-from abm_vision.abm.adapters import load_reference
+from abm_vision.abm.adapters import ABM_FILE, load_reference, read_settings
 from abm_vision.abm.backbone import find_backbone
 from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.gradient import adapted_layers
 from abm_vision.abm.lora import add_lora
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import get_initializer, initialize_lora
@@ -87,6 +89,8 @@ def run(
         if not diagnose or result["information_loss"]:
             return {**result, "folder": str(folder)}
         setup = _prepare(config, folder, say)
+        origin = {"train_data": result["data"]["train"], "test_data": result["data"]["test"]}
+        _check_origin({**origin, "weights": result["weights"]}, setup.origin, folder)
         result["information_loss"] = _start(setup, config, out, {}, quiet, diagnose, say)["information_loss"]
     else:
         setup = _prepare(config, folder, say)
@@ -153,8 +157,9 @@ def _start(
     setup: _Setup, config: RunConfig, out: str | Path, seconds: dict[str, float], quiet: bool, diagnose: bool, say: Say
 ) -> dict[str, Any]:
     """Apply the start. Returns its report, its reference and, if asked for, the information loss around it."""
-    before = _information_loss(setup, config) if diagnose else None
-    with _reference(setup.model, config, out, quiet, say) as reference:
+    targets = list(adapted_layers(setup.model, "default"))
+    before = _information_loss(setup, config, targets) if diagnose else None
+    with _reference(setup.model, setup.weights, config, out, quiet, say) as reference:
         if reference and reference["seconds"] is not None:
             seconds["reference"] = reference["seconds"]
         with _stopwatch(seconds)("init"), autocast(setup.device, setup.precision):
@@ -171,28 +176,55 @@ def _start(
         say(f"{config.init:<9} {report.summary()}")
     loss = None
     if diagnose:
-        after, seen = _information_loss(setup, config), _information_loss(setup, config, seen=True)
+        after, seen = (_information_loss(setup, config, targets, seen=seen) for seen in (False, True))
         loss = {"before": before.to_dict(), "after": after.to_dict(), "after_on_seen": seen.to_dict()}
         say(
             f"{after}\nbefore the start {before.overall.loss:.4f}; after, on calibration images {seen.overall.loss:.4f}"
         )
-    return {"report": report.to_dict() if report else None, "reference": reference, "information_loss": loss}
+    return {
+        "report": report.to_dict() if report else None,
+        "reference": reference,
+        "information_loss": loss,
+        "start": _fingerprint(setup.model),
+    }
 
 
-def _information_loss(setup: _Setup, config: RunConfig, seen: bool = False) -> InformationLoss:
-    """On `DIAGNOSIS_IMAGES` training images: calibration takes them from the front of the shuffled set, so those at its
-    end are unseen by the start.
+def _fingerprint(model: PeftModel) -> str:
+    """A hash of every A and B."""
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            digest.update(name.encode())
+            digest.update(parameter.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _information_loss(setup: _Setup, config: RunConfig, targets: Sequence[str], seen: bool = False) -> InformationLoss:
+    """On up to `DIAGNOSIS_IMAGES` training images. Calibration takes them from the front of the shuffled set, so those
+    at its end are unseen by the start (though not by a tuned reference).
     """
+    free = len(setup.images) - config.abm_samples
+    if free < DIAGNOSIS_IMAGES:
+        raise ValueError(
+            f"diagnose needs {DIAGNOSIS_IMAGES} training images that the start does not see; abm_samples "
+            f"{config.abm_samples} leaves {max(0, free)}"
+        )
     order = torch.cat(shuffled(len(setup.images), len(setup.images), config.seed, 0))
-    chosen = order[:DIAGNOSIS_IMAGES] if seen else order[-DIAGNOSIS_IMAGES:]
+    chosen = order[: min(DIAGNOSIS_IMAGES, config.abm_samples)] if seen else order[-DIAGNOSIS_IMAGES:]
     batches = [setup.images.select(k) for k in chosen.split(DIAGNOSIS_BATCH)]
+    adapted = adapted_layers(setup.model, "default")
     with autocast(setup.device, setup.precision):
-        return information_loss(setup.model, batches, find_backbone(setup.model).loss_fn)
+        return information_loss(
+            setup.model,
+            batches,
+            find_backbone(setup.model).loss_fn,
+            unadapted=[name for name in targets if name not in adapted],  # EVA may give a layer rank 0
+        )
 
 
 @contextmanager
 def _reference(
-    model: PeftModel, config: RunConfig, out: str | Path, quiet: bool, say: Say
+    model: PeftModel, weights: WeightSource, config: RunConfig, out: str | Path, quiet: bool, say: Say
 ) -> Iterator[dict[str, Any] | None]:
     """Beside the adapter, for a start that needs it, a tuned one: given, or tuned now by a run of its own.
 
@@ -204,15 +236,36 @@ def _reference(
     given = config.abm_reference
     if given is None:
         say("reference tuned first, by the same run with init kaiming")
-        given = run(replace(config, init="kaiming"), out, quiet=quiet, say=say)["folder"]
+        given = run(_without_own_settings(config), out, quiet=quiet, say=say)["folder"]
     folder = Path(given)
     tuned = results.read_result(folder)
-    load_reference(model, folder / results.ADAPTER if (folder / results.ADAPTER).is_dir() else folder, REFERENCE)
+    adapter = folder / results.ADAPTER if (folder / results.ADAPTER).is_dir() else folder
+    _check_weights(adapter, weights)
+    load_reference(model, adapter, REFERENCE)
     try:
-        seconds = tuned["seconds"]["init"] + tuned["seconds"]["train"] if tuned else None
+        cost = tuned["seconds"] if tuned else None
+        seconds = sum(cost.get(stage, 0.0) for stage in ("reference", "init", "train")) if cost else None
         yield {"folder": str(given), "seconds": seconds}
     finally:
         model.delete_adapter(REFERENCE)
+
+
+def _without_own_settings(config: RunConfig) -> RunConfig:
+    """The same run with peft's default start; settings that it does not use are the defaults, so that it is shared."""
+    unused = {f.name: f.default for f in fields(RunConfig) if f.name.startswith(("abm_", "align_"))}
+    return replace(config, init="kaiming", **unused)
+
+
+def _check_weights(adapter: Path, weights: WeightSource) -> None:
+    """A reference that a run has tuned must have been tuned on the same weights; of others nothing is known."""
+    if not (adapter / ABM_FILE).is_file():
+        return
+    recorded = read_settings(adapter).get("weights")
+    if recorded and recorded["sha256"] != weights.sha256:
+        raise ValueError(
+            f"the reference {adapter} was tuned on {recorded['location']} (sha256 {recorded['sha256']}), this run has "
+            f"{weights}: pass one that was tuned on the same weights"
+        )
 
 
 def _run(
@@ -233,6 +286,11 @@ def _run(
     diagnose = diagnose and notes["information_loss"] is None
     if state is None or diagnose or not get_initializer(config.init).in_factors:
         started = _start(setup, config, out, seconds, quiet, diagnose, say)
+        if notes.get("start", started["start"]) != started["start"]:
+            raise ValueError(
+                f"the start of the run in {folder} comes out differently now (other threads, device or versions?), so "
+                "its checkpoint does not fit; --rerun starts afresh"
+            )
         notes = {"origin": setup.origin, "seconds": dict(seconds), **notes, **{k: v for k, v in started.items() if v}}
     if state is not None:
         seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
