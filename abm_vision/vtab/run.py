@@ -200,8 +200,9 @@ def _fingerprint(model: PeftModel) -> str:
 
 
 def _information_loss(setup: _Setup, config: RunConfig, targets: Sequence[str], seen: bool = False) -> InformationLoss:
-    """On up to `DIAGNOSIS_IMAGES` training images. Calibration takes them from the front of the shuffled set, so those
-    at its end are unseen by the start (though not by a tuned reference).
+    """On the calibration images if `seen`, else on training images from the other end of the shuffled set.
+
+    Those the start does not see (though a tuned reference has).
     """
     free = len(setup.images) - config.abm_samples
     if free < DIAGNOSIS_IMAGES:
@@ -210,7 +211,7 @@ def _information_loss(setup: _Setup, config: RunConfig, targets: Sequence[str], 
             f"{config.abm_samples} leaves {max(0, free)}"
         )
     order = torch.cat(shuffled(len(setup.images), len(setup.images), config.seed, 0))
-    chosen = order[: min(DIAGNOSIS_IMAGES, config.abm_samples)] if seen else order[-DIAGNOSIS_IMAGES:]
+    chosen = order[: config.abm_samples] if seen else order[-DIAGNOSIS_IMAGES:]
     batches = [setup.images.select(k) for k in chosen.split(DIAGNOSIS_BATCH)]
     adapted = adapted_layers(setup.model, "default")
     with autocast(setup.device, setup.precision):
