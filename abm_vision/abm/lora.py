@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.backbone import Backbone, find_backbone, layer_kind
 from abm_vision.abm.checks import check_choice, guard_saved_modules, is_compiled
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
 
@@ -144,7 +144,7 @@ def _select_targets(model: nn.Module, backbone: Backbone, targets: str | Sequenc
     for target in targets:
         hits = [n for n in everything if n == target or n.endswith(f".{target}")]
         if not hits:
-            leaves = sorted({re.sub(r"^.*\d+\.", "", n) for n in everything})
+            leaves = sorted(set(map(layer_kind, everything)))
             raise ValueError(f"target {target!r} matches no projection inside a block; there are: {', '.join(leaves)}")
         selected.update(hits)
     if not selected:

@@ -15,7 +15,6 @@ not enter. Where one factor is frozen (MiCA) only the other's directions count. 
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,6 +25,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from abm_vision.abm.backbone import layer_kind
 from abm_vision.abm.calibration import batch_size
 from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
 from abm_vision.abm.merged_linear import BlockLinear
@@ -84,11 +84,6 @@ class InformationLoss:
             for part in (*self.layers, *self.kinds, self.overall)
         ]
         return "\n".join([head, *rows])
-
-
-def layer_kind(name: str) -> str:
-    """What a layer is inside its block: "attn.qkv" of "blocks.3.attn.qkv"."""
-    return re.sub(r"^.*\d+\.", "", name)
 
 
 def _together(name: str, parts: Iterable[LayerLoss]) -> LayerLoss:
