@@ -359,6 +359,7 @@ def test_a_model_of_ones_own_with_its_record():
         head_modules=lambda m: [],
         prepare=lambda m, names: None,
         forward_fn=lambda m, batch: m(batch),
+        loss_fn=lambda m, batch: m(batch).square().mean(),
         token_mask_fn=lambda batch, stack: None,
     )
     model = add_lora(nn.Sequential(Block(), Block()), rank=2, backbone=record)

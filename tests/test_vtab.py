@@ -49,6 +49,19 @@ def finished(tmp_path_factory):
     return config, out, run(config, out)
 
 
+def break_off(config, out, monkeypatch):
+    """Kill a run after its first epoch."""
+    original = results.save_checkpoint
+
+    def killed(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(results, "save_checkpoint", killed)
+        run(config, out)
+
+
 # A run and its files
 
 
@@ -169,15 +182,7 @@ def test_diagnosis_of_a_new_a_resumed_and_a_finished_run_is_the_same(tmp_path, m
         p.name for p in (tmp_path / "old" / config.run_name()).iterdir()
     }
     added = run(config, tmp_path / "old", diagnose=True)
-    original = results.save_checkpoint
-
-    def killed(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(results, "save_checkpoint", killed)
-        run(config, tmp_path / "broken")
+    break_off(config, tmp_path / "broken", monkeypatch)
     resumed = run(config, tmp_path / "broken", diagnose=True)
     for result in (new, added, resumed):
         found = json.loads(open(f"{result['folder']}/result.json").read())["information_loss"]
@@ -241,15 +246,8 @@ def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
 
 
 def test_start_that_comes_out_differently_is_not_resumed(tmp_path, monkeypatch):
-    config, original = tiny(init="pissa"), results.save_checkpoint
-
-    def killed(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(results, "save_checkpoint", killed)
-        run(config, tmp_path)
+    config = tiny(init="pissa")
+    break_off(config, tmp_path, monkeypatch)
     monkeypatch.setattr(RUN, "_fingerprint", lambda model: "another")
     with pytest.raises(ValueError, match="comes out differently now.*--rerun starts afresh"):
         run(config, tmp_path)
@@ -274,16 +272,8 @@ def test_reference_of_another_task_and_rank(tmp_path):
 @pytest.fixture
 def broken_off(tmp_path, monkeypatch):
     """A run that was killed after its first epoch: configuration and folder."""
-    config, original = tiny(), results.save_checkpoint
-
-    def killed(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(results, "save_checkpoint", killed)
-        run(config, tmp_path)
-    return config, tmp_path
+    break_off(tiny(), tmp_path, monkeypatch)
+    return tiny(), tmp_path
 
 
 def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
