@@ -19,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +41,37 @@ SCREEN = {"epochs": 4, "test_images": 1000}
 SCREENED = tuple(n for n, s in INITIALIZERS.items() if "reference" not in s.needs and n != "pissa_niter_16")
 
 
-def path_of(task: str) -> Path:
-    return RESULTS / f"initializers-{task}.jsonl"
+class Ledger:
+    """A file of finished runs, one line of JSON each, whole after every run."""
 
+    def __init__(self, name: str) -> None:
+        self.path = RESULTS / f"{name}.jsonl"
+        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+        self.records: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
 
-def read(task: str) -> list[dict[str, Any]]:
-    path = path_of(task)
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    def has(self, stage: str, config: RunConfig) -> bool:
+        return any((r["stage"], r["config"]) == (stage, asdict(config)) for r in self.records)
 
-
-def key(stage: str, config: dict[str, Any]) -> tuple[Any, ...]:
-    return (stage, *(config[name] for name in ("init", "lr", "seed")))
+    def run(self, stage: str, config: RunConfig, diagnose: bool) -> None:
+        """Run what is not on record; a run whose loss diverges is recorded as such."""
+        if self.has(stage, config):
+            return
+        began = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                record = slim(run(config, folder, diagnose=diagnose))
+            except Diverged as error:
+                record = {"config": asdict(config), "diverged": str(error)}
+        self.records.append({"stage": stage, **record})
+        text = "".join(json.dumps(r) + "\n" for r in self.records)
+        write_atomically(self.path, lambda beside: beside.write_text(text, encoding="utf-8"))
+        area = statistics.mean(record.get("loss_per_step", [float("nan")]))
+        top1 = record.get("test", {}).get("top1", float("nan"))
+        print(
+            f"{stage} {config.init} lr {config.lr:g} seed {config.seed}: mean training loss {area:.3f}, "
+            f"top-1 {100 * top1:.1f} %, {time.perf_counter() - began:.0f} s",
+            flush=True,
+        )
 
 
 def screening(task: str) -> Iterator[RunConfig]:
@@ -105,31 +126,6 @@ def slim(result: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def work(task: str, stage: str, configs: Iterator[RunConfig]) -> None:
-    """Run what is not on record yet; a run whose loss diverged is recorded as such."""
-    done = {key(r["stage"], r["config"]) for r in read(task)}
-    for config in configs:
-        if key(stage, vars(config)) in done:
-            continue
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                # The information loss is of the start, whatever the learning rate after it.
-                record = slim(run(config, folder, diagnose=stage == "confirm" or config.lr == RATES[0]))
-            except Diverged as error:
-                record = {"config": vars(config), "diverged": str(error)}
-        lines = [json.dumps(r) for r in [*read(task), {"stage": stage, **record}]]
-        text = "\n".join(lines) + "\n"
-        write_atomically(path_of(task), lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
-        area = statistics.mean(record.get("loss_per_step", [float("nan")]))
-        top1 = record.get("test", {}).get("top1", float("nan"))
-        print(
-            f"{stage} {config.init} lr {config.lr:g} seed {config.seed}: mean training loss {area:.3f}, "
-            f"top-1 {100 * top1:.1f} %, {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", default="dsprites_loc")
@@ -138,15 +134,20 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
+    ledger = Ledger(f"initializers-{options.task}")
     if options.list:
-        records = read(options.task)
-        done = {key(r["stage"], r["config"]) for r in records}
-        for stage, configs in (("screen", screening(options.task)), ("confirm", confirming(options.task, records))):
-            wanted = {key(stage, vars(config)) for config in configs}
-            print(f"{stage}: {len(wanted & done)} of {len(wanted)} runs")
+        for stage, wanted in (
+            ("screen", screening(options.task)),
+            ("confirm", confirming(options.task, ledger.records)),
+        ):
+            done = [ledger.has(stage, config) for config in wanted]
+            print(f"{stage}: {sum(done)} of {len(done)} runs")
         return
-    work(options.task, "screen", screening(options.task))
-    work(options.task, "confirm", confirming(options.task, read(options.task)))
+    for config in screening(options.task):
+        # The information loss is of the start, whatever the learning rate after it.
+        ledger.run("screen", config, diagnose=config.lr == RATES[0])
+    for config in confirming(options.task, ledger.records):
+        ledger.run("confirm", config, diagnose=True)
 
 
 if __name__ == "__main__":
