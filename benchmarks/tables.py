@@ -102,6 +102,14 @@ def families() -> str:
     )
 
 
+def information_loss() -> str:
+    content = read("information_loss")
+    rows = [[str(r["batch"]), f"{r['seconds']:.0f} s", f"{r['peak_mib']:.0f} MiB"] for r in content["rows"]]
+    head = ["images a batch", "time", "memory above the model"]
+    device, precision = content["environment"]["device"], content["rows"][0]["precision"]
+    return f"{table(head, rows)}\n\nViT-B/16, 224 px, {content['images']} images, {precision}; {device}."
+
+
 def starts() -> str:
     rows = [
         [f"`{name}`", start.summary, start.needs, "yes" if start.changes_base else "no", start.source]
@@ -157,7 +165,7 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
     README: (training_step, abm_init, attention, families, starts),
-    BENCHMARKS: (screening,),
+    BENCHMARKS: (screening, information_loss),
 }
 
 

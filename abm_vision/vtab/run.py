@@ -44,7 +44,7 @@ from abm_vision.vtab.train import (
 from abm_vision.weights import WeightSource, create_backbone
 
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
-DIAGNOSIS_IMAGES, DIAGNOSIS_BATCH = 64, 16  # a batch's activations and one gradient a layer must fit into memory
+DIAGNOSIS_IMAGES, DIAGNOSIS_BATCH = 64, 8  # a batch's activations and one gradient a layer must fit into memory
 REFERENCE = "reference"
 Say = Callable[[str], None]
 
