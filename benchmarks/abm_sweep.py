@@ -9,11 +9,10 @@ nothing that would ask for another. Every run is kept as one line of `results/ab
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
-import torch
-from initializers import SCREEN, Ledger
+from initializers import SCREEN, run_once
+from ledger import Ledger, parse
 
 from abm_vision.vtab import make_config
 
@@ -41,15 +40,10 @@ VARIATIONS: tuple[dict[str, Any], ...] = (
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="dsprites_loc")
-    parser.add_argument("--threads", type=int, help="of torch; one each lets two tasks run side by side")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(__doc__)
     ledger = Ledger(f"abm_sweep-{options.task}")
     for variation in VARIATIONS:
-        ledger.run("sweep", make_config(**{"task": options.task, "init": "abm", **SCREEN, **variation}), False)
+        run_once(ledger, "sweep", make_config(**{"task": options.task, "init": "abm", **SCREEN, **variation}))
 
 
 if __name__ == "__main__":

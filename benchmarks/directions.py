@@ -10,29 +10,25 @@ images. Rows of A are orthonormal unless said otherwise. Every trial is kept as 
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from ledger import Ledger, parse
 from peft import PeftModel
 from torch import Tensor
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss
-from abm_vision.abm.files import write_atomically
 from abm_vision.abm.gradient import adapted_layers, weight_gradients
 from abm_vision.provenance import environment
 from abm_vision.vtab import make_config
 from abm_vision.vtab.data import Images, load_all, preprocessing_for
 from abm_vision.vtab.train import Progress, autocast, choose_attention, faster_with_bf16, make_optimiser, train
 
-RESULTS = Path(__file__).parent / "results"
 IMAGES, EPOCHS, RANK = 128, 5, 8
 
 
@@ -170,23 +166,15 @@ def trial(task: str, name: str, lr: float) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="dsprites_loc")
-    parser.add_argument("--threads", type=int, help="of torch; one each lets two tasks run side by side")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    path = RESULTS / f"directions-{options.task}.jsonl"
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    done = {(r["variant"], r["lr"]) for r in map(json.loads, lines)}
+    options = parse(__doc__)
+    ledger = Ledger(f"directions-{options.task}")
+    done = {(r["variant"], r["lr"]) for r in ledger.records}
     for lr in RATES:
         for name in VARIANTS:
             if (name, lr) in done:
                 continue
             record = trial(options.task, name, lr)
-            lines.append(json.dumps(record))
-            text = "\n".join(lines) + "\n"
-            write_atomically(path, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
+            ledger.append(record)
             print(f"{name}, lr {lr:g}: {record['area']:.3f} {record['loss_per_epoch']}", flush=True)
 
 

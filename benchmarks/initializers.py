@@ -12,25 +12,20 @@ that it is not left with one that suits 4 epochs alone. Every run is kept as one
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import json
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
+from ledger import Ledger, parse
 
-from abm_vision.abm.files import write_atomically
 from abm_vision.initializers import INITIALIZERS
 from abm_vision.vtab import RunConfig, make_config, run
 from abm_vision.vtab.train import Diverged
 
-RESULTS = Path(__file__).parent / "results"
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 ALWAYS = ("kaiming", "abm_aligned", "abm", "eva")
@@ -41,37 +36,28 @@ SCREEN = {"epochs": 4, "test_images": 1000}
 SCREENED = tuple(n for n, s in INITIALIZERS.items() if "reference" not in s.needs and n != "pissa_niter_16")
 
 
-class Ledger:
-    """A file of finished runs, one line of JSON each, whole after every run."""
+def has(ledger: Ledger, stage: str, config: RunConfig) -> bool:
+    return any((r["stage"], r["config"]) == (stage, asdict(config)) for r in ledger.records)
 
-    def __init__(self, name: str) -> None:
-        self.path = RESULTS / f"{name}.jsonl"
-        text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
-        self.records: list[dict[str, Any]] = [json.loads(line) for line in text.splitlines()]
 
-    def has(self, stage: str, config: RunConfig) -> bool:
-        return any((r["stage"], r["config"]) == (stage, asdict(config)) for r in self.records)
-
-    def run(self, stage: str, config: RunConfig, diagnose: bool) -> None:
-        """Run what is not on record; a run whose loss diverges is recorded as such."""
-        if self.has(stage, config):
-            return
-        began = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                record = slim(run(config, folder, diagnose=diagnose))
-            except Diverged as error:
-                record = {"config": asdict(config), "diverged": str(error)}
-        self.records.append({"stage": stage, **record})
-        text = "".join(json.dumps(r) + "\n" for r in self.records)
-        write_atomically(self.path, lambda beside: beside.write_text(text, encoding="utf-8"))
-        area = statistics.mean(record.get("loss_per_step", [float("nan")]))
-        top1 = record.get("test", {}).get("top1", float("nan"))
-        print(
-            f"{stage} {config.init} lr {config.lr:g} seed {config.seed}: mean training loss {area:.3f}, "
-            f"top-1 {100 * top1:.1f} %, {time.perf_counter() - began:.0f} s",
-            flush=True,
-        )
+def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = False) -> None:
+    """Run what is not on record; a run whose loss diverges is recorded as such."""
+    if has(ledger, stage, config):
+        return
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            record = slim(run(config, folder, diagnose=diagnose))
+        except Diverged as error:
+            record = {"config": asdict(config), "diverged": str(error)}
+    ledger.append({"stage": stage, **record})
+    area = statistics.mean(record.get("loss_per_step", [float("nan")]))
+    top1 = record.get("test", {}).get("top1", float("nan"))
+    print(
+        f"{stage} {config.init} lr {config.lr:g} seed {config.seed}: mean training loss {area:.3f}, "
+        f"top-1 {100 * top1:.1f} %, {time.perf_counter() - began:.0f} s",
+        flush=True,
+    )
 
 
 def screening(task: str) -> Iterator[RunConfig]:
@@ -127,27 +113,19 @@ def slim(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", default="dsprites_loc")
-    parser.add_argument("--threads", type=int, help="of torch; one each lets both tasks run side by side")
-    parser.add_argument("--list", action="store_true", help="only count what is done and left")
-    options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    options = parse(__doc__, "--list")
     ledger = Ledger(f"initializers-{options.task}")
     if options.list:
-        for stage, wanted in (
-            ("screen", screening(options.task)),
-            ("confirm", confirming(options.task, ledger.records)),
-        ):
-            done = [ledger.has(stage, config) for config in wanted]
+        confirmed = confirming(options.task, ledger.records)
+        for stage, wanted in (("screen", screening(options.task)), ("confirm", confirmed)):
+            done = [has(ledger, stage, config) for config in wanted]
             print(f"{stage}: {sum(done)} of {len(done)} runs")
         return
     for config in screening(options.task):
         # The information loss is of the start, whatever the learning rate after it.
-        ledger.run("screen", config, diagnose=config.lr == RATES[0])
+        run_once(ledger, "screen", config, diagnose=config.lr == RATES[0])
     for config in confirming(options.task, ledger.records):
-        ledger.run("confirm", config, diagnose=True)
+        run_once(ledger, "confirm", config, diagnose=True)
 
 
 if __name__ == "__main__":

@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ledger import RESULTS, Ledger
+
 from abm_vision.initializers import INITIALIZERS
 from abm_vision.vtab.compare import area
 
-RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"
 TASKS = ("dsprites_loc", "dsprites_ori")
@@ -118,14 +119,10 @@ def starts() -> str:
     return table(["start", "what it is", "needs", "changes base weights", "source"], rows)
 
 
-def read_lines(name: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (RESULTS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def screening() -> str:
     parts = []
     for task in TASKS:
-        records = [r for r in read_lines(f"initializers-{task}") if r["stage"] == "screen"]
+        records = [r for r in Ledger(f"initializers-{task}").records if r["stage"] == "screen"]
         rates = sorted({r["config"]["lr"] for r in records})
         starts: dict[str, dict[float, dict[str, Any]]] = {}
         for record in records:

@@ -210,7 +210,6 @@ def test_gaussian_orthogonal_and_random_b_by_their_definition():
 
 @pytest.mark.parametrize("name", ["gaussian", "random_b", "eva", "lora_ga", "abm", "abm_aligned"])
 def test_seed_fixes_the_start_and_nothing_else_moves(name):
-    state = torch.get_rng_state()
     models = [started(name) for _ in range(2)]
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)

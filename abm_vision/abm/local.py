@@ -7,8 +7,8 @@ Eq. (22) of arXiv:2511.19145, is a sum over hidden units h of
 
 which is convex in row h of B and has r unknowns. A few Newton steps solve it for all units at once: a product of
 (hidden, tokens) with (tokens, r^2) and a batch of r x r systems each. No gradient is taken. A layer is fitted when the
-pass reaches it, so its x is what the layers below, already fitted, make of the samples: fitted on the reference's own
-x they undo each other's work.
+pass reaches it, so its x is what the layers below, already fitted, make of the samples: the reference's own x would
+hide from it what they have changed.
 """
 
 from __future__ import annotations
