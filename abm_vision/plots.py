@@ -77,7 +77,7 @@ def draw_information_loss(result: dict[str, Any]) -> Figure:
 def draw_comparison(comparison: Any) -> Figure:
     """A row of panels a task: training loss by epoch and by seconds (start counted), test top-1, information loss.
 
-    Lines are means over seeds, bands one standard deviation. `comparison` is a `vtab.compare.Comparison`.
+    Lines are means over seeds, bands one standard deviation. `comparison` is a `vtab.comparison.Comparison`.
     """
     tasks = list(dict.fromkeys(row.task for row in comparison.rows))
     starts = list(dict.fromkeys(init for _, init in comparison.best))

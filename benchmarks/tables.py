@@ -17,7 +17,7 @@ from typing import Any
 from ledger import RESULTS, Ledger
 
 from abm_vision.initializers import INITIALIZERS
-from abm_vision.vtab.compare import area
+from abm_vision.vtab.comparison import area
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"

@@ -15,7 +15,8 @@ from test_vtab import tiny
 
 from abm_vision.vtab import compare as module
 from abm_vision.vtab import make_config, run
-from abm_vision.vtab.compare import bootstrap, compare, run_all, timed_area, to_csv, to_markdown, to_text
+from abm_vision.vtab.compare import run_all, to_csv, to_markdown, to_text
+from abm_vision.vtab.comparison import bootstrap, compare, timed_area
 from abm_vision.vtab.train import Diverged
 
 

@@ -22,6 +22,7 @@ from abm_vision.vtab.predict import predict
 from abm_vision.vtab.results import model_card, open_folder, read_result
 
 RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
+SETUP = importlib.import_module("abm_vision.vtab.setup")
 TINY = {
     "model": "test_vit",
     "weights": "none",
@@ -240,7 +241,7 @@ def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
     config = tiny(init="kaiming", epochs=1)
     run(config, tmp_path)
     other = data.data_record
-    monkeypatch.setattr(RUN, "data_record", lambda d: {**other(d), "source": "tfds"})
+    monkeypatch.setattr(SETUP, "data_record", lambda d: {**other(d), "source": "tfds"})
     with pytest.raises(ValueError, match="began with train_data"):
         run(config, tmp_path, diagnose=True)
 
@@ -248,7 +249,7 @@ def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
 def test_start_that_comes_out_differently_is_not_resumed(tmp_path, monkeypatch):
     config = tiny(init="pissa")
     break_off(config, tmp_path, monkeypatch)
-    monkeypatch.setattr(RUN, "_fingerprint", lambda model: "another")
+    monkeypatch.setattr("abm_vision.vtab.start._fingerprint", lambda model: "another")
     with pytest.raises(ValueError, match="comes out differently now.*--rerun starts afresh"):
         run(config, tmp_path)
 
@@ -279,7 +280,7 @@ def broken_off(tmp_path, monkeypatch):
 def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
     config, out = broken_off
     other = data.data_record
-    monkeypatch.setattr(RUN, "data_record", lambda d: {**other(d), "source": "tfds"})
+    monkeypatch.setattr(SETUP, "data_record", lambda d: {**other(d), "source": "tfds"})
     with pytest.raises(ValueError, match=r"began with train_data .*'rendered'.*now it is .*'tfds'.*--rerun starts"):
         run(config, out)
     assert run(config, out, rerun=True)["test"]["count"] == 60

@@ -145,7 +145,7 @@ def _compare(words: list[str]) -> int:
     options = vars(compare_parser().parse_args(words))
     runs, out, report, as_json, quiet = (options.pop(k) for k in ("runs", "out", "report", "json", "quiet"))
 
-    from abm_vision.vtab import compare, results
+    from abm_vision.vtab import compare, comparison, results
 
     if runs:
         if options:
@@ -164,12 +164,12 @@ def _compare(words: list[str]) -> int:
             quiet=quiet,
             say=None if quiet else _say,
         )
-    comparison = compare.compare(found, diverged)
-    paths = compare.write_report(comparison, report or out)
+    compared = comparison.compare(found, diverged)
+    paths = compare.write_report(compared, report or out)
     if as_json:
-        print(json.dumps([asdict(row) for row in comparison.rows]))
+        print(json.dumps([asdict(row) for row in compared.rows]))
     else:
-        print(compare.to_text(comparison), *paths, sep="\n")
+        print(compare.to_text(compared), *paths, sep="\n")
     return 0
 
 

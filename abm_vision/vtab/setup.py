@@ -1,0 +1,111 @@
+"""A run before its start: data, pretrained weights and the adapted model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+import vtab_tasks
+from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.lora import add_lora
+from abm_vision.vtab import results
+from abm_vision.vtab.config import RunConfig, resolve_device
+from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for
+from abm_vision.vtab.train import choose_attention, faster_with_bf16
+from abm_vision.weights import WeightSource, create_backbone
+
+TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
+Say = Callable[[str], None]
+
+
+@dataclass
+class Setup:
+    """A run before its start: the adapted model, the data, and what is to be recorded of them."""
+
+    model: PeftModel
+    images: Images
+    train_data: vtab_tasks.TaskData
+    test_data: vtab_tasks.TaskData
+    preprocessing: Preprocessing
+    weights: WeightSource
+    device: torch.device
+    precision: str
+    seconds: dict[str, float]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a run that is taken up again must find unchanged."""
+        data = {"train_data": data_record(self.train_data), "test_data": data_record(self.test_data)}
+        return {**data, "weights": asdict(self.weights)}
+
+
+def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
+    device = resolve_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    precision = results.settle_precision(folder, lambda: _precision(config, device))
+    say(f"device    {device}, {precision}")
+    seconds: dict[str, float] = {}
+    stage = stopwatch(seconds)
+    with stage("data"):
+        train_data = _load(config, "train800val200")
+        test_data = _load(config, "test")
+        if config.test_images:
+            test_data = test_data.subset(config.test_images, TEST_SUBSET_SEED)
+        say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} test images")
+    with stage("weights"):
+        torch.manual_seed(config.seed)
+        num_classes = train_data.task.num_classes
+        backbone, weights = create_backbone(
+            config.model, num_classes, config.image_size, config.weights, drop_path_rate=config.drop_path
+        )
+        preprocessing = preprocessing_for(backbone, config.image_size)
+        say(f"weights   {weights}")
+    with stage("data"):
+        images = Images(*load_all(train_data, preprocessing), preprocessing, device)
+    with stage("lora"):
+        model = _adapted(backbone, config, images, device)
+    choose_attention(model, device, precision)
+    return Setup(model, images, train_data, test_data, preprocessing, weights, device, precision, seconds)
+
+
+def _load(config: RunConfig, split: str) -> vtab_tasks.TaskData:
+    return vtab_tasks.load(config.task, split, source=config.source, data_dir=config.data_dir)
+
+
+def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, device: torch.device) -> PeftModel:
+    torch.manual_seed(config.seed)
+    model = add_lora(
+        backbone,
+        config.rank,
+        config.alpha,
+        targets=config.lora_targets(),
+        qkv=config.qkv,
+        dropout=config.dropout,
+    ).to(device)
+    pixels, _ = next(images.batches(2, config.seed, 0))
+    check_adapters(model.eval(), pixels)
+    return model
+
+
+def _precision(config: RunConfig, device: torch.device) -> str:
+    if config.precision == "auto":
+        return "bf16" if faster_with_bf16(device) else "fp32"
+    return config.precision
+
+
+def stopwatch(seconds: dict[str, float]) -> Callable[[str], Any]:
+    @contextmanager
+    def stage(name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
+
+    return stage
