@@ -18,10 +18,10 @@ from PIL import Image
 import vtab_tasks
 from vtab_tasks.sources import rendered
 from vtab_tasks.sources import tfds as tfds_source
-from vtab_tasks.tasks import Part
+from vtab_tasks.tasks import Edition, Part
 
 ORI_LABELS = [b for b in range(16) for _ in range(3 if b % 2 == 0 else 2)]
-SMALL = {"train800": Part("train", 0, 20), "val200": Part("train", 30, 35), "test": Part("train", 40, 60)}
+SMALL = Edition((("train", 60),), Part("train", 0, 20), Part("train", 30, 35), Part("train", 40, 60))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -37,7 +37,7 @@ def own_folders(tmp_path_factory):
 def small_tasks(monkeypatch):
     """The dSprites tasks with splits of 20, 5, 25 and 20 items."""
     for name in ("dsprites_loc", "dsprites_ori"):
-        monkeypatch.setitem(vtab_tasks.TASKS, name, replace(vtab_tasks.get_task(name), **SMALL))
+        monkeypatch.setitem(vtab_tasks.TASKS, name, replace(vtab_tasks.get_task(name), editions=(SMALL,)))
 
 
 # ---- rendered ------------------------------------------------------------------------------------
@@ -138,8 +138,7 @@ def test_sequence_protocol(drawn):
         drawn["0"]
     with pytest.raises(IndexError):
         drawn.images([0, 1000])
-    with pytest.raises(ValueError, match="no index"):
-        drawn.images([])
+    assert len(drawn.images([])) == 0
 
 
 def test_rendered_can_be_pickled(drawn):
@@ -201,7 +200,7 @@ def test_folder(community, tmp_path, split):
     assert str(community) in data.description
     assert data.labels.dtype == np.int64
     assert data.labels.tolist() == [i % 16 for i in range({"val200": 5, "train800val200": 25}.get(split, 20))]
-    assert np.array_equal(data.images([4, 0]), np.stack([picture(4), picture(0)]))
+    assert np.array_equal(np.stack(data.images([4, 0])), np.stack([picture(4), picture(0)]))
     assert np.array_equal(data[3][0], picture(3)) and data[3][1] == 3
     again = pickle.loads(pickle.dumps(data))
     assert np.array_equal(again[2][0], picture(2))
@@ -330,12 +329,11 @@ def test_an_image_lost_after_loading(community, tmp_path):
         data.images([0])
 
 
-def test_images_of_several_sizes_make_no_batch(community, tmp_path):
+def test_images_may_differ_in_size(community, tmp_path):
     Image.new("RGB", (48, 32)).save(community / "images/train800/000001.png")
     data = load_folder(tmp_path)
     assert data[1][0].shape == (32, 48, 3)
-    with pytest.raises(ValueError, match=r"\(64, 64\) and \(32, 48\).*one by one"):
-        data.images([0, 1])
+    assert [image.shape for image in data.images([0, 1, 2])] == [(64, 64, 3), (32, 48, 3), (64, 64, 3)]
 
 
 # ---- tfds ----------------------------------------------------------------------------------------
@@ -412,7 +410,7 @@ def test_tfds(prepared, small_tasks, split, members):
     assert data.labels.tolist() == [key % 32 // 2 for key in keys]
     turned = load_tfds(prepared, split, "dsprites_ori")
     assert turned.labels.tolist() == [ORI_LABELS[key % 40] for key in keys]
-    images = data.images(range(len(data)))
+    images = np.stack(data.images(range(len(data))))
     assert images.shape == (len(keys), 64, 64, 3) and images.dtype == np.uint8
     flat = images.reshape(len(keys), -1, 3)
     assert flat.argmax(axis=1).tolist() == [[key] * 3 for key in keys]
@@ -461,7 +459,10 @@ def test_newest_accepted_version(tmp_path, small_tasks):
 
 
 def test_tfds_not_prepared(tmp_path, small_tasks):
-    with pytest.raises(FileNotFoundError, match="no prepared version of dsprites.*download_and_prepare"):
+    with pytest.raises(
+        FileNotFoundError,
+        match="no prepared version of dsprites.*vtab prepare --task dsprites_loc.*download_and_prepare",
+    ):
         load_tfds(tmp_path)
     pretend(tmp_path, "1.0.0")
     with pytest.raises(FileNotFoundError, match=r"only version 1\.0\.0 of dsprites, VTAB takes 2\.\*\.\*"):
@@ -479,22 +480,26 @@ def test_tfds_prepared_as_tfrecord(tmp_path, small_tasks):
         load_tfds(tmp_path)
 
 
-def test_tfds_with_too_few_examples(tmp_path, small_tasks):
-    write_tfds(tmp_path, count=50)
-    assert len(load_tfds(tmp_path, "val200")) == 5
-    with pytest.raises(ValueError, match=r"has 50 examples in 'train', but dsprites_loc/test is train\[40:"):
-        load_tfds(tmp_path, "test")
+@pytest.mark.parametrize("count", [59, 61])
+def test_tfds_with_another_number_of_examples(tmp_path, small_tasks, count):
+    write_tfds(tmp_path, count=count)
+    message = (
+        rf"has {count} in 'train'; the official data have 60 in 'train', of which dsprites_loc/val200 takes train\[30"
+    )
+    with pytest.raises(ValueError, match=message):
+        load_tfds(tmp_path, "val200")
 
 
 def test_tfds_with_the_official_sizes_asked_of_small_data(prepared):
-    with pytest.raises(ValueError, match=r"has 60 examples in 'train'.*train\[0:800\]"):
+    with pytest.raises(ValueError, match=r"has 60 in 'train'; the official data have 737280 .*train\[0:800\]"):
         load_tfds(prepared)
 
 
 def test_tfds_without_the_split(prepared, small_tasks, monkeypatch):
-    task = replace(vtab_tasks.get_task("dsprites_loc"), test=Part("validation", 0, 5))
+    elsewhere = replace(SMALL, sizes=(("validation", 5),), test=Part("validation", 0, 5))
+    task = replace(vtab_tasks.get_task("dsprites_loc"), editions=(elsewhere,))
     monkeypatch.setitem(vtab_tasks.TASKS, "dsprites_loc", task)
-    with pytest.raises(ValueError, match="has no split 'validation'"):
+    with pytest.raises(ValueError, match="has no 'validation'; the official data have 5 in 'validation'"):
         load_tfds(prepared, "test")
 
 
@@ -548,7 +553,7 @@ def test_auto_takes_real_data(prepared, community, tmp_path, monkeypatch):
 def test_auto_does_not_draw_for_a_folder_that_was_named(tmp_path):
     with pytest.raises(FileNotFoundError) as caught:
         vtab_tasks.load("dsprites_loc", "test", data_dir=tmp_path)
-    for expected in (str(tmp_path), "vtab-1k/dsprites_loc", "dsprites/2.*.*", 'source="rendered"'):
+    for expected in (str(tmp_path), "vtab-1k/dsprites_loc", "dsprites 2.*.*", 'source="rendered"'):
         assert expected in str(caught.value)
 
 

@@ -39,7 +39,7 @@ def test_imports_numpy_and_pillow_only():
 def test_dsprites_rows(name):
     task = vtab_tasks.get_task(name)
     assert (task.name, task.group, task.num_classes, task.image_size) == (name, "structured", 16, (64, 64))
-    assert (task.tfds_name, task.tfds_version, task.folders) == ("dsprites", "2.*.*", (name,))
+    assert (task.tfds_name, task.tfds_versions, task.folders) == ("dsprites", ("2.*.*",), (name,))
     assert [task.size(split) for split in vtab_tasks.SPLITS] == [800, 200, 1000, 73728]
     assert [str(part) for part in task.parts("train800val200")] == ["train[0:800]", "train[589824:590024]"]
     assert [str(part) for part in task.parts("test")] == ["train[663552:737280]"]
@@ -56,7 +56,7 @@ def test_unknown_task_names_the_nearest_and_all():
     with pytest.raises(ValueError, match=r"unknown task 'dsprite_loc'; did you mean dsprites_loc") as caught:
         vtab_tasks.get_task("dsprite_loc")
     assert all(name in str(caught.value).partition("The tasks are: ")[2] for name in vtab_tasks.TASKS)
-    with pytest.raises(ValueError, match=r"unknown task 'xyzzy'\. The tasks are: dsprites_loc"):
+    with pytest.raises(ValueError, match=r"unknown task 'xyzzy'\. The tasks are: caltech101"):
         vtab_tasks.get_task("xyzzy")
 
 

@@ -9,6 +9,6 @@ Needs numpy and Pillow; `tensorflow_datasets` only for data that it has prepared
 
 from vtab_tasks.data import load, locate
 from vtab_tasks.taskdata import TaskData
-from vtab_tasks.tasks import SPLITS, TASKS, Task, get_task
+from vtab_tasks.tasks import GROUPS, SPLITS, TASKS, Task, get_task
 
-__all__ = ["SPLITS", "TASKS", "Task", "TaskData", "get_task", "load", "locate"]
+__all__ = ["GROUPS", "SPLITS", "TASKS", "Task", "TaskData", "get_task", "load", "locate"]

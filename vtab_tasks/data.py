@@ -76,5 +76,5 @@ def _best_source(task: str, data_dir: str | os.PathLike[str] | None) -> str:
     raise FileNotFoundError(
         f"no data for {task} in {place}. Looked for the community layout "
         f"({' or '.join(folder.layouts(row))}, with lists such as train800val200.txt) and for TFDS data "
-        f"({row.tfds_name}/{row.tfds_version}){hint}"
+        f"({row.tfds_name} {' or '.join(row.tfds_versions)}){hint}"
     )

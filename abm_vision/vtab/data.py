@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +34,12 @@ class Preprocessing:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def resize(self, images: np.ndarray) -> Tensor:
-        """uint8 (n, height, width, 3) to uint8 (n, 3, size, size); the aspect ratio is not kept, as in VTAB."""
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)
-        size = [self.image_size, self.image_size]
-        return resize(pixels, size, InterpolationMode(self.interpolation), antialias=True)
+    def resize(self, images: Sequence[np.ndarray]) -> Tensor:
+        """n images, uint8 (height, width, 3), to uint8 (n, 3, size, size); the aspect ratio is not kept, as in VTAB."""
+        groups = [np.stack(images)] if len({i.shape for i in images}) == 1 else [i[None] for i in images]
+        size, interpolation = [self.image_size] * 2, InterpolationMode(self.interpolation)
+        pixels = (torch.from_numpy(group).permute(0, 3, 1, 2) for group in groups)
+        return torch.cat([resize(group, size, interpolation, antialias=True) for group in pixels])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, size, size) to float32, on the device of the pixels."""

@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vtab_tasks.sources.items import stack_images
 from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import SPLITS, Task
 
@@ -31,8 +30,8 @@ class FolderItems:
     paths: tuple[str, ...]
     all_labels: NDArray[np.int64]
 
-    def images(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return stack_images((self._image(position) for position in positions), len(positions))
+    def images(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self._image(position) for position in positions]
 
     def labels(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         return self.all_labels[positions]
@@ -78,10 +77,10 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
         raise FileNotFoundError(_missing_layout(task, split, folder or Path(data_dir)))
     list_file = folder / f"{split}.txt"
     entries = list(_entries(task, list_file))
-    if len(entries) != task.size(split):
+    if len(entries) not in task.sizes(split):
+        sizes = " or ".join(map(str, task.sizes(split)))
         raise ValueError(
-            f"{list_file} has {len(entries)} lines, but {task.name}/{split} has {task.size(split)} images: "
-            "fetch the whole list"
+            f"{list_file} has {len(entries)} lines, but {task.name}/{split} has {sizes} images: fetch the whole list"
         )
     items = FolderItems(
         list_file=list_file,

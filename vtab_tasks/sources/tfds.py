@@ -10,21 +10,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from vtab_tasks.sources.items import stack_images
 from vtab_tasks.taskdata import TaskData
-from vtab_tasks.tasks import Task
+from vtab_tasks.tasks import Edition, Task
 
 
 @dataclass(frozen=True, eq=False)
 class TfdsItems:
-    """Two views on the same records: with the image decoded, and with the image left as it is."""
+    """Two views on the same records: with the image decoded, and with all images left as they are."""
 
     task: Task
     decoded: Any
     undecoded: Any
 
-    def images(self, positions: NDArray[np.int64]) -> NDArray[np.uint8]:
-        return stack_images((self._image(position) for position in positions), len(positions))
+    def images(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
+        return [self._image(position) for position in positions]
 
     def labels(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         labels = [self.task.label_fn(self.undecoded[int(position)]) for position in positions]
@@ -33,7 +32,7 @@ class TfdsItems:
     def _image(self, position: int) -> NDArray[np.uint8]:
         """uint8 (H, W, 3); grey images are replicated."""
         image = self.decoded[int(position)]["image"]
-        if image.max() > 255 // self.task.pixel_scale:
+        if self.task.pixel_scale > 1 and image.max() > 255 // self.task.pixel_scale:
             raise ValueError(
                 f"a pixel of {self.task.tfds_name} is {image.max()}, but the official data go up to "
                 f"{255 // self.task.pixel_scale}: this is another data set, prepare the official one"
@@ -60,8 +59,10 @@ def _versions(data_set: Path) -> list[str]:
 def find(task: Task, data_dir: str | os.PathLike[str] | None) -> Path | None:
     """The folder of the newest prepared version that VTAB accepts, or None."""
     data_set = _data_set_dir(task, data_dir)
-    accepted = (data_set / name for name in _versions(data_set) if fnmatchcase(name, task.tfds_version))
-    return next(accepted, None)
+    for name in _versions(data_set):
+        if any(fnmatchcase(name, pattern) for pattern in task.tfds_versions):
+            return data_set / name
+    return None
 
 
 def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> TaskData:
@@ -77,18 +78,22 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
         raise FileNotFoundError(_not_prepared(task, _data_set_dir(task, data_dir)))
     tfds = _import_tfds()
     builder = tfds.builder_from_directory(directory)
-    _check_parts(task, split, builder)
-    spec = "+".join(str(part) for part in task.parts(split))
-    skip_image = {"image": tfds.decode.SkipDecoding()}
+    edition = _edition(task, split, builder)
+    spec = "+".join(str(part) for part in edition.parts(split))
+    skip = {
+        n: tfds.decode.SkipDecoding() for n, f in builder.info.features.items() if isinstance(f, tfds.features.Image)
+    }
+    others = {name: how for name, how in skip.items() if name != "image"}
     try:
-        items = TfdsItems(task, builder.as_data_source(spec), builder.as_data_source(spec, decoders=skip_image))
+        decoded = builder.as_data_source(spec, decoders=others or None)
+        items = TfdsItems(task, decoded, builder.as_data_source(spec, decoders=skip))
     except NotImplementedError as error:  # TFDS's word for a file format without random access
         raise ValueError(
             f"{directory} was prepared as {builder.info.file_format.value}, which only TensorFlow reads: "
             f"{_how_to_prepare(task)}, in another data_dir or after deleting this one"
         ) from error
     description = f"tfds: official {task.tfds_name} {directory.name} in {directory}"
-    return TaskData(task, split, "tfds", str(directory), description, items, np.arange(task.size(split)))
+    return TaskData(task, split, "tfds", str(directory), description, items, np.arange(edition.size(split)))
 
 
 def _import_tfds() -> Any:
@@ -101,34 +106,40 @@ def _import_tfds() -> Any:
     return tensorflow_datasets
 
 
-def _check_parts(task: Task, split: str, builder: Any) -> None:
-    """The prepared data has the items that VTAB's slices name, and all of its files."""
-    for part in task.parts(split):
-        if part.split not in builder.info.splits:
-            raise ValueError(
-                f"{builder.data_dir} has no split {part.split!r}, but {task.name}/{split} is {part} "
-                f"of the official data: {_how_to_prepare(task)}"
-            )
-        info = builder.info.splits[part.split]
-        if info.num_examples < part.stop:
-            raise ValueError(
-                f"{builder.data_dir} has {info.num_examples} examples in {part.split!r}, but "
-                f"{task.name}/{split} is {part} of the official data: prepare the whole data set"
-            )
-        for path in info.filepaths:
+def _edition(task: Task, split: str, builder: Any) -> Edition:
+    """The edition that was prepared, with all of the files that the split needs."""
+    needed = {part.split for part in task.parts(split)}
+    found = {name: info.num_examples for name, info in builder.info.splits.items()}
+    for edition in task.editions:
+        if all(found.get(name) == size for name, size in edition.sizes if name in needed):
+            break
+    else:
+        there = ", ".join(f"{found[name]} in {name!r}" if name in found else f"no {name!r}" for name in sorted(needed))
+        official = " or ".join(
+            ", ".join(f"{size} in {name!r}" for name, size in sorted(edition.sizes) if name in needed)
+            for edition in task.editions
+        )
+        raise ValueError(
+            f"{builder.data_dir} has {there}; the official data have {official}, of which {task.name}/{split} takes "
+            f"{' and '.join(map(str, task.parts(split)))}: {_how_to_prepare(task)}"
+        )
+    for name in needed:
+        for path in builder.info.splits[name].filepaths:
             if not path.exists():
                 raise FileNotFoundError(f"{path} is missing: copy it, or {_how_to_prepare(task)}")
+    return edition
 
 
 def _how_to_prepare(task: Task) -> str:
     return (
-        f'prepare it where TensorFlow is installed, with tfds.builder("{task.tfds_name}", data_dir=..., '
-        'file_format="array_record").download_and_prepare()'
+        f"prepare the data set with `python -m abm_vision.vtab prepare --task {task.name} --data-dir DIR`, or where "
+        f'TensorFlow is installed with tfds.builder("{task.tfds_name}", data_dir=..., file_format="array_record")'
+        ".download_and_prepare()"
     )
 
 
 def _not_prepared(task: Task, data_set: Path) -> str:
     others = _versions(data_set)
     found = f"only version {', '.join(others)}" if others else "no prepared version"
-    problem = f"{data_set} holds {found} of {task.tfds_name}, VTAB takes {task.tfds_version}"
+    problem = f"{data_set} holds {found} of {task.tfds_name}, VTAB takes {' or '.join(task.tfds_versions)}"
     return f"{problem}: {_how_to_prepare(task)}"
