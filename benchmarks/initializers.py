@@ -5,9 +5,9 @@
 
 Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset. `screen`: every start at every learning rate, one seed,
 4 epochs. `confirm`: the full 12 epochs, 3 seeds, for the default, EVA, ours, and the two others that did best in the
-screening, each at the rate that had the lowest mean training loss there; the default also at the rates beside it, so
-that it is not left with one that suits 4 epochs alone. Every run is kept as one line of
-`results/initializers-TASK.jsonl`, and is not repeated.
+screening, each at the rate that had the lowest mean training loss there; then with a tuned reference; then the default
+at the rates beside its own, so that it is not left with one that suits 4 epochs alone. Every run is kept as one line
+of `results/initializers-TASK.jsonl`, and is not repeated.
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ SCREENED = tuple(n for n, s in INITIALIZERS.items() if "reference" not in s.need
 
 
 def has(ledger: Ledger, stage: str, config: RunConfig) -> bool:
-    return any((r["stage"], r["config"]) == (stage, asdict(config)) for r in ledger.records)
+    """A setting that a record does not have yet had its default."""
+    known = asdict(RunConfig())
+    return any((r["stage"], {**known, **r["config"]}) == (stage, asdict(config)) for r in ledger.records)
 
 
 def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = False) -> None:
@@ -82,14 +84,13 @@ def confirming(task: str, records: list[dict[str, Any]]) -> Iterator[RunConfig]:
     if not set(ALWAYS) <= set(best):
         return  # the screening has not come so far
     peers = sorted((area, init) for init, (area, _) in best.items() if init not in ALWAYS)
-    for seed in SEEDS:
-        place = RATES.index(best[BASELINE][1])
-        for lr in RATES[max(0, place - 1) : place + 2]:
-            yield make_config(task=task, init=BASELINE, lr=lr, seed=seed)
-        for init in (*ALWAYS[1:], *(init for _, init in peers[:2])):
-            yield make_config(task=task, init=init, lr=best[init][1], seed=seed)
+    for seed, init in itertools.product(SEEDS, (*ALWAYS, *(init for _, init in peers[:2]))):
+        yield make_config(task=task, init=init, lr=best[init][1], seed=seed)
     for seed in SEEDS:
         yield make_config(task=task, init="abm_tuned", lr=best[BASELINE][1], seed=seed)
+    place = RATES.index(best[BASELINE][1])
+    for seed, lr in itertools.product(SEEDS, RATES[max(0, place - 1) : place + 2]):
+        yield make_config(task=task, init=BASELINE, lr=lr, seed=seed)
 
 
 def slim(result: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +126,7 @@ def main() -> None:
         # The information loss is of the start, whatever the learning rate after it.
         run_once(ledger, "screen", config, diagnose=config.lr == RATES[0])
     for config in confirming(options.task, ledger.records):
-        run_once(ledger, "confirm", config, diagnose=True)
+        run_once(ledger, "confirm", config)
 
 
 if __name__ == "__main__":

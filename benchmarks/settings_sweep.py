@@ -21,7 +21,7 @@ from abm_vision.vtab import make_config
 
 ALIGNED: tuple[dict[str, Any], ...] = tuple(
     {"init": "abm_aligned", "align_norm": norm, "lr": lr}
-    for norm, lr in itertools.product((2.0, 4.0), (5e-4, 1e-3, 2e-3))  # 1.0 is in the screening
+    for norm, lr in itertools.product((1.0, 2.0, 4.0), (5e-4, 1e-3, 2e-3))
 )
 MATCHED: tuple[dict[str, Any], ...] = (
     {"init": "kaiming"},

@@ -48,7 +48,7 @@ class AlignConfig:
     """
 
     samples: int = 128
-    norm: float = 1.0
+    norm: float = 2.0
     size: float = 0.01
     match: float = 0.99
     seed: int = 0

@@ -62,7 +62,7 @@ class RunConfig:
         "for init abm_tuned: folder of a tuned adapter, or of its run; none: one is tuned first, by this run with "
         "init kaiming, and its time is counted",
     )
-    align_norm: float = _flag(1.0, "for init abm_aligned: length of the rows of A")
+    align_norm: float = _flag(2.0, "for init abm_aligned: length of the rows of A")
     align_size: float = _flag(0.01, "for init abm_aligned: length of the columns of B, if boundaries allow it")
     align_match: float = _flag(0.99, "for init abm_aligned: least share of hidden units that keep their side")
     epochs: int = _flag(12, "training epochs over the 1,000 images")
