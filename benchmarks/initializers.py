@@ -37,9 +37,14 @@ SCREENED = tuple(n for n, s in INITIALIZERS.items() if "reference" not in s.need
 
 
 def has(ledger: Ledger, stage: str, config: RunConfig) -> bool:
-    """A setting that a record does not have yet had its default."""
-    known = asdict(RunConfig())
-    return any((r["stage"], {**known, **r["config"]}) == (stage, asdict(config)) for r in ledger.records)
+    return any((r["stage"], _settings(r["config"])) == (stage, _settings(asdict(config))) for r in ledger.records)
+
+
+def _settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the run: a setting that a record does not have yet had its default, the aligned start's are its own."""
+    aligned = config["init"] == "abm_aligned"
+    known = {**asdict(RunConfig()), **config}
+    return {name: value for name, value in known.items() if aligned or not name.startswith("align_")}
 
 
 def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = False) -> None:
