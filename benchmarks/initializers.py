@@ -41,7 +41,7 @@ def has(ledger: Ledger, stage: str, config: RunConfig) -> bool:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides the run: a setting that a record does not have yet had its default, the aligned start's are its own."""
+    """What decides the run: settings that a record does not have yet had their defaults; align_* are for one start."""
     aligned = config["init"] == "abm_aligned"
     known = {**asdict(RunConfig()), **config}
     return {name: value for name, value in known.items() if aligned or not name.startswith("align_")}

@@ -70,8 +70,8 @@ def test_the_suite_as_a_whole():
 
 def test_slices_are_the_percentages_of_the_official_code():
     """10, 20 or 40 % of TFDS's training split are kept back, rounded as TFDS rounds."""
-    for name, percent in {"caltech101": 90, "cifar100": 90, "svhn": 90, "clevr_dist": 90, "pets": 80, "dsprites_ori": 80,
-                          "eurosat": 60, "resisc45": 60}.items():  # fmt: skip
+    kept = {"caltech101": 90, "cifar100": 90, "svhn": 90, "clevr_dist": 90, "pets": 80, "dsprites_ori": 80}
+    for name, percent in {**kept, "eurosat": 60, "resisc45": 60}.items():
         for edition in vtab_tasks.get_task(name).editions:
             assert edition.val200.start == round(dict(edition.sizes)["train"] * percent / 100)
 

@@ -81,7 +81,7 @@ class Task:
         label_fn: Label of one TFDS example, from its features.
         editions: Where the images are; the first is the one of VTAB, others hold the same images within a few.
         manual: What has to be fetched by hand before TFDS can prepare the data set; empty where nothing has.
-        download_gb: What preparing the data set downloads, in GB; None where it is not known.
+        manual_files: Patterns of the files and folders that must then be there, below the folder for such files.
         url: Home of the data.
         citation: Whom to cite for it.
     """
@@ -100,7 +100,7 @@ class Task:
     citation: str
     pixel_scale: int = 1
     manual: str = ""
-    download_gb: float | None = None
+    manual_files: tuple[str, ...] = ()
 
     def parts(self, split: str) -> tuple[Part, ...]:
         """The slices of the official edition that make up a split, in order.
@@ -150,7 +150,6 @@ def _clevr(name: str, num_classes: int, classes: str, label_fn: Callable[[Mappin
         label_fn=label_fn,
         # TFDS's test split has no scene labels.
         editions=(_cut(70_000, 63_000, 15_000, "validation"),),
-        download_gb=19.0,
         url="https://cs.stanford.edu/people/jcjohns/clevr/",
         citation="Johnson, Hariharan, van der Maaten, Fei-Fei, Zitnick, Girshick: CLEVR, CVPR 2017",
     )
@@ -169,7 +168,6 @@ def _dsprites(name: str, classes: str, label_fn: Callable[[Mapping[str, Any]], i
         pixel_scale=255,
         label_fn=label_fn,
         editions=(_tail(737_280, 589_824, 663_552),),  # 80/10/10
-        download_gb=0.03,
         url="https://github.com/google-deepmind/dsprites-dataset",
         citation="Matthey, Higgins, Hassabis, Lerchner: dSprites - Disentanglement testing Sprites, 2017",
     )
@@ -192,7 +190,6 @@ def _smallnorb(
         image_size=(96, 96),
         label_fn=label_fn,
         editions=(edition,),
-        download_gb=0.26,
         url="https://cs.nyu.edu/~ylclab/data/norb-v1.0-small/",
         citation="LeCun, Huang, Bottou: Learning methods for generic object recognition, CVPR 2004",
     )
@@ -212,7 +209,6 @@ _ROWS = (
         # TFDS draws the training images from the order in which the system lists a folder, and one drawn file may be
         # no image: the second edition is the community's.
         editions=(_cut(3_060, 2_754, 6_084), _cut(3_059, 2_753, 6_085)),  # 90/10
-        download_gb=0.13,
         url="https://data.caltech.edu/records/mzrjq-6wc02",
         citation="Fei-Fei, Fergus, Perona: Learning generative visual models from few training examples, 2004",
     ),
@@ -227,7 +223,6 @@ _ROWS = (
         image_size=(32, 32),
         label_fn=labels.given,
         editions=(_cut(50_000, 45_000, 10_000),),  # 90/10
-        download_gb=0.16,
         url="https://www.cs.toronto.edu/~kriz/cifar.html",
         citation="Krizhevsky: Learning multiple layers of features from tiny images, 2009",
     ),
@@ -242,7 +237,6 @@ _ROWS = (
         image_size=None,
         label_fn=labels.given,
         editions=(_three(1_880, 1_880, 1_880),),
-        download_gb=0.6,
         url="https://www.robots.ox.ac.uk/~vgg/data/dtd/",
         citation="Cimpoi, Maji, Kokkinos, Mohamed, Vedaldi: Describing textures in the wild, CVPR 2014",
     ),
@@ -257,7 +251,6 @@ _ROWS = (
         image_size=None,
         label_fn=labels.given,
         editions=(_three(1_020, 1_020, 6_149),),
-        download_gb=0.34,
         url="https://www.robots.ox.ac.uk/~vgg/data/flowers/102/",
         citation="Nilsback, Zisserman: Automated flower classification over a large number of classes, ICVGIP 2008",
     ),
@@ -272,7 +265,6 @@ _ROWS = (
         image_size=None,
         label_fn=labels.given,
         editions=(_cut(3_680, 2_944, 3_669),),  # 80/20
-        download_gb=0.77,
         url="https://www.robots.ox.ac.uk/~vgg/data/pets/",
         citation="Parkhi, Vedaldi, Zisserman, Jawahar: Cats and dogs, CVPR 2012",
     ),
@@ -287,7 +279,6 @@ _ROWS = (
         image_size=(32, 32),
         label_fn=labels.given,
         editions=(_cut(73_257, 65_931, 26_032),),  # 90/10
-        download_gb=1.5,
         url="http://ufldl.stanford.edu/housenumbers/",
         citation="Netzer et al.: Reading digits in natural images with unsupervised feature learning, 2011",
     ),
@@ -303,7 +294,6 @@ _ROWS = (
         label_fn=labels.given,
         # Newer TFDS leaves out one training image that cannot be decoded; it is far behind the first 800.
         editions=(_three(76_128, 10_875, 21_750), _three(76_127, 10_875, 21_750)),
-        download_gb=39.0,
         url="https://vision.princeton.edu/projects/2010/SUN/",
         citation="Xiao, Hays, Ehinger, Oliva, Torralba: SUN database, CVPR 2010",
     ),
@@ -318,7 +308,6 @@ _ROWS = (
         image_size=(96, 96),
         label_fn=labels.given,
         editions=(_three(262_144, 32_768, 32_768),),
-        download_gb=8.0,
         url="https://github.com/basveeling/pcam",
         citation="Veeling, Linmans, Winkens, Cohen, Welling: Rotation equivariant CNNs for digital pathology, 2018",
     ),
@@ -333,7 +322,6 @@ _ROWS = (
         image_size=(64, 64),
         label_fn=labels.given,
         editions=(_tail(27_000, 16_200, 21_600),),  # 60/20/20
-        download_gb=0.09,
         url="https://github.com/phelber/eurosat",
         citation="Helber, Bischke, Dengel, Borth: EuroSAT, IEEE J-STARS 2019",
     ),
@@ -348,7 +336,8 @@ _ROWS = (
         image_size=(256, 256),
         label_fn=labels.given,
         editions=(_tail(31_500, 18_900, 25_200),),  # 60/20/20
-        manual="the archive NWPU-RESISC45.rar, unpacked so that the class folders are NWPU-RESISC45/<class>/*.jpg",
+        manual="Fetch NWPU-RESISC45.rar from the data set's home and unpack it there, to NWPU-RESISC45/<class>/*.jpg.",
+        manual_files=("NWPU-RESISC45/airplane/*.jpg", "NWPU-RESISC45/wetland/*.jpg"),
         url="https://gcheng-nwpu.github.io/",
         citation="Cheng, Han, Lu: Remote sensing image scene classification, Proceedings of the IEEE 2017",
     ),
@@ -363,8 +352,9 @@ _ROWS = (
         image_size=None,
         label_fn=labels.given,
         editions=(_three(35_126, 10_906, 42_670),),
-        manual="sample.zip, train.zip, test.zip and trainLabels.csv of the Kaggle competition, unpacked as sample/, "
-        "train/, test/ and trainLabels.csv",
+        manual="With a Kaggle account fetch the competition's files and unpack them there: sample.zip to sample/, "
+        "train.zip.* to train/, test.zip.* to test/, and trainLabels.csv.zip.",
+        manual_files=("sample/*.jpeg", "train/*_left.jpeg", "test/*_left.jpeg", "trainLabels.csv"),
         url="https://www.kaggle.com/c/diabetic-retinopathy-detection",
         citation="Kaggle and EyePACS: Diabetic retinopathy detection, 2015",
     ),
@@ -383,7 +373,6 @@ _ROWS = (
         image_size=(360, 480),
         label_fn=labels.given,
         editions=(_three(65_550, 22_628, 22_735),),
-        download_gb=3.0,
         url="https://github.com/google-research/task_adaptation",
         citation="Zhai et al.: A large-scale study of representation learning with VTAB, 2019",
     ),
@@ -398,7 +387,6 @@ _ROWS = (
         image_size=None,
         label_fn=labels.kitti_dist,
         editions=(_three(6_347, 423, 711),),
-        download_gb=12.6,
         url="http://www.cvlibs.net/datasets/kitti/",
         citation="Geiger, Lenz, Stiller, Urtasun: Vision meets robotics: the KITTI dataset, IJRR 2013",
     ),

@@ -10,11 +10,11 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any, NoReturn
 
 import vtab_tasks
-from abm_vision.vtab.config import PRESETS, RunConfig, make_config, read_config, resolve_device
+from abm_vision.vtab.config import PRESETS, SOURCES, RunConfig, make_config, read_config, resolve_device
 
 EPILOG = (
-    "Other commands: compare (starts side by side), list (the tasks and where their data is), predict (classify image "
-    "files)."
+    "Other commands: compare (starts side by side), prepare (fetch data sets, or write them as image folders), list "
+    "(the tasks and where their data is), predict (classify image files)."
 )
 
 
@@ -209,6 +209,52 @@ def _list(words: list[str]) -> int:
     return 0
 
 
+def _prepare(words: list[str]) -> int:
+    parser = _Parser(
+        "abm-vtab prepare",
+        description="Download and prepare official data sets with tensorflow-datasets (this alone needs TensorFlow: "
+        'pip install "abm-lora[prepare]"). Or, with --to folder, write images in the community\'s layout, as PNG.',
+    )
+    parser.add_argument("--task", required=True, help="tasks with commas between, or all")
+    parser.add_argument("--data-dir", help="where prepared data is, or is to be (default: TFDS's own folder)")
+    parser.add_argument("--manual-dir", help="files fetched by hand (default: DATA_DIR/downloads/manual)")
+    parser.add_argument("--to", choices=("tfds", "folder"), default="tfds", help="what to write (default: tfds)")
+    parser.add_argument("--out", metavar="DIR", help="with --to folder: writes DIR/vtab-1k/TASK")
+    parser.add_argument(
+        "--source", choices=SOURCES, default="auto", help="with --to folder: where images come from (default: auto)"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    options = parser.parse_args(words)
+    tasks = list(vtab_tasks.TASKS) if options.task == "all" else options.task.split(",")
+    for task in tasks:
+        vtab_tasks.get_task(task)
+    if options.to == "tfds":
+        if options.out or options.source != "auto":
+            raise ValueError("--out and --source go with --to folder; TFDS data is written to --data-dir")
+
+        from vtab_tasks.prepare import prepare
+
+        prepare(tasks, options.data_dir, manual_dir=options.manual_dir, say=_say)
+        return 0
+    if not options.out:
+        raise ValueError("--to folder needs --out, the folder to write vtab-1k/TASK below")
+    if options.manual_dir:
+        raise ValueError("--manual-dir goes with --to tfds")
+
+    from vtab_tasks.export import export
+
+    for task in tasks:
+        folder = export(
+            task,
+            options.out,
+            source=options.source,
+            data_dir=options.data_dir,
+            show_progress_bar=not options.quiet and sys.stderr.isatty(),
+        )
+        _say(f"{task}: {folder}")
+    return 0
+
+
 def _predict(words: list[str]) -> int:
     parser = _Parser("abm-vtab predict", description="Classify image files with a saved adapter.")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="a run's folder, or the adapter's own")
@@ -231,7 +277,7 @@ def _predict(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"compare": _compare, "list": _list, "predict": _predict}
+COMMANDS = {"compare": _compare, "list": _list, "predict": _predict, "prepare": _prepare}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,7 @@ A task's folder holds a list for each split, `<split>.txt`, with lines `images/<
 paths relative to the folder.
 """
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from PIL import Image
 from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import SPLITS, Task
 
+ORIGIN = "origin.json"  # written beside the lists by `vtab_tasks.export`
 _LINE = re.compile(r"(?P<path>\S+) (?P<label>\S+)")
 # What Pillow raises on files that are no image, are cut short, damaged, or claim an absurd size.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -87,8 +89,25 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
         paths=tuple(path for path, _ in entries),
         all_labels=np.array([label for _, label in entries], dtype=np.int64),
     )
+    source, description = _origin(folder)
+    return TaskData(task, split, source, str(folder), description, items, np.arange(len(entries)))
+
+
+def _origin(folder: Path) -> tuple[str, str]:
+    """Source and description. Images that were rendered stay so in a folder."""
     description = f"folder: images and lists in {folder}"
-    return TaskData(task, split, "folder", str(folder), description, items, np.arange(len(entries)))
+    try:
+        origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+        came_from = origin["source"]
+    except FileNotFoundError:
+        return "folder", description
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder / ORIGIN} does not tell where the images came from ({error}): export again"
+        ) from error
+    if came_from == "rendered":
+        return "rendered", f"rendered: drawn offline and written to {folder}; not the official pixel data"
+    return "folder", f"{description}, written as PNG from {came_from} {origin.get('location') or ''}".rstrip()
 
 
 def _entries(task: Task, list_file: Path) -> Iterator[tuple[str, int]]:

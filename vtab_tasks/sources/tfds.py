@@ -76,7 +76,7 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
     directory = find(task, data_dir)
     if directory is None:
         raise FileNotFoundError(_not_prepared(task, _data_set_dir(task, data_dir)))
-    tfds = _import_tfds()
+    tfds = import_tfds()
     builder = tfds.builder_from_directory(directory)
     edition = _edition(task, split, builder)
     spec = "+".join(str(part) for part in edition.parts(split))
@@ -96,7 +96,7 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
     return TaskData(task, split, "tfds", str(directory), description, items, np.arange(edition.size(split)))
 
 
-def _import_tfds() -> Any:
+def import_tfds() -> Any:
     """TFDS is imported only when its data is read; it does not import TensorFlow for that."""
     try:
         import array_record  # noqa: F401  (TFDS imports it when the first record is read)

@@ -1,0 +1,104 @@
+"""Writing any source's images in the community's folder layout, as PNG."""
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+from vtab_tasks.data import load
+from vtab_tasks.sources.folder import ORIGIN
+from vtab_tasks.taskdata import TaskData
+from vtab_tasks.tasks import SPLITS, get_task
+
+CHUNK = 256  # images that are read together
+
+
+def export(
+    task: str,
+    out: str | os.PathLike[str],
+    *,
+    source: str = "auto",
+    data_dir: str | os.PathLike[str] | None = None,
+    splits: Sequence[str] = SPLITS,
+    show_progress_bar: bool = True,
+) -> Path:
+    """Write splits of a task as `OUT/vtab-1k/<folder>/images/<split>/<index>.png` with their lists.
+
+    Pixels are kept as they are: the community's own files are JPEG. `origin.json` in the task's folder tells where the
+    images came from. A list is written after its last image, and images that are there are not written again, so that
+    a killed export goes on.
+
+    Args:
+        task: Name of a task.
+        out: Folder to write below.
+        source, data_dir: Where the images come from, as for `load`.
+        splits: Which splits.
+        show_progress_bar: Whether to show one, for every split.
+
+    Returns:
+        The task's folder.
+
+    Raises:
+        ValueError: Names are unknown, or the folder holds images of another origin.
+        FileNotFoundError: The data is not there.
+    """
+    row = get_task(task)
+    found = {split: load(task, split, source=source, data_dir=data_dir) for split in splits}
+    folder = Path(out) / "vtab-1k" / row.folders[0]
+    _claim(folder, next(iter(found.values())))
+    for split, data in found.items():
+        _write_split(folder, split, data, show_progress_bar)
+    return folder
+
+
+def _claim(folder: Path, data: TaskData) -> None:
+    """Record where the images come from, or make sure that those there came from the same place."""
+    # A rendered split is described with its size or its seed; the source is what all splits have in common.
+    origin = {"task": data.task.name, "source": data.source, "location": data.location, "format": "png"}
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        _write(folder / ORIGIN, json.dumps(origin, indent=2).encode())
+        return
+    try:
+        there = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        there = "of unknown origin"
+    if there != origin:
+        raise ValueError(f"{folder} holds images {there}, these are {origin}: give another folder")
+
+
+def _write_split(folder: Path, split: str, data: TaskData, show_progress_bar: bool) -> None:
+    list_file = folder / f"{split}.txt"
+    if list_file.exists():
+        return
+    images = folder / "images" / split
+    images.mkdir(parents=True, exist_ok=True)
+    names = [f"images/{split}/{i:06d}.png" for i in range(len(data))]
+    left = [i for i, name in enumerate(names) if not (folder / name).exists()]
+    with tqdm(total=len(left), desc=f"{data.task.name} {split}", disable=not show_progress_bar) as bar:
+        for start in range(0, len(left), CHUNK):
+            chunk = left[start : start + CHUNK]
+            for i, pixels in zip(chunk, data.images(chunk), strict=True):
+                png = io.BytesIO()
+                Image.fromarray(pixels).save(png, "PNG")
+                _write(folder / names[i], png.getvalue())
+                bar.update()
+    lines = (f"{name} {label}\n" for name, label in zip(names, data.labels, strict=True))
+    _write(list_file, "".join(lines).encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write beside, and rename: a killed process leaves no half file."""
+    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+        os.replace(beside, path)
+    except BaseException:
+        os.unlink(beside)
+        raise
