@@ -35,6 +35,20 @@ def test_imports_numpy_and_pillow_only():
     assert done.stdout.strip() == "[]"
 
 
+def test_torch_dataset():
+    torch = pytest.importorskip("torch")
+    from torchvision.transforms.v2.functional import pil_to_tensor
+
+    data = vtab_tasks.load("dsprites_loc", "val200", source="rendered")
+    plain, transformed = data.torch(), data.torch(pil_to_tensor)
+    assert isinstance(plain, torch.utils.data.Dataset) and len(plain) == 200
+    image, label = plain[7]
+    assert image.dtype == torch.uint8 and image.shape == (3, 64, 64) and label == data[7][1]
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), data[7][0]) and torch.equal(image, transformed[7][0])
+    batches = list(torch.utils.data.DataLoader(plain, batch_size=64, num_workers=2))
+    assert torch.cat([labels for _, labels in batches]).tolist() == data.labels.tolist()
+
+
 @pytest.mark.parametrize("name", ["dsprites_loc", "dsprites_ori"])
 def test_dsprites_rows(name):
     task = vtab_tasks.get_task(name)

@@ -71,7 +71,7 @@ def test_result_says_everything(finished):
     folder = out / config.run_name()
     written = json.loads((folder / "result.json").read_text())
     assert {**written, "folder": str(folder)} == result
-    assert written["schema"] == 2 and written["config"] == dataclasses.asdict(config)
+    assert written["schema"] == 3 and written["config"] == dataclasses.asdict(config)
     assert written["test"]["count"] == 60 and written["test"]["split_size"] == 73_728
     assert written["test"]["top1"] == written["test"]["correct"] / 60
     assert written["data"]["train"]["images"] == 1000 and written["data"]["test"]["source"] == "rendered"
@@ -210,6 +210,43 @@ def test_diagnosis_by_hand(tmp_path):
     initialize_lora(model, "gaussian")
     batch = (pre.normalise(pixels[order[-64:]]), labels[order[-64:]])
     assert information_loss(model, [batch], VIT.loss_fn).overall.loss == pytest.approx(found, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "mean", "std"),
+    [
+        ("model", (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # of orig_in21k, as timm has it
+        ("imagenet", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+        ("none", (0, 0, 0), (1, 1, 1)),
+    ],
+)
+def test_normalisation(normalisation, mean, std):
+    backbone = timm.create_model("vit_base_patch16_224.orig_in21k", depth=1)
+    pixels = torch.arange(256, dtype=torch.uint8).reshape(1, 1, 16, 16).expand(1, 3, 16, 16)
+    found = data.preprocessing_for(backbone, 16, normalisation).normalise(pixels)
+    expected = (pixels.double() / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("interpolation", "pil"), [("model", Image.BICUBIC), ("bilinear", Image.BILINEAR)])
+def test_images_of_any_size_are_resized_like_pillow(interpolation, pil):
+    backbone = timm.create_model("vit_base_patch16_224.orig_in21k", depth=1)
+    random = np.random.default_rng(0)
+    images = [random.integers(0, 256, (h, w, 3), dtype=np.uint8) for h, w in ((40, 70), (33, 20), (40, 70))]
+    found = data.preprocessing_for(backbone, 24, "model", interpolation).resize(images)
+    assert found.shape == (3, 3, 24, 24) and found.dtype == torch.uint8
+    for image, resized in zip(images, found, strict=True):
+        expected = torch.tensor(np.asarray(Image.fromarray(image).resize((24, 24), pil))).permute(2, 0, 1)
+        assert (resized.float() - expected.float()).abs().mean() < 0.6  # Pillow rounds between its two passes
+    same = data.preprocessing_for(backbone, 24, "model", interpolation).resize(np.stack(images[::2]))
+    assert torch.equal(same, found[::2])
+
+
+def test_preprocessing_is_a_recorded_option(tmp_path):
+    result = run(tiny(normalisation="none", interpolation="bilinear"), tmp_path)
+    recorded = result["preprocessing"]
+    assert (recorded["mean"], recorded["interpolation"]) == ([0, 0, 0], "bilinear")
+    assert result["config"]["normalisation"] == "none"
 
 
 def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
@@ -373,7 +410,6 @@ def test_paper_preset_is_the_published_recipe():
         ({"epochs": True}, "epochs is True; it must be of type int"),
         ({"abm_layers": 3}, "abm_layers is 3; it must be of type str"),
         ({"task": 5}, "task is 5; it must be of type str"),
-        ({"test_images": 80_000}, "test_images is 80000; dsprites_loc has 73728"),
         ({"abm_layers": "0"}, "layers is 0; it must be 1 or more, 'all', or a list"),
         ({"abm_margin": -1.0}, "margin is -1.0"),
         ({"abm_steps": 0}, "steps is 0"),
@@ -402,8 +438,8 @@ def test_config_file_of_another_schema_or_none(tmp_path):
     good = open_folder(tmp_path, tiny()) / "config.json"
     assert make_config(**read_config(good)) == tiny()
     for text, message in (
-        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 2"),
-        ("[1, 2]", r"has schema None, this version reads 2"),
+        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 3"),
+        ("[1, 2]", r"has schema None, this version reads 3"),
         ("{", "is not JSON"),
     ):
         (tmp_path / "bad.json").write_text(text)
@@ -416,7 +452,7 @@ def test_config_file_of_another_schema_or_none(tmp_path):
 def test_result_of_another_schema_is_not_taken(tmp_path):
     folder = open_folder(tmp_path, tiny())
     (folder / "result.json").write_text('{"schema": 7}')
-    with pytest.raises(ValueError, match=r"has schema 7, this version reads 2; move it away"):
+    with pytest.raises(ValueError, match=r"has schema 7, this version reads 3; move it away"):
         run(tiny(), tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from vtab_tasks.render.cache import cache_folder
+
 DSPRITES_ROWS = 737_280
 # Of the order as little-endian int32. It tells a damaged cache file from a good one.
 DSPRITES_ORDER_SHA256 = "8a22f07d9467bf1e3b053e27e5e6979ca85172c2f518b5650240d857f727dce6"
@@ -48,11 +50,7 @@ def dsprites_order() -> NDArray[np.int32]:
 
 
 def _cache_file() -> Path:
-    """`dsprites_order_v1.npy` in the user's cache folder, after the XDG base directory specification."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification has relative values ignored.
-    folder = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return folder / "abm_lora" / "dsprites_order_v1.npy"
+    return cache_folder() / "dsprites_order_v1.npy"
 
 
 def _read_cache() -> NDArray[np.int32] | None:

@@ -1,16 +1,20 @@
 """TaskData: the items of one split, the same to the user whichever source they come from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from operator import index as as_index
-from typing import overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from vtab_tasks.sources.items import Items
 from vtab_tasks.tasks import Task
+
+if TYPE_CHECKING:
+    from vtab_tasks.torch import TorchDataset
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,16 @@ class TaskData(Sequence[tuple[NDArray[np.uint8], int]]):
             IndexError: An index is out of range.
         """
         return self.items.images(self.positions[np.asarray(indices, dtype=np.int64)])
+
+    def torch(self, transform: "Callable[[Image.Image], Any] | None" = None) -> "TorchDataset":
+        """The items as a `torch.utils.data.Dataset`.
+
+        Args:
+            transform: Gets a PIL image in RGB. Without one, images are uint8 tensors (3, H, W).
+        """
+        from vtab_tasks.torch import TorchDataset
+
+        return TorchDataset(self, transform)
 
     def subset(self, n: int, seed: int) -> "TaskData":
         """`n` of the items, drawn without replacement by `seed` and kept in order.

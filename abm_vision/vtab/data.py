@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import timm.data
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
@@ -47,10 +48,22 @@ class Preprocessing:
         return (pixels.float() / 255 - mean) / std
 
 
-def preprocessing_for(model: nn.Module, image_size: int) -> Preprocessing:
-    """The preprocessing that timm records with the pretrained weights."""
+def preprocessing_for(
+    model: nn.Module, image_size: int, normalisation: str = "model", interpolation: str = "model"
+) -> Preprocessing:
+    """What timm records with the pretrained weights, or ImageNet's statistics, or pixels in [0, 1] as they are.
+
+    Papers on VTAB-1K differ here with the same checkpoint.
+    """
     recorded = timm.data.resolve_model_data_config(model)
-    return Preprocessing(image_size, recorded["interpolation"], tuple(recorded["mean"]), tuple(recorded["std"]))
+    mean, std = {
+        "model": (tuple(recorded["mean"]), tuple(recorded["std"])),
+        "imagenet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
+        "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    }[normalisation]
+    if interpolation == "model":
+        interpolation = recorded["interpolation"]
+    return Preprocessing(image_size, interpolation, mean, std)
 
 
 class _Chunks(Dataset):

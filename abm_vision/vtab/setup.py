@@ -57,7 +57,7 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     with stage("data"):
         train_data = _load(config, "train800val200")
         test_data = _load(config, "test")
-        if config.test_images:
+        if 0 < config.test_images < len(test_data):
             test_data = test_data.subset(config.test_images, TEST_SUBSET_SEED)
         say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} test images")
     with stage("weights"):
@@ -66,7 +66,7 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
         backbone, weights = create_backbone(
             config.model, num_classes, config.image_size, config.weights, drop_path_rate=config.drop_path
         )
-        preprocessing = preprocessing_for(backbone, config.image_size)
+        preprocessing = preprocessing_for(backbone, config.image_size, config.normalisation, config.interpolation)
         say(f"weights   {weights}")
     with stage("data"):
         images = Images(*load_all(train_data, preprocessing), preprocessing, device)

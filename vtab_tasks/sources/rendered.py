@@ -1,25 +1,21 @@
-"""Tasks drawn offline. Never the official pixels: every description says so."""
+"""The structured tasks drawn offline. Never the official pixels: every description says so."""
 
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vtab_tasks.order import dsprites_order
-from vtab_tasks.render import dsprites
+from vtab_tasks.order import dsprites_order, tfds_order
+from vtab_tasks.render import clevr, dsprites, maze, norb, road
+from vtab_tasks.render.cache import code_hash, drawn
 from vtab_tasks.sources.items import Items
 from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import Task
-
-
-@dataclass(frozen=True)
-class Scene:
-    """A data set that can be drawn: how its items are made, and what people are told of them."""
-
-    items: Callable[[Task, str], Items]
-    description: str
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +42,116 @@ def _dsprites_items(task: Task, split: str) -> DspritesItems:
     return DspritesItems(task, np.concatenate([order[part.start : part.stop] for part in task.parts(split)]))
 
 
-# By TFDS name, because tasks share scenes.
-_SCENES = {
-    "dsprites": Scene(
-        _dsprites_items,
-        "rendered: dSprites drawn offline, official split membership; not the official pixel data",
+@dataclass(frozen=True)
+class Surrogate:
+    """A data set in whose place scenes are drawn.
+
+    Attributes:
+        scene: What is seen at a position of a TFDS split; a function of the two alone.
+        example: Of a scene, what labels are derived from, as TFDS has it.
+        picture: Of a scene, its picture (H, W, 3).
+        code: Modules that decide what pictures look like.
+        what: What is drawn, in words.
+    """
+
+    scene: Callable[[str, int], Any]
+    example: Callable[[Any], dict[str, Any]]
+    picture: Callable[[Any], NDArray[np.uint8]]
+    code: tuple[str, ...]
+    what: str
+
+
+@dataclass(frozen=True, eq=False)
+class SurrogateItems:
+    """Items drawn from their places, (TFDS split, position), in a data set."""
+
+    task: Task
+    places: tuple[tuple[str, int], ...]
+
+    def images(self, positions: NDArray[np.int64]) -> Sequence[NDArray[np.uint8]]:
+        name, surrogate = self.task.tfds_name, _SURROGATES[self.task.tfds_name]
+        cached, images = f"{name}-{code_hash(*surrogate.code)}", []
+        for split, inside in _runs([self.places[position] for position in positions]):
+            draw = lambda position, split=split: surrogate.picture(surrogate.scene(split, position))  # noqa: E731
+            images.extend(drawn(cached, split, inside, draw))
+        return images
+
+    def labels(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        surrogate = _SURROGATES[self.task.tfds_name]
+        places = (self.places[position] for position in positions)
+        examples = (surrogate.example(surrogate.scene(split, inside)) for split, inside in places)
+        return np.array([self.task.label_fn(example) for example in examples], dtype=np.int64)
+
+
+def _runs(places: Sequence[tuple[str, int]]) -> list[tuple[str, list[int]]]:
+    """Places one after another in the same TFDS split, together."""
+    runs: list[tuple[str, list[int]]] = []
+    for split, position in places:
+        if not runs or runs[-1][0] != split:
+            runs.append((split, []))
+        runs[-1][1].append(position)
+    return runs
+
+
+def _surrogate_items(task: Task, split: str) -> SurrogateItems:
+    places = ((part.split, position) for part in task.parts(split) for position in range(part.start, part.stop))
+    return SurrogateItems(task, tuple(places))
+
+
+def _random(name: str, split: str, position: int) -> np.random.Generator:
+    return np.random.default_rng([zlib.crc32(f"{name}/{split}".encode()), position])
+
+
+@cache
+def _norb_order(split: str) -> NDArray[np.int64]:
+    return tfds_order(split, range(int(np.prod(norb.GRID))))
+
+
+_SURROGATES = {
+    "smallnorb": Surrogate(
+        lambda split, position: norb.view(split, int(_norb_order(split)[position])),
+        norb.example,
+        norb.picture,
+        ("scene", "norb"),
+        "toys of plain solids in smallNORB's views",
     ),
+    "clevr": Surrogate(
+        lambda split, position: clevr.objects(_random("clevr", split, position)),
+        clevr.example,
+        clevr.picture,
+        ("scene", "clevr"),
+        "scenes after CLEVR's generator",
+    ),
+    "kitti": Surrogate(
+        lambda split, position: road.road(_random("kitti", split, position)),
+        road.example,
+        road.picture,
+        ("scene", "noise", "road"),
+        "roads with vehicles of boxes and wheels",
+    ),
+    "dmlab": Surrogate(
+        lambda split, position: maze.view(_random("dmlab", split, position)),
+        maze.example,
+        maze.picture,
+        ("scene", "noise", "maze"),
+        "maze corridors with an object",
+    ),
+}
+_MAKERS: dict[str, Callable[[Task, str], Items]] = {
+    "dsprites": _dsprites_items,
+    **dict.fromkeys(_SURROGATES, _surrogate_items),
 }
 
 
 def can_draw(task: Task) -> bool:
     """Whether the task has a rendered form."""
-    return task.tfds_name in _SCENES
+    return task.tfds_name in _MAKERS
+
+
+def _describe(task: Task) -> str:
+    if task.tfds_name in _SURROGATES:
+        return f"rendered: {_SURROGATES[task.tfds_name].what}, drawn offline; a surrogate, not the official data"
+    return "rendered: dSprites drawn offline, official split membership; not the official pixel data"
 
 
 def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None = None) -> TaskData:
@@ -68,9 +162,8 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None = None)
     """
     if not can_draw(task):
         raise ValueError(
-            f"{task.name} has no rendered form (only {', '.join(_SCENES)} has): give data_dir, a folder with "
+            f"{task.name} has no rendered form (only {', '.join(_MAKERS)} have): give data_dir, a folder with "
             f"the community's vtab-1k or with TFDS data; the data's home is {task.url}"
         )
-    scene = _SCENES[task.tfds_name]
     positions = np.arange(task.size(split))
-    return TaskData(task, split, "rendered", None, scene.description, scene.items(task, split), positions)
+    return TaskData(task, split, "rendered", None, _describe(task), _MAKERS[task.tfds_name](task, split), positions)

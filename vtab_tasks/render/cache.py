@@ -1,0 +1,99 @@
+"""Pictures kept on disk: what took 50 ms to draw is read in one. One SQLite file a scene; processes may share it."""
+
+import hashlib
+import io
+import os
+import sqlite3
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+PATIENCE = 60.0  # seconds to wait for another process that writes
+TOGETHER = 64  # pictures written in one transaction: a killed process loses no more
+
+
+def cache_folder() -> Path:
+    """`abm_lora` in the user's cache folder, after the XDG base directory specification.
+
+    Raises:
+        RuntimeError: The user has no home.
+    """
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification has relative values ignored.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "abm_lora"
+
+
+@cache
+def code_hash(*modules: str) -> str:
+    """Of the source of modules in this package: pictures of another code are not taken."""
+    digest = hashlib.sha256()
+    for name in modules:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def drawn(
+    name: str, split: str, positions: Sequence[int], draw: Callable[[int], NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    """Pictures (n, H, W, 3) at these positions of a split, from the cache `name` or drawn and put there."""
+    try:
+        with _open(name) as store:
+            return np.stack(_all(store, split, positions, draw))
+    except (OSError, RuntimeError, sqlite3.OperationalError) as error:
+        warnings.warn(f"pictures cannot be kept, they are drawn again every time: {error}", stacklevel=2)
+        return np.stack([draw(position) for position in positions])
+
+
+class _open:
+    """The database, made if it is not there, closed afterwards."""
+
+    def __init__(self, name: str) -> None:
+        folder = cache_folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.store = sqlite3.connect(folder / f"rendered-{name}.sqlite", timeout=PATIENCE)
+
+    def __enter__(self) -> sqlite3.Connection:
+        self.store.execute("PRAGMA journal_mode=WAL")
+        self.store.execute(
+            "CREATE TABLE IF NOT EXISTS pictures "
+            "(split TEXT, position INTEGER, png BLOB, PRIMARY KEY (split, position))"
+        )
+        return self.store
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+
+
+def _all(
+    store: sqlite3.Connection, split: str, positions: Sequence[int], draw: Callable[[int], NDArray[np.uint8]]
+) -> list[NDArray[np.uint8]]:
+    pictures, fresh = [], []
+    for position in positions:
+        found = store.execute("SELECT png FROM pictures WHERE split = ? AND position = ?", (split, position)).fetchone()
+        if found is None:
+            pictures.append(draw(position))
+            fresh.append((split, position, _png(pictures[-1])))
+        else:
+            with Image.open(io.BytesIO(found[0])) as image:
+                pictures.append(np.asarray(image))
+        if len(fresh) == TOGETHER:
+            _keep(store, fresh)
+            fresh = []
+    _keep(store, fresh)
+    return pictures
+
+
+def _keep(store: sqlite3.Connection, fresh: Sequence[tuple[str, int, bytes]]) -> None:
+    with store:
+        store.executemany("INSERT OR IGNORE INTO pictures VALUES (?, ?, ?)", fresh)
+
+
+def _png(picture: NDArray[np.uint8]) -> bytes:
+    stream = io.BytesIO()
+    Image.fromarray(picture).save(stream, "PNG", compress_level=1)
+    return stream.getvalue()
