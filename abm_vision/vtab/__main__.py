@@ -13,8 +13,8 @@ import vtab_tasks
 from abm_vision.vtab.config import PRESETS, SOURCES, RunConfig, make_config, read_config, resolve_device
 
 EPILOG = (
-    "Other commands: compare (starts side by side), prepare (fetch data sets, or write them as image folders), list "
-    "(the tasks and where their data is), predict (classify image files)."
+    "Other commands: suite (many tasks, starts and seeds), compare (starts side by side), prepare (fetch data sets, or "
+    "write them as image folders), list (the tasks and where their data is), predict (classify image files)."
 )
 
 
@@ -106,8 +106,9 @@ def summary(result: dict[str, Any]) -> str:
     """The run in one line, with what kind of data it was tested on, and where its files are."""
     test, config = result["test"], result["config"]
     data = result["data"]["test"]
+    images = f"{test['count']} {test['split']} images"
     return (
-        f"{config['task']} [{data['source']}]  top-1 {100 * test['top1']:.2f} % of {test['count']} test images  "
+        f"{config['task']} [{data['source']}]  top-1 {100 * test['top1']:.2f} % of {images}  "
         f"init {config['init']}  seed {config['seed']}  {sum(result['seconds'].values()):.0f} s  {result['folder']}"
     )
 
@@ -171,6 +172,114 @@ def _compare(words: list[str]) -> int:
     else:
         print(compare.to_text(compared), *paths, sep="\n")
     return 0
+
+
+SUITE_SETTINGS = ("task", "init", "seed", "evaluate")  # what a suite sets by itself
+
+
+def suite_parser() -> argparse.ArgumentParser:
+    """What is to be run, how, and the settings that all runs share."""
+    parser = _Parser(
+        "abm-vtab suite",
+        description="Run tasks, starts and seeds after the protocol of VTAB-1K. Finished runs are reused, killed ones "
+        "go on, failed ones are recorded and do not stop the rest; several suites may share one --out.",
+    )
+    parser.add_argument("--tasks", default="all", help="all, natural, specialized, structured, or names (default: all)")
+    parser.add_argument("--init", default="abm,kaiming", help="starts with commas between (default: abm,kaiming)")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
+    parser.add_argument(
+        "--grid",
+        action="append",
+        default=[],
+        metavar="SETTING=A,B",
+        help="choose this setting on train800/val200, for every task from the same values; may be given several times",
+    )
+    _add_settings(parser, without=SUITE_SETTINGS)
+    parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
+    parser.add_argument("--diagnose", action="store_true", help="measure the information loss of every start")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where (default: local)")
+    parser.add_argument("--jobs", type=int, default=1, help="local: runs at a time (default: 1)")
+    parser.add_argument("--ray-address", help="ray: the cluster's address (default: found, or started here)")
+    parser.add_argument("--cpus-per-run", type=float, default=1.0, help="ray: CPUs that a run takes (default: 1)")
+    parser.add_argument("--gpus-per-run", type=float, default=0.0, help="ray: GPUs, or a fraction (default: 0)")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs and the time they are likely to take")
+    parser.add_argument("--quiet", action="store_true", help="nothing but the failures")
+    return parser
+
+
+def _suite(words: list[str]) -> int:
+    options = vars(suite_parser().parse_args(words))
+    names = "tasks init seeds grid out diagnose executor jobs ray_address cpus_per_run gpus_per_run dry_run quiet"
+    tasks, init, seeds, grid, out, diagnose, executor, jobs, address, cpus, gpus, dry_run, quiet = (
+        options.pop(name) for name in names.split()
+    )
+
+    from abm_vision.vtab import executors, suite
+
+    wanted = suite.Suite(
+        suite.parse_tasks(tasks), tuple(init.split(",")), seeds, options, _grid(grid), diagnose=diagnose
+    )
+    if dry_run:
+        _print_plan(wanted, out)
+        return 0
+    if executor == "ray":
+        execute = executors.on_ray(cpus, gpus, address)
+    elif jobs == 1:
+        execute = executors.in_this_process(None if quiet else _say)
+    else:
+        execute = executors.local(jobs)
+    outcomes = suite.run_suite(wanted, out, execute, (lambda line: None) if quiet else _say)
+    failed = {config: outcome for config, outcome in outcomes.items() if outcome.state == "failed"}
+    for config, outcome in failed.items():
+        print(f"failed: {config.run_name()}: {outcome.reason}", file=sys.stderr)
+    if not quiet:
+        _say(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed; results in {out}")
+    return 1 if failed else 0
+
+
+def _grid(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+    """`lr=1e-3,2e-3` to {"lr": (0.001, 0.002)}, by the type of the setting."""
+    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(RunConfig)}
+    grid: dict[str, tuple[Any, ...]] = {}
+    for word in words:
+        flag, _, values = word.partition("=")
+        name = flag.replace("-", "_")
+        if name not in kinds or not values:
+            raise ValueError(f"--grid {word!r} is not SETTING=A,B with a setting of a run, such as lr=1e-3,2e-3")
+        try:
+            grid[name] = tuple(kinds[name](value) for value in values.split(","))
+        except ValueError:
+            raise ValueError(f"--grid {word!r}: {name} takes values of type {kinds[name].__name__}") from None
+    return grid
+
+
+def _print_plan(wanted: Any, out: str) -> None:
+    import tempfile
+
+    from abm_vision.vtab import suite
+    from abm_vision.vtab.run import run
+
+    short = suite.short(wanted)
+    throughput = suite.measured(out, short)
+    origin = f"finished runs in {out}"
+    if throughput is None:
+        origin = f"one epoch of {short.task} just now"
+        with tempfile.TemporaryDirectory() as folder:
+            run(short, folder)
+            throughput = suite.measured(folder, short)
+    planned = suite.plan(wanted, out, throughput)
+    for one in planned:
+        kind = "selection" if one.config.evaluate == "val" else "final"
+        print(
+            f"{one.config.run_name():<44} {kind:<10} lr {one.config.lr:<8g} {one.state:<14} {one.seconds / 60:7.1f} min"
+        )
+    hours = sum(one.seconds for one in planned) / 3600
+    finished = sum(one.state == "finished" for one in planned)
+    speed = f"{throughput['train']:.0f} images/s in training and {throughput['test']:.0f} in testing ({origin})"
+    print(
+        f"{len(planned)} runs, {finished} finished; about {hours:.1f} h one after another, at {speed}; drawing or "
+        "decoding images for the first time is extra"
+    )
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -277,7 +386,7 @@ def _predict(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"compare": _compare, "list": _list, "predict": _predict, "prepare": _prepare}
+COMMANDS = {"compare": _compare, "list": _list, "predict": _predict, "prepare": _prepare, "suite": _suite}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -22,6 +22,8 @@ from abm_vision.initializers import INITIALIZERS, get_initializer
 SCHEMA = 3
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "constant")
+# What is trained on and what is scored.
+EVALUATIONS: Mapping[str, tuple[str, str]] = {"test": ("train800val200", "test"), "val": ("train800", "val200")}
 SOURCES = ("auto", "tfds", "folder", "rendered")
 
 
@@ -71,7 +73,13 @@ class RunConfig:
     align_norm: float = _flag(2.0, "for init abm_aligned: length of the rows of A")
     align_size: float = _flag(0.01, "for init abm_aligned: length of the columns of B, if boundaries allow it")
     align_match: float = _flag(0.99, "for init abm_aligned: least share of hidden units that keep their side")
-    epochs: int = _flag(12, "training epochs over the 1,000 images")
+    evaluate: str = _flag(
+        "test",
+        "test: train on the 1,000 images and score the test split; val: train on 800 and score the other 200, to "
+        "choose settings without the test split",
+        choices=tuple(EVALUATIONS),
+    )
+    epochs: int = _flag(12, "training epochs over the training images")
     batch_size: int = _flag(64, "images in a training step")
     lr: float = _flag(2e-3, "peak learning rate of AdamW, adapter and head alike")
     weight_decay: float = _flag(1e-4, "of AdamW")

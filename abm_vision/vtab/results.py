@@ -6,12 +6,15 @@ import json
 import os
 import pickle
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from peft import PeftModel
 from torch import nn
 
@@ -22,6 +25,7 @@ from abm_vision.vtab.train import Progress
 
 CHECKPOINT, CONFIG, RESULT, ADAPTER = "checkpoint.pt", "config.json", "result.json", "adapter"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
+LOCK, FAILURE = ".lock", "failure.json"
 
 
 def open_folder(out: str | Path, config: RunConfig) -> Path:
@@ -40,9 +44,27 @@ def open_folder(out: str | Path, config: RunConfig) -> Path:
     return folder
 
 
+class Busy(OSError):
+    """Another process is at the same run."""
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from this run. The system gives the lock back if the process is killed.
+
+    Raises:
+        Busy: another process has it.
+    """
+    try:
+        with FileLock(folder / LOCK, timeout=0):
+            yield
+    except Timeout:
+        raise Busy(f"another process is at the run in {folder}: wait for it, or choose another --out") from None
+
+
 def clear(folder: Path) -> None:
     """Remove whatever a run has left in its folder but the configuration."""
-    for name in (RESULT, CHECKPOINT, CURVES, INFORMATION_LOSS):
+    for name in (RESULT, CHECKPOINT, CURVES, INFORMATION_LOSS, FAILURE):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
@@ -149,7 +171,14 @@ def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) ->
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """The last file of a run: with it the run is finished, and its checkpoint is no longer needed."""
     write_json(folder / RESULT, result)
-    (folder / CHECKPOINT).unlink(missing_ok=True)
+    for name in (CHECKPOINT, FAILURE):
+        (folder / name).unlink(missing_ok=True)
+
+
+def write_failure(folder: Path, reason: str) -> None:
+    """Why the run did not finish; kept until it does."""
+    now = datetime.now(timezone.utc).isoformat("T", "seconds")
+    write_json(folder / FAILURE, {"schema": SCHEMA, "reason": reason, "time": now})
 
 
 def model_card(result: dict[str, Any]) -> str:
@@ -169,7 +198,7 @@ tags: [lora, abm-lora, timm]
 LoRA of rank {config["rank"]} (targets: {config["targets"]}, qkv: {config["qkv"]}), started with `{config["init"]}`.
 Trained for {config["epochs"]} epochs on {train_data}, seed {config["seed"]}.
 
-Test top-1: {100 * test["top1"]:.2f} % of {test_data}.
+Top-1 on {test["split"]}: {100 * test["top1"]:.2f} % of {test_data}.
 Base weights: {weights["origin"]}, sha256 {weights["sha256"]}.
 
 ```python

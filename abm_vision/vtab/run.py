@@ -54,30 +54,33 @@ def run(
         The content of `result.json`, with `folder` added.
 
     Raises:
+        Busy: another process is at this run.
         ValueError, OSError, WeightsNotFound: as the parts of the run do, each with one message.
     """
     say = say or (lambda line: None)
     tune = partial(run, out=out, quiet=quiet, say=say)
     folder = results.open_folder(out, config)
-    if rerun:
-        results.clear(folder)
-    result = results.read_result(folder)
-    if result is not None:
-        say(f"finished before; --rerun repeats it ({folder})")
-        if not diagnose or result["information_loss"]:
-            return {**result, "folder": str(folder)}
-        setup = prepare(config, folder, say)
-        origin = {"train_data": result["data"]["train"], "test_data": result["data"]["test"]}
-        _check_origin({**origin, "weights": result["weights"]}, setup.origin, folder)
-        result["information_loss"] = start_adapter(setup, config, tune, {}, quiet, diagnose, say)["information_loss"]
-    else:
-        setup = prepare(config, folder, say)
-        result = _run(setup, config, folder, tune, quiet, diagnose, say)
-        plots.save_figure(plots.draw_curves(result), folder / results.CURVES)
-    if result["information_loss"]:
-        plots.save_figure(plots.draw_information_loss(result), folder / results.INFORMATION_LOSS)
-    results.write_result(folder, result)
-    return {**results.read_result(folder), "folder": str(folder)}
+    with results.locked(folder):
+        if rerun:
+            results.clear(folder)
+        result = results.read_result(folder)
+        if result is not None:
+            say(f"finished before; --rerun repeats it ({folder})")
+            if not diagnose or result["information_loss"]:
+                return {**result, "folder": str(folder)}
+            setup = prepare(config, folder, say)
+            origin = {"train_data": result["data"]["train"], "test_data": result["data"]["test"]}
+            _check_origin({**origin, "weights": result["weights"]}, setup.origin, folder)
+            started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
+            result["information_loss"] = started["information_loss"]
+        else:
+            setup = prepare(config, folder, say)
+            result = _run(setup, config, folder, tune, quiet, diagnose, say)
+            plots.save_figure(plots.draw_curves(result), folder / results.CURVES)
+        if result["information_loss"]:
+            plots.save_figure(plots.draw_information_loss(result), folder / results.INFORMATION_LOSS)
+        results.write_result(folder, result)
+        return {**results.read_result(folder), "folder": str(folder)}
 
 
 def _run(
@@ -137,7 +140,8 @@ def _run(
             "top1": correct / count,
             "correct": correct,
             "count": count,
-            "split_size": setup.train_data.task.size("test"),
+            "split": setup.test_data.split,
+            "split_size": setup.split_size,
         },
         "data": {"train": data_record(setup.train_data), "test": data_record(setup.test_data)},
         "num_classes": setup.train_data.task.num_classes,

@@ -16,7 +16,7 @@ import vtab_tasks
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.vtab import results
-from abm_vision.vtab.config import RunConfig, resolve_device
+from abm_vision.vtab.config import EVALUATIONS, RunConfig, resolve_device
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for
 from abm_vision.vtab.train import choose_attention, faster_with_bf16
 from abm_vision.weights import WeightSource, create_backbone
@@ -33,6 +33,7 @@ class Setup:
     images: Images
     train_data: vtab_tasks.TaskData
     test_data: vtab_tasks.TaskData
+    split_size: int  # images in the split that test_data is from
     preprocessing: Preprocessing
     weights: WeightSource
     device: torch.device
@@ -55,11 +56,12 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     seconds: dict[str, float] = {}
     stage = stopwatch(seconds)
     with stage("data"):
-        train_data = _load(config, "train800val200")
-        test_data = _load(config, "test")
+        train_split, test_split = EVALUATIONS[config.evaluate]
+        train_data, test_data = _load(config, train_split), _load(config, test_split)
+        split_size = len(test_data)
         if 0 < config.test_images < len(test_data):
             test_data = test_data.subset(config.test_images, TEST_SUBSET_SEED)
-        say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} test images")
+        say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} {test_split} images")
     with stage("weights"):
         torch.manual_seed(config.seed)
         num_classes = train_data.task.num_classes
@@ -73,7 +75,7 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     with stage("lora"):
         model = _adapted(backbone, config, images, device)
     choose_attention(model, device, precision)
-    return Setup(model, images, train_data, test_data, preprocessing, weights, device, precision, seconds)
+    return Setup(model, images, train_data, test_data, split_size, preprocessing, weights, device, precision, seconds)
 
 
 def _load(config: RunConfig, split: str) -> vtab_tasks.TaskData:

@@ -1,0 +1,136 @@
+"""Where a suite's runs are made: in this process, in several on this machine, or on a Ray cluster.
+
+A run is never split: several cores or GPUs are used by several runs.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+
+from abm_vision.vtab.config import RunConfig
+from abm_vision.vtab.suite import Executor, Outcome, Say, attempt
+
+
+def in_this_process(say: Say | None = None) -> Executor:
+    """One run after another."""
+
+    def execute(configs: Sequence[RunConfig], out: Path, diagnose: bool) -> Iterator[tuple[RunConfig, Outcome]]:
+        for config in configs:
+            yield config, attempt(config, out, diagnose, say)
+
+    return execute
+
+
+def local(jobs: int) -> Executor:
+    """`jobs` processes at a time, each run in a fresh one, so that even one that the system kills ends alone.
+
+    CPU threads are shared out evenly. Runs on CUDA go to the GPUs in turn; several may share one.
+
+    Raises:
+        ValueError: fewer than one job, or more than there are cores.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if not 1 <= jobs <= cores:
+        raise ValueError(f"jobs is {jobs}; it must be 1 to {cores}, the cores of this machine")
+
+    def execute(configs: Sequence[RunConfig], out: Path, diagnose: bool) -> Iterator[tuple[RunConfig, Outcome]]:
+        gpus = torch.cuda.device_count()
+        slots: SimpleQueue[int] = SimpleQueue()
+        for slot in range(jobs):
+            slots.put(slot)
+
+        def one(config: RunConfig) -> Outcome:
+            slot = slots.get()
+            try:
+                gpu = slot % gpus if gpus else None
+                return _in_child(config, out, diagnose, max(1, cores // jobs), gpu)
+            finally:
+                slots.put(slot)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            futures = {pool.submit(one, config): config for config in configs}
+            try:
+                for future in as_completed(futures):
+                    yield futures[future], future.result()
+            finally:
+                for future in futures:
+                    future.cancel()
+
+    return execute
+
+
+def _in_child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: int | None) -> Outcome:
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(config, out, diagnose, threads, gpu, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        process.join()
+        return Outcome("failed", reason=_ending(process.exitcode))
+    finally:
+        process.join()
+
+
+def _ending(code: int | None) -> str:
+    if code is not None and code < 0:
+        return f"the process was ended by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
+    return f"the process ended with exit code {code}"
+
+
+def _child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: int | None, sender: Connection) -> None:
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+    torch.set_num_threads(threads)
+    sender.send(attempt(config, out, diagnose))
+
+
+def on_ray(cpus: float = 1, gpus: float = 0, address: str | None = None) -> Executor:
+    """Every run a task on a Ray cluster, whose nodes must all see `out`. Runs on nodes that are lost are made again.
+
+    Args:
+        cpus, gpus: what one run takes; several runs share a GPU if it is a fraction.
+        address: of the cluster; by default the one that Ray finds, or a new one on this machine.
+
+    Raises:
+        ValueError: Ray is not installed, or the cluster has too little for one run.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ValueError('--executor ray needs the package ray: pip install "abm-lora[ray]"') from error
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False, include_dashboard=False)
+    there = ray.cluster_resources()
+    for name, wanted in (("CPU", cpus), ("GPU", gpus)):
+        if wanted > there.get(name, 0):
+            raise ValueError(f"a run is to take {wanted:g} {name}, the Ray cluster has {there.get(name, 0):g}")
+
+    # A lost node's lock is free, and its run goes on from the last whole epoch.
+    @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)
+    def remote(config: RunConfig, out: Path, diagnose: bool) -> Outcome:
+        torch.set_num_threads(max(1, int(cpus)))
+        return attempt(config, out, diagnose)
+
+    def execute(configs: Sequence[RunConfig], out: Path, diagnose: bool) -> Iterator[tuple[RunConfig, Outcome]]:
+        left = {remote.remote(config, out.absolute(), diagnose): config for config in configs}
+        while left:
+            ready, _ = ray.wait(list(left))
+            for reference in ready:
+                config = left.pop(reference)
+                try:
+                    yield config, ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    yield config, Outcome("failed", reason=f"Ray: {str(error).splitlines()[0]}")
+
+    return execute

@@ -1,0 +1,267 @@
+"""Many runs over tasks, starts and seeds, after the protocol of VTAB-1K, that survive whatever happens to one of them.
+
+Protocol (Zhai et al., arXiv:1910.04867): if settings are to be chosen, every combination of a stated grid, the same for
+every task, is trained on the 800 images and scored on the other 200. The best is trained again on all 1,000 and scored
+once on the test split, after its last epoch.
+"""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import vtab_tasks
+from abm_vision.initializers import get_initializer
+from abm_vision.vtab import results
+from abm_vision.vtab.config import RunConfig, make_config
+from abm_vision.vtab.run import run
+
+SELECTION_SEED = 0
+WAIT = 5.0  # seconds until a run that another process is at is looked at again
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is to be run.
+
+    Args:
+        tasks, inits: names.
+        seeds: seeds 0, ..., seeds - 1 of every final run.
+        settings: of all runs, as for `make_config`.
+        grid: setting to the values that selection chooses from; empty: no selection.
+        diagnose: measure the information loss of every final run's start.
+
+    Raises:
+        ValueError: a name is unknown or given twice, no seed, or a grid over what the suite itself sets.
+    """
+
+    tasks: tuple[str, ...]
+    inits: tuple[str, ...]
+    seeds: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    diagnose: bool = False
+
+    def __post_init__(self) -> None:
+        for name, values in (("tasks", self.tasks), ("init", self.inits), *self.grid.items()):
+            if not values or len(set(values)) < len(values):
+                raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}; give one or more, each once")
+        if self.seeds < 1:
+            raise ValueError(f"seeds is {self.seeds}; it must be 1 or more")
+        taken = sorted({"task", "init", "seed", "evaluate"} & {*self.settings, *self.grid})
+        if taken:
+            raise ValueError(f"the suite itself sets {', '.join(taken)}: leave them out of settings and grid")
+        both = sorted(set(self.grid) & set(self.settings))
+        if both:
+            raise ValueError(f"{', '.join(both)} is set and to be selected: give it once")
+        self.final()  # checks the settings
+
+    def selection(self) -> list[RunConfig]:
+        """The runs that settings are chosen by; none without a grid."""
+        if not self.grid:
+            return []
+        return [
+            self._config(task, init, SELECTION_SEED, point, "val")
+            for task, init in itertools.product(self.tasks, self.inits)
+            for point in self._points()
+        ]
+
+    def final(self, chosen: Mapping[tuple[str, str], Mapping[str, Any]] | None = None) -> list[RunConfig]:
+        """The runs that are scored on the test split, with the settings chosen for each (task, start).
+
+        Those for which nothing was chosen are left out. Before anything is, all are there with the grid's first point.
+        """
+        if chosen is None:
+            chosen = dict.fromkeys(itertools.product(self.tasks, self.inits), next(self._points()))
+        return [
+            self._config(task, init, seed, chosen[task, init], "test")
+            for task, init, seed in itertools.product(self.tasks, self.inits, range(self.seeds))
+            if (task, init) in chosen
+        ]
+
+    def _points(self) -> Iterator[dict[str, Any]]:
+        for values in itertools.product(*self.grid.values()):
+            yield dict(zip(self.grid, values, strict=True))
+
+    def _config(self, task: str, init: str, seed: int, point: Mapping[str, Any], evaluate: str) -> RunConfig:
+        own = {"task": task, "init": init, "seed": seed, "evaluate": evaluate}
+        settings = {k: v for k, v in self.settings.items() if k != "abm_reference" or _uses_reference(init)}
+        return make_config(**{**settings, **point, **own})
+
+
+def _uses_reference(init: str) -> bool:
+    return "reference" in get_initializer(init).needs
+
+
+def parse_tasks(text: str) -> tuple[str, ...]:
+    """`all`, groups and tasks with commas between, in the order of the table.
+
+    Raises:
+        ValueError: a name is neither a group nor a task.
+    """
+    wanted: set[str] = set()
+    for word in text.split(","):
+        if word in ("all", *vtab_tasks.GROUPS):
+            wanted |= {task.name for task in vtab_tasks.TASKS.values() if word in ("all", task.group)}
+        else:
+            wanted.add(vtab_tasks.get_task(word).name)
+    return tuple(name for name in vtab_tasks.TASKS if name in wanted)
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one run: `done` with its top-1, `failed` with the reason, or `busy`: another process is at it."""
+
+    state: str
+    top1: float | None = None
+    reason: str = ""
+
+
+Executor = Callable[[Sequence[RunConfig], Path, bool], Iterable[tuple[RunConfig, Outcome]]]
+
+
+def attempt(config: RunConfig, out: Path, diagnose: bool, say: Say | None = None) -> Outcome:
+    """One run, in this process. What can go wrong in one run and not in the next is its outcome."""
+    try:
+        result = run(config, out, diagnose=diagnose, say=say)
+    except results.Busy:
+        return Outcome("busy")
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory too
+        return Outcome("failed", reason=f"{type(error).__name__}: {error}")
+    return Outcome("done", result["test"]["top1"])
+
+
+def run_suite(suite: Suite, out: str | Path, execute: Executor, say: Say = print) -> dict[RunConfig, Outcome]:
+    """Make all runs that `out` does not have yet. Several suites may work on the same folder at the same time.
+
+    Args:
+        suite: what is to be run.
+        out: parent of the runs' folders.
+        execute: makes runs and yields their outcomes as they come, see `executors.py`.
+        say: receives a line about every run.
+
+    Returns:
+        The outcome of every run, those of selection first. Why a run failed is kept in its folder, `failure.json`; the
+        same suite again tries it again.
+
+    Raises:
+        OSError: nothing can be written to `out`.
+    """
+    out = Path(out)
+    outcomes = _run_all(suite.selection(), out, False, execute, say)
+    chosen: dict[tuple[str, str], dict[str, Any]] = {}
+    for task, init in itertools.product(suite.tasks, suite.inits):
+        tried = {c: o for c, o in outcomes.items() if (c.task, c.init) == (task, init)}
+        scores = {c: o.top1 for c, o in tried.items() if o.state == "done"}
+        if suite.grid and not scores:
+            say(f"{task} {init}: no run of the selection has finished, so there is no final run")
+            continue
+        # Ties go to the first of the grid.
+        best = max(scores, key=lambda c: scores[c]) if scores else None
+        chosen[task, init] = {name: getattr(best, name) for name in suite.grid} if best else {}
+        if best:
+            say(f"{task} {init}: selected {_words(chosen[task, init])}, {100 * scores[best]:.1f} % of val200")
+    final = suite.final(chosen)
+    return {**outcomes, **_run_all(final, out, suite.diagnose, execute, say)}
+
+
+def _words(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
+
+
+def _run_all(
+    configs: Sequence[RunConfig], out: Path, diagnose: bool, execute: Executor, say: Say
+) -> dict[RunConfig, Outcome]:
+    folders = {config: results.open_folder(out, config) for config in configs}
+    outcomes: dict[RunConfig, Outcome] = {}
+    left = list(configs)
+    while left:
+        for config, outcome in execute(left, out, diagnose):
+            if outcome.state == "busy":
+                continue
+            outcomes[config] = outcome
+            if outcome.state == "failed":
+                results.write_failure(folders[config], outcome.reason)
+            top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
+            say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
+        left = [config for config in configs if config not in outcomes]
+        if left:
+            say(f"{len(left)} runs are with another process; looking again in {WAIT:.0f} s")
+            time.sleep(WAIT)
+    return outcomes
+
+
+def _name(config: RunConfig) -> str:
+    kind = " (selection)" if config.evaluate == "val" else ""
+    return f"{config.task} {config.init} lr {config.lr:g} seed {config.seed}{kind}"
+
+
+# --------------------------------------------------------------------------------------------------------- planning
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a plan: how far it is, and the seconds that it is likely to take yet."""
+
+    config: RunConfig
+    state: str
+    seconds: float
+
+
+def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list[Planned]:
+    """What the suite would run, selection first. Final runs stand there with the grid's first point.
+
+    Args:
+        throughput: images per second in `train` and `test`, and seconds of `start`, as `measured` gives them.
+    """
+    planned = []
+    for config in (*suite.selection(), *suite.final()):
+        folder = Path(out) / config.run_name()
+        if results.read_result(folder) is not None:
+            planned.append(Planned(config, "finished", 0.0))
+            continue
+        state = "to run"
+        if (folder / results.FAILURE).is_file():
+            state = "failed before"
+        elif (folder / results.CHECKPOINT).is_file():
+            state = "half done"
+        task = vtab_tasks.get_task(config.task)
+        train, test = (800, 200) if config.evaluate == "val" else (1000, task.size("test"))
+        if config.test_images:
+            test = min(test, config.test_images)
+        seconds = throughput["start"] + config.epochs * train / throughput["train"] + test / throughput["test"]
+        planned.append(Planned(config, state, seconds))
+    return planned
+
+
+def measured(out: str | Path, like: RunConfig) -> dict[str, float] | None:
+    """Throughput of the finished runs under `out` with the same model at the same size; None if there are none."""
+    alike = ("model", "image_size", "batch_size", "targets", "precision", "device")
+    found = [
+        result
+        for folder in Path(out).glob("*/")
+        if (result := results.read_result(folder)) and all(result["config"][k] == getattr(like, k) for k in alike)
+    ]
+    if not found:
+        return None
+    seconds = [r["seconds"] for r in found]
+    return {
+        "train": statistics.median(r["images_per_second"]["train"] for r in found),
+        "test": statistics.median(r["images_per_second"]["test"] for r in found),
+        "start": statistics.median(s["data"] + s["weights"] + s["lora"] + s["init"] for s in seconds),
+    }
+
+
+def short(suite: Suite) -> RunConfig:
+    """A run of one epoch to measure the throughput by, scored on the 200 images."""
+    config = suite.final()[0]
+    return replace(config, epochs=1, evaluate="val", warmup_epochs=min(1.0, config.warmup_epochs))

@@ -1,0 +1,411 @@
+"""The suite: its plan, its protocol, what it survives, and its executors.
+
+Runs are tiny: a ViT with random weights. What a suite's runs give is compared with the same runs made one by one.
+"""
+
+import importlib
+import json
+import math
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from official import BUILDERS, small_edition, write_official
+
+import vtab_tasks
+from abm_vision.vtab import executors, make_config, results, run
+from abm_vision.vtab import suite as module
+from abm_vision.vtab.__main__ import main
+from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
+from abm_vision.vtab.train import Diverged
+
+TINY = {
+    "model": "test_vit",
+    "weights": "none",
+    "image_size": 32,
+    "rank": 4,
+    "epochs": 1,
+    "batch_size": 250,
+    "test_images": 60,
+    "precision": "fp32",
+    "device": "cpu",
+    "abm_steps": 2,
+    "abm_samples": 16,
+    "source": "rendered",
+}
+WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def tiny(tasks=("dsprites_loc",), inits=("kaiming",), seeds=1, **more):
+    return Suite(tasks, inits, seeds, TINY, **more)
+
+
+def silent(line):
+    pass
+
+
+# ---- what is to be run ---------------------------------------------------------------------------
+
+
+def test_tasks_by_group_and_name():
+    assert parse_tasks("all") == tuple(vtab_tasks.TASKS) and len(parse_tasks("all")) == 19
+    assert len(parse_tasks("structured")) == 8 and len(parse_tasks("natural,specialized")) == 11
+    assert parse_tasks("snorb_azim,cifar100,snorb_azim") == ("cifar100", "snorb_azim")
+    with pytest.raises(ValueError, match="unknown task 'struktured'"):
+        parse_tasks("struktured")
+
+
+def test_final_runs_are_every_task_start_and_seed():
+    found = tiny(("dsprites_loc", "snorb_azim"), ("kaiming", "gaussian"), 3).final()
+    assert len(found) == len(set(found)) == 12
+    assert {c.evaluate for c in found} == {"test"} and {c.seed for c in found} == {0, 1, 2}
+
+
+def test_selection_is_the_same_grid_for_every_task_and_never_the_test_split():
+    grid = {"lr": (1e-3, 2e-3), "weight_decay": (0.0, 0.1)}
+    found = tiny(("dsprites_loc", "snorb_azim"), ("kaiming", "gaussian"), 3, grid=grid).selection()
+    points = {(c.lr, c.weight_decay) for c in found}
+    assert len(found) == 2 * 2 * 4 and points == {(a, b) for a in (1e-3, 2e-3) for b in (0.0, 0.1)}
+    assert {c.evaluate for c in found} == {"val"} and {c.seed for c in found} == {0}
+    assert tiny().selection() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tasks": ()}, "tasks is empty"),
+        ({"inits": ("kaiming", "kaiming")}, "init is kaiming, kaiming; give one or more, each once"),
+        ({"seeds": 0}, "seeds is 0"),
+        ({"grid": {"lr": ()}}, "lr is empty"),
+        ({"grid": {"seed": (0, 1)}}, "the suite itself sets seed"),
+        ({"grid": {"rank": (4, 8)}}, "rank is set and to be selected"),
+        ({"grid": {"lr": (1e-3, -1.0)}}, None),
+        ({"inits": ("kaming",)}, "kaiming"),
+    ],
+)
+def test_an_impossible_suite(arguments, message):
+    if message is None:  # a bad point is found before anything runs
+        with pytest.raises(ValueError, match="lr is -1"):
+            tiny(**arguments).selection()
+        return
+    with pytest.raises(ValueError, match=message):
+        tiny(**arguments)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A suite with a selection, and its folder."""
+    out = tmp_path_factory.mktemp("suite")
+    suite, lines = tiny(("dsprites_loc", "dsprites_ori"), seeds=2, grid={"lr": (1e-5, 5e-3)}), []
+    return suite, out, run_suite(suite, out, executors.in_this_process(), lines.append), lines
+
+
+def test_a_suite_gives_what_its_runs_give(finished, tmp_path):
+    suite, out, outcomes, _ = finished
+    assert len(outcomes) == 4 + 4 and {o.state for o in outcomes.values()} == {"done"}
+    for config, outcome in outcomes.items():
+        result = results.read_result(out / config.run_name())
+        assert result["test"]["top1"] == outcome.top1
+        assert result["test"]["split"] == ("val200" if config.evaluate == "val" else "test")
+        assert result["test"]["count"] == 60
+    config = next(c for c in outcomes if c.evaluate == "test")
+    alone = run(config, tmp_path)
+    assert alone["loss_per_step"] == results.read_result(out / config.run_name())["loss_per_step"]
+
+
+def test_the_best_of_the_validation_images_is_trained_again(finished):
+    suite, _, outcomes, lines = finished
+    for task in suite.tasks:
+        scores = {c.lr: o.top1 for c, o in outcomes.items() if c.task == task and c.evaluate == "val"}
+        best = max((1e-5, 5e-3), key=lambda lr: scores[lr])
+        assert {c.lr for c in outcomes if c.task == task and c.evaluate == "test"} == {best}
+        assert any(f"{task} kaiming: selected lr {best}" in line for line in lines)
+
+
+def test_selection_trains_on_800_and_scores_200(tmp_path):
+    config = make_config(**{**TINY, "test_images": 0, "evaluate": "val", "batch_size": 100})
+    result = run(config, tmp_path)
+    assert len(result["loss_per_step"]) == 8
+    assert (result["test"]["count"], result["test"]["split_size"], result["test"]["split"]) == (200, 200, "val200")
+    assert [result["data"][k]["split"] for k in ("train", "test")] == ["train800", "val200"]
+
+
+def test_the_test_split_is_opened_once_after_the_last_epoch(tmp_path, monkeypatch):
+    """Images of the test split are read by final runs alone, every one once, and after all training steps."""
+    events = []
+    read, step = vtab_tasks.TaskData.images, torch.optim.AdamW.step
+
+    def images(self, indices):
+        events.extend((self.split, int(i)) for i in self.positions[list(indices)])
+        return read(self, indices)
+
+    monkeypatch.setattr(vtab_tasks.TaskData, "images", images)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: events.append("step") or step(*a, **k))
+    run_suite(tiny(grid={"lr": (1e-3, 2e-3)}), tmp_path, executors.in_this_process(), silent)
+    tested = [k for k, event in enumerate(events) if event[0] == "test"]
+    steps = [k for k, event in enumerate(events) if event == "step"]
+    assert len(tested) == len({events[k] for k in tested}) == 60
+    assert len(steps) == 2 * 4 + 4 and min(tested) > max(steps)  # 800 and 1,000 images in batches of 250
+    assert len({event[0] for event in events if event != "step"}) == 4
+
+
+def test_finished_runs_are_not_repeated(finished, monkeypatch):
+    suite, out, outcomes, _ = finished
+    runner = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
+    monkeypatch.setattr(runner, "_run", lambda *a: pytest.fail("ran again"))
+    assert run_suite(suite, out, executors.in_this_process(), silent) == outcomes
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Diverged("the training loss is not finite in epoch 1"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError("no memory"),
+        OSError("image cut short"),
+    ],
+)
+def test_a_failed_run_is_recorded_and_does_not_stop_the_rest(tmp_path, monkeypatch, capsys, error):
+    real = module.run
+
+    def fails(config, *a, **k):
+        if config.init == "gaussian":
+            raise error
+        return real(config, *a, **k)
+
+    monkeypatch.setattr(module, "run", fails)
+    words = ["suite", "--tasks", "dsprites_loc", "--init", "gaussian,kaiming", "--seeds", "1", "--out", str(tmp_path)]
+    assert main([*words, *WORDS]) == 1
+    shown = capsys.readouterr()
+    assert "failed: dsprites_loc-gaussian-seed0-" in shown.err and str(error) in shown.err
+    assert "1 runs finished, 1 failed" in shown.out
+    (failed,) = tmp_path.glob("*gaussian*")
+    assert str(error) in json.loads((failed / "failure.json").read_text())["reason"]
+    monkeypatch.setattr(module, "run", real)  # put right, it runs, and the failure is forgotten
+    assert main([*words, *WORDS]) == 0
+    assert not (failed / "failure.json").exists() and (failed / "result.json").exists()
+
+
+def test_without_a_finished_selection_there_is_no_final_run(tmp_path, monkeypatch):
+    def diverges(config, *a, **k):
+        raise Diverged("not finite")
+
+    monkeypatch.setattr(module, "run", diverges)
+    lines = []
+    outcomes = run_suite(tiny(grid={"lr": (1.0, 2.0)}), tmp_path, executors.in_this_process(), lines.append)
+    assert {c.evaluate for c in outcomes} == {"val"} and "so there is no final run" in lines[-1]
+
+
+def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
+    config = tiny().final()[0]
+    lock = results.locked(results.open_folder(tmp_path, config))
+    lock.__enter__()
+    assert attempt(config, tmp_path, False) == Outcome("busy")
+    with pytest.raises(results.Busy, match="another process is at the run"):
+        run(config, tmp_path)
+    monkeypatch.setattr(module, "WAIT", 0.0)
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: lock.__exit__(None, None, None))
+    lines = []
+    outcomes = run_suite(tiny(), tmp_path, executors.in_this_process(), lines.append)
+    assert outcomes[config].state == "done" and "are with another process" in lines[0]
+
+
+def _work(out, events):
+    """Another process with the same suite, which tells of the runs that it trains."""
+    runner = importlib.import_module("abm_vision.vtab.run")
+    real = runner._run
+
+    def told(setup, config, *rest):
+        events.put((os.getpid(), config.run_name()))
+        return real(setup, config, *rest)
+
+    runner._run = told
+    module.WAIT = 0.2
+    torch.set_num_threads(1)
+    run_suite(tiny(inits=("kaiming", "gaussian"), seeds=2), out, executors.in_this_process(), silent)
+
+
+def test_two_suites_on_one_folder_share_the_work(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    events = context.Queue()
+    both = [context.Process(target=_work, args=(tmp_path, events)) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join(240)
+        assert process.exitcode == 0
+    trained = [events.get(timeout=5)[1] for _ in range(4)]
+    assert len(set(trained)) == 4 and events.empty()
+
+
+def _endless(out):
+    torch.set_num_threads(1)
+    suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "epochs": 400})
+    run_suite(suite, out, executors.in_this_process(), silent)
+
+
+def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_endless, args=(tmp_path,))
+    process.start()
+    deadline = time.monotonic() + 240
+    while not list(tmp_path.glob("*/checkpoint.pt")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    (folder,) = tmp_path.glob("*/")
+    state = results.load_checkpoint(folder, torch.device("cpu"))
+    assert 1 <= state["progress"].epoch < 400 and not (folder / "result.json").exists()
+    with results.locked(folder):  # the system has given it back
+        pass
+
+
+# ---- plan ----------------------------------------------------------------------------------------
+
+
+def test_plan_counts_what_is_left(finished):
+    suite, out, _, _ = finished
+    more = Suite(suite.tasks, ("kaiming", "gaussian"), 2, TINY)
+    throughput = {"train": 100.0, "test": 300.0, "start": 2.0}
+    planned = plan(more, out, throughput)
+    # Its final runs had another rate than the default, so none of these is finished.
+    assert len(planned) == 8 and {p.state for p in planned} == {"to run"}
+    assert all(math.isclose(p.seconds, 2 + 1000 / 100 + 60 / 300) for p in planned)
+    again = plan(suite, out, throughput)
+    assert [p.state for p in again[:4]] == ["finished"] * 4 and again[0].seconds == 0
+
+
+def test_dry_run(finished, tmp_path, capsys):
+    _, out, outcomes, _ = finished
+    finals = {c.lr for c in outcomes if c.evaluate == "test" and c.task == "dsprites_loc"}
+    there = 2 + (1e-5 in finals)  # a plan has final runs with the grid's first rate
+    words = ["suite", "--tasks", "dsprites_loc,snorb_elev", "--init", "kaiming", "--grid", "lr=1e-5,5e-3", "--dry-run"]
+    empty = tmp_path / "empty"
+    for folder, origin in ((out, f"finished runs in {out}"), (empty, "one epoch of dsprites_loc just now")):
+        assert main([*words, *WORDS, "--out", str(folder)]) == 0
+        shown = capsys.readouterr().out
+        assert shown.count("selection") == 4 and shown.count(" final ") == 2 and origin in shown
+        assert f"6 runs, {there if folder == out else 0} finished" in shown
+    assert not empty.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "cifar"], "unknown task 'cifar'; did you mean cifar100"),
+        (["--init", "abm,kayming"], "kaiming"),
+        (["--seeds", "0"], "seeds is 0"),
+        (["--grid", "lr"], "is not SETTING=A,B"),
+        (["--grid", "lr=fast"], "lr takes values of type float"),
+        (["--grid", "speed=1,2"], "is not SETTING=A,B"),
+        (["--jobs", "0"], "jobs is 0; it must be 1 to"),
+        (["--task", "dsprites_loc"], "unrecognized arguments: --task"),
+    ],
+)
+def test_bad_words(tmp_path, capsys, words, message):
+    try:
+        code = main(["suite", "--out", str(tmp_path), *WORDS, *words])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+# ---- executors -----------------------------------------------------------------------------------
+
+
+def test_several_processes_give_the_same(tmp_path):
+    suite = tiny(inits=("kaiming", "gaussian"))
+    found = run_suite(suite, tmp_path / "two", executors.local(min(2, os.cpu_count())), silent)
+    alone = run_suite(suite, tmp_path / "one", executors.in_this_process(), silent)
+    assert {c: o.top1 for c, o in found.items()} == {c: o.top1 for c, o in alone.items()}
+
+
+def test_a_process_that_dies_is_a_failed_run(tmp_path):
+    suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "epochs": 5000})
+    execute = executors.local(1)
+
+    def killing(configs, out, diagnose):
+        from threading import Thread
+
+        Thread(target=_kill_the_child, args=(tmp_path,), daemon=True).start()
+        return execute(configs, out, diagnose)
+
+    (outcome,) = run_suite(suite, tmp_path, killing, silent).values()
+    assert outcome.state == "failed" and "signal 9, perhaps for want of memory" in outcome.reason
+    (folder,) = tmp_path.glob("*/")
+    assert (folder / "checkpoint.pt").exists() and (folder / "failure.json").exists()
+
+
+def _kill_the_child(out: Path) -> None:
+    while not list(out.glob("*/checkpoint.pt")):
+        time.sleep(0.1)
+    for child in multiprocessing.active_children():
+        os.kill(child.pid, signal.SIGKILL)
+
+
+def test_ray_with_a_node_that_dies(tmp_path):
+    """Two nodes; the one at work is killed in the middle of a run, which the other takes up. Same results as alone."""
+    ray = pytest.importorskip("ray")
+    from ray.cluster_utils import Cluster
+
+    suite = Suite(("dsprites_loc",), ("kaiming", "gaussian"), 1, {**TINY, "epochs": 60})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    try:
+        lost, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        cluster.wait_for_nodes()
+        execute = executors.on_ray()
+        from threading import Thread
+
+        def kill():
+            while not list((tmp_path / "ray").glob("*/checkpoint.pt")):
+                time.sleep(0.1)
+            cluster.remove_node(lost, allow_graceful=False)
+
+        killer = Thread(target=kill, daemon=True)
+        killer.start()
+        found = run_suite(suite, tmp_path / "ray", execute, silent)
+        killer.join(60)
+        with pytest.raises(ValueError, match="a run is to take 64 CPU, the Ray cluster has 1"):
+            executors.on_ray(cpus=64)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as on the nodes
+    alone = run_suite(suite, tmp_path / "alone", executors.in_this_process(), silent)
+    torch.set_num_threads(torch_threads)
+    assert {c: o.top1 for c, o in found.items()} == {c: o.top1 for c, o in alone.items()}
+    assert {o.state for o in found.values()} == {"done"}
+
+
+def test_ray_is_not_installed(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "ray", None)
+    with pytest.raises(ValueError, match=r'pip install "abm-lora\[ray\]"'):
+        executors.on_ray()
+
+
+# ---- all of VTAB ---------------------------------------------------------------------------------
+
+
+def test_all_19_tasks_from_official_data(tmp_path, monkeypatch):
+    """The whole suite on small data sets that the official builders have written, 16 of them."""
+    for name, task in list(vtab_tasks.TASKS.items()):
+        monkeypatch.setitem(vtab_tasks.TASKS, name, small_edition(task))
+    for name in BUILDERS:
+        write_official(name, tmp_path / "tfds")
+    settings = {**TINY, "source": "tfds", "data_dir": str(tmp_path / "tfds"), "batch_size": 6, "test_images": 0}
+    suite = Suite(parse_tasks("all"), ("abm",), 1, settings)
+    outcomes = run_suite(suite, tmp_path / "out", executors.in_this_process(), silent)
+    assert len(outcomes) == 19 and {o.state for o in outcomes.values()} == {"done"}, outcomes
+    for config in outcomes:
+        result = results.read_result(tmp_path / "out" / config.run_name())
+        assert result["data"]["test"]["source"] == "tfds" and result["test"]["count"] == 9
+        assert result["num_classes"] == vtab_tasks.get_task(config.task).num_classes
