@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from abm_vision.abm.backbone import layer_kind
 from abm_vision.abm.files import write_atomically
@@ -104,12 +104,90 @@ def draw_comparison(comparison: Any) -> Figure:
         for axes in line:
             _tidy(axes)
         for axes in line[:2]:
-            axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.yaxis.set_major_formatter(ScalarFormatter())
-            axes.yaxis.set_minor_formatter(NullFormatter())
+            _plain_log(axes)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     return figure
+
+
+def draw_tasks(section: Any) -> Figure:
+    """A group of bars a task, one bar a method, with the standard deviation. `section` is a `vtab.report.Section`."""
+    count = len(section.methods)
+    figure = Figure(figsize=(max(6, 1.6 + 0.32 * count * len(section.tasks)), 4), layout="constrained")
+    axes = figure.subplots()
+    for k, (method, colour) in enumerate(zip(section.methods, _distinct(count), strict=True)):
+        cells = [section.cells.get((task, method)) for task in section.tasks]
+        places = np.arange(len(cells)) + (k - (count - 1) / 2) * 0.8 / count
+        means = [np.nan if cell is None else cell.mean for cell in cells]
+        spread = [0 if cell is None or cell.std is None else cell.std for cell in cells]
+        axes.bar(places, means, 0.74 / count, yerr=spread, color=colour, label=method, error_kw={"linewidth": 1})
+    axes.set_xticks(range(len(section.tasks)), section.tasks, rotation=30, ha="right")
+    axes.set(ylabel="test top-1 (%)", ylim=(0, 100), title=_kind(section))
+    _tidy(axes)
+    figure.legend(loc="outside lower center", ncols=min(5, count), frameon=False)
+    return figure
+
+
+def draw_convergence(section: Any) -> Figure:
+    """A panel a task: training loss by epoch, mean over seeds with one standard deviation."""
+    tasks, columns = section.tasks, min(4, len(section.tasks))
+    rows = -(-len(tasks) // columns)
+    figure = Figure(figsize=(3.2 * columns + 1, 2.6 * rows + 0.8), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False)
+    colours = dict(zip(section.methods, _distinct(len(section.methods)), strict=True))
+    for axes, task in zip(panels.flat, tasks, strict=False):
+        for method in section.methods:
+            if cell := section.cells.get((task, method)):
+                losses = np.array(
+                    [np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in cell.runs]
+                )
+                _line_with_band(axes, np.arange(losses.shape[1]) + 0.5, losses, colours[method], method)
+        axes.set(yscale="log", title=task, xlabel="epoch", ylabel="training loss")
+        _plain_log(axes)
+        _tidy(axes)
+    for axes in panels.flat[len(tasks) :]:
+        axes.set_visible(False)
+    found = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found)), frameon=False)
+    figure.suptitle(_kind(section))
+    return figure
+
+
+def draw_lost(section: Any) -> Figure | None:
+    """A heat map a method, depth by kind of layer: mean information loss after the start; None without any."""
+    maps: dict[str, np.ndarray] = {}
+    kinds: list[str] = []
+    for method in section.methods:
+        runs = [run for (_, m), cell in section.cells.items() if m == method for run in cell.runs]
+        reports = [run["information_loss"]["after"] for run in runs if run["information_loss"]]
+        if reports:
+            kinds = [kind["name"] for kind in reports[0]["kinds"]]
+            maps[method] = np.mean([_by_depth(report, kinds, "loss") for report in reports], axis=0)
+    if not maps:
+        return None
+    depth = len(next(iter(maps.values())))
+    figure = Figure(figsize=(1.8 + (0.6 * len(kinds) + 0.3) * len(maps), 1.6 + 0.26 * depth), layout="constrained")
+    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
+    for axes, (method, values) in zip(panels, maps.items(), strict=True):
+        image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+        axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
+        axes.set_title(method, fontsize=10)
+    panels[0].set(ylabel="depth", yticks=range(depth), yticklabels=range(1, depth + 1))
+    figure.colorbar(image, ax=panels, label="information loss")
+    figure.suptitle(_kind(section))
+    return figure
+
+
+def _kind(section: Any) -> str:
+    return "rendered data, not VTAB-1K" if section.kind == "rendered" else "VTAB-1K"
+
+
+def _plain_log(axes: Axes) -> None:
+    """Ticks such as 0.5, not 5 x 10^-1."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_start(line: Sequence[Axes], row: Any, runs: Sequence[dict[str, Any]], colour: Any) -> None:

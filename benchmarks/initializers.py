@@ -4,7 +4,7 @@
     python benchmarks/initializers.py --task dsprites_loc --list     # what is done and what is left
 
 Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset. `screen`: every start at every learning rate, one seed,
-4 epochs. `confirm`: the full 12 epochs, 3 seeds, for the default, EVA, ours, and the one other that did best in the
+4 epochs. `confirm`: the full 12 epochs, 3 seeds, for the default, ours, and the one other that did best in the
 screening, each at the rate that had the lowest mean training loss there; then with a tuned reference; then the default
 at the rates beside its own, so that it is not left with one that suits 4 epochs alone. Every run is kept as one line
 of `results/initializers-TASK.jsonl`, and is not repeated.
@@ -28,7 +28,7 @@ from abm_vision.vtab.train import Diverged
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
-ALWAYS = ("kaiming", "abm_aligned", "abm", "eva")
+ALWAYS = ("kaiming", "abm_aligned", "abm")
 BASELINE = "kaiming"
 SCREEN = {"epochs": 4, "test_images": 1000}
 # A tuned reference costs a whole run each time: it is confirmed, not screened, at the default's rate.

@@ -355,8 +355,10 @@ def test_ray_with_a_node_that_dies(tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    suite = Suite(("dsprites_loc",), ("kaiming", "gaussian"), 1, {**TINY, "epochs": 60})
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    suite = Suite(("dsprites_loc",), ("kaiming", "gaussian"), 1, {**TINY, "epochs": 20})
+    # Ray finds out in a second, not in half a minute, that a node is lost.
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
     try:
         lost, _ = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False)

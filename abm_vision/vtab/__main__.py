@@ -13,8 +13,9 @@ import vtab_tasks
 from abm_vision.vtab.config import PRESETS, SOURCES, RunConfig, make_config, read_config, resolve_device
 
 EPILOG = (
-    "Other commands: suite (many tasks, starts and seeds), compare (starts side by side), prepare (fetch data sets, or "
-    "write them as image folders), list (the tasks and where their data is), predict (classify image files)."
+    "Other commands: suite (many tasks, starts and seeds), report (of finished runs), compare (starts side by side), "
+    "prepare (fetch data sets, or write them as image folders), list (the tasks and where their data is), predict "
+    "(classify image files)."
 )
 
 
@@ -282,6 +283,24 @@ def _print_plan(wanted: Any, out: str) -> None:
     )
 
 
+def _report(words: list[str]) -> int:
+    parser = _Parser(
+        "abm-vtab report",
+        description="Tables, figures and statistics of the finished runs in a folder, as Markdown, CSV, "
+        "LaTeX and one HTML page.",
+    )
+    parser.add_argument("folder", metavar="DIR", help="folder of the runs: --out of a suite or of single runs")
+    parser.add_argument("--out", metavar="DIR", help="where to write report.md, .csv, .tex and .html (default: there)")
+    options = parser.parse_args(words)
+
+    from abm_vision.vtab import report
+
+    found = report.collect(options.folder)
+    paths = report.write_report(found, options.out or options.folder)
+    print(report.to_markdown(found), *paths, sep="\n")
+    return 0
+
+
 def _numbers(name: str, text: str) -> list[float]:
     try:
         return [float(word) for word in text.split(",")]
@@ -386,7 +405,14 @@ def _predict(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"compare": _compare, "list": _list, "predict": _predict, "prepare": _prepare, "suite": _suite}
+COMMANDS = {
+    "compare": _compare,
+    "list": _list,
+    "predict": _predict,
+    "prepare": _prepare,
+    "report": _report,
+    "suite": _suite,
+}
 
 if __name__ == "__main__":
     sys.exit(main())

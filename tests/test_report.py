@@ -1,0 +1,286 @@
+"""The report of a folder: averages against hand-computed ones, what is never averaged, and the page in a browser."""
+
+import copy
+import csv
+import io
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import vtab_tasks
+from abm_vision.vtab import executors
+from abm_vision.vtab.__main__ import main
+from abm_vision.vtab.published import PUBLISHED
+from abm_vision.vtab.report import collect, notes, published_means, to_csv, to_latex, to_markdown, write_report
+from abm_vision.vtab.suite import Suite, run_suite
+
+TINY = {
+    "model": "test_vit",
+    "weights": "none",
+    "image_size": 32,
+    "rank": 4,
+    "epochs": 1,
+    "batch_size": 250,
+    "test_images": 60,
+    "precision": "fp32",
+    "device": "cpu",
+    "abm_steps": 2,
+    "abm_samples": 16,
+    "source": "rendered",
+}
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory):
+    """One result of a real run, that the others are made of."""
+    out = tmp_path_factory.mktemp("one")
+    suite = Suite(("dsprites_loc",), ("kaiming",), 1, TINY, diagnose=True)
+    run_suite(suite, out, executors.in_this_process(), lambda line: None)
+    (path,) = out.glob("*/result.json")
+    return json.loads(path.read_text())
+
+
+@pytest.fixture
+def put(tmp_path, real_run):
+    """Write a result that says what it is told to."""
+    count = itertools.count()
+
+    def write(task, init="kaiming", seed=0, top1=0.5, source="tfds", whole=True, losses=None, **config):
+        result = copy.deepcopy(real_run)
+        result["config"] |= {"task": task, "init": init, "seed": seed, **config}
+        size = vtab_tasks.get_task(task).size("test")
+        result["test"] |= {"top1": top1, "count": size if whole else 60, "split_size": size}
+        result["data"]["test"]["source"] = result["data"]["train"]["source"] = source
+        if losses:
+            result["loss_per_step"] = losses
+        folder = tmp_path / "runs" / f"run{next(count)}"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps({"schema": result["schema"], "config": result["config"]}))
+        (folder / "result.json").write_text(json.dumps(result))
+        return folder
+
+    return write
+
+
+@pytest.fixture
+def whole(put, tmp_path):
+    """All 19 tasks, two starts, two seeds, known numbers."""
+    for k, task in enumerate(vtab_tasks.TASKS):
+        for seed in (0, 1):
+            put(task, "kaiming", seed, 0.40 + 0.01 * k + 0.02 * seed)
+            put(task, "abm", seed, 0.40 + 0.01 * k + 0.02 * seed + (0.03 if k % 2 else -0.01))
+    return tmp_path / "runs"
+
+
+def text(average):
+    return str(average)
+
+
+def test_averages_by_hand(whole):
+    (section,) = collect(whole).sections
+    assert section.kind == "real" and section.methods == ("kaiming", "abm") and len(section.tasks) == 19
+    natural, specialized, structured, m19, m3 = section.averages("kaiming")
+    expected = [41 + np.mean(range(7)), 41 + np.mean(range(7, 11)), 41 + np.mean(range(11, 19))]
+    assert [natural.value, specialized.value, structured.value] == pytest.approx(expected)
+    assert m19.value == pytest.approx(41 + 9) and m3.value == pytest.approx(np.mean(expected))
+    assert m19.std == pytest.approx(np.std([49, 51], ddof=1))  # of the means of seeds
+    assert text(m19) == "50.0 ± 1.4" and section.missing("kaiming") == []
+
+
+def test_a_cell_is_mean_and_standard_deviation_over_seeds(put, tmp_path):
+    for seed, top1 in enumerate((0.5, 0.52, 0.57)):
+        put("dtd", seed=seed, top1=top1)
+    put("pets", top1=0.9)
+    (section,) = collect(tmp_path / "runs").sections
+    assert str(section.cells["dtd", "kaiming"]) == "53.0 ± 3.6" and str(section.cells["pets", "kaiming"]) == "90.0"
+    assert section.cells["dtd", "kaiming"].files == [f"run{k}/result.json" for k in range(3)]
+
+
+def test_a_part_is_never_shown_as_the_whole(put, tmp_path):
+    for k, task in enumerate(list(vtab_tasks.TASKS)[:5]):
+        put(task, top1=0.1 * k)
+    report = collect(tmp_path / "runs")
+    natural, specialized, _, m19, m3 = report.sections[0].averages("kaiming")
+    assert text(natural) == "20.0 (5 of 7)" and text(specialized) == "– (0 of 4)"
+    assert text(m19) == text(m3) == "– (5 of 19)"
+    assert any("real, kaiming: without svhn, sun397, patch_camelyon" in line for line in notes(report))
+
+
+def test_rendered_and_real_data_are_reported_apart(put, tmp_path):
+    put("dsprites_loc", top1=0.8, source="rendered")
+    put("dsprites_loc", top1=0.6)
+    put("dsprites_ori", top1=0.2, source="rendered")
+    report = collect(tmp_path / "runs")
+    real, rendered = report.sections
+    assert (real.kind, rendered.kind) == ("real", "rendered")
+    assert text(real.averages("kaiming")[2]) == "60.0 (1 of 8)"
+    assert [text(a) for a in rendered.averages("kaiming")] == ["50.0 (2 of 8)"]
+    markdown = to_markdown(report)
+    assert "Rendered surrogates (not VTAB-1K)" in markdown and "compare with no published row" in markdown
+    assert "data" in report.differing and set(report.differing["data"]) == {"tfds", "rendered"}
+
+
+def test_a_subset_of_the_test_images_is_marked(put, tmp_path):
+    put("dtd", whole=False)
+    report = collect(tmp_path / "runs")
+    assert str(report.sections[0].cells["dtd", "kaiming"]) == "50.0†"
+    assert any(line.startswith("† fewer images") for line in notes(report))
+
+
+def test_paired_comparison(whole):
+    (paired,) = collect(whole).sections[0].paired()
+    gains = np.array([3.0 if k % 2 else -1.0 for k in range(19)])
+    assert (paired.method, paired.baseline, paired.tasks) == ("abm", "kaiming", 19)
+    assert (paired.better, paired.worse) == (9, 10) and paired.difference == pytest.approx(gains.mean())
+    assert paired.area_ratio == 1
+
+
+def test_six_tasks_in_one_direction(put, tmp_path):
+    """The exact test: both tails of 2 of 2^6 signs."""
+    for k, task in enumerate(list(vtab_tasks.TASKS)[:6]):
+        put(task, "kaiming", 0, 0.5, losses=[2.0, 2.0])
+        put(task, "eva", 0, 0.51 + 0.01 * k, losses=[2.0, 1.0])
+    (paired,) = collect(tmp_path / "runs").sections[0].paired()
+    assert paired.p == pytest.approx(2 / 2**6) and paired.area_ratio == pytest.approx(0.75)
+
+
+def test_runs_of_one_seed_that_differ_are_methods_of_their_own(put, tmp_path):
+    put("dtd", lr=1e-3, top1=0.4)
+    put("dtd", lr=2e-3, top1=0.5)
+    put("pets", lr=2e-3)
+    (section,) = collect(tmp_path / "runs").sections
+    assert section.methods == ("kaiming, lr 0.001", "kaiming, lr 0.002")
+    assert section.cells["dtd", "kaiming, lr 0.001"].mean == 40
+
+
+def test_selected_settings_may_differ_between_tasks_and_are_shown(put, tmp_path):
+    put("dtd", lr=1e-3)
+    put("pets", lr=2e-3)
+    report = collect(tmp_path / "runs")
+    assert report.sections[0].methods == ("kaiming",)
+    assert report.differing["lr"] == {"0.001": ["run0/result.json"], "0.002": ["run1/result.json"]}
+
+
+def test_selection_is_left_out_and_what_is_not_finished_is_named(put, tmp_path):
+    put("dtd")
+    put("dtd", evaluate="val", top1=0.9)
+    failed, begun = put("pets"), put("svhn")
+    for folder in (failed, begun):
+        (folder / "result.json").unlink()
+    (failed / "failure.json").write_text('{"schema": 3, "reason": "Diverged: not finite", "time": ""}')
+    report = collect(tmp_path / "runs")
+    assert len(report.runs) == 1
+    assert report.unfinished == ((failed.name, "Diverged: not finite"), (begun.name, "not begun"))
+    assert f"No result: {failed.name} (Diverged: not finite)." in notes(report)
+
+
+def test_csv_has_a_line_a_run(whole):
+    rows = list(csv.DictReader(io.StringIO(to_csv(collect(whole)))))
+    assert len(rows) == 19 * 4 and {row["file"] for row in rows} == {f"run{k}/result.json" for k in range(76)}
+    row = next(r for r in rows if (r["task"], r["init"], r["seed"]) == ("dtd", "abm", "1"))
+    assert float(row["top1"]) == pytest.approx(0.40 + 0.02 + 0.02 - 0.01) and row["group"] == "natural"
+    recorded = json.loads((whole / row["file"]).read_text())
+    assert recorded["test"]["top1"] == float(row["top1"])
+
+
+def test_latex(whole):
+    table = to_latex(collect(whole))
+    assert r"patch\_camelyon & 48.0 $\pm$ 1.4 & 51.0 $\pm$ 1.4 \\" in table
+    assert table.count(r"\begin{tabular}{lrr}") == 1 and "_" not in table.replace(r"\_", "")
+    assert "m19, mean of the 19 tasks" in table
+
+
+@pytest.mark.parametrize(
+    ("method", "means"),
+    [
+        ("LoRA r8", [79.5, 84.5, 59.8, 72.3, 74.6]),
+        ("Full fine-tuning", [75.9, 83.4, 47.6, 65.6, 69.0]),
+        ("Convpass", [81.7, 85.3, 62.7, 74.4, 76.6]),
+        ("FacT-TK", [80.6, 85.3, 60.7, 73.2, 75.6]),
+    ],
+)
+def test_published_means(method, means):
+    """Recomputed for the fact sheet from the same rows."""
+    row = next(row for row in PUBLISHED if row.method == method)
+    assert [float(mean) for mean in published_means(row)] == pytest.approx(means, abs=0.101)
+    assert set(row.top1) == set(vtab_tasks.TASKS)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (lambda folder: None, "no finished run below"),
+        (
+            lambda folder: (folder / "a").mkdir(parents=True) or (folder / "a/config.json").write_text("{}"),
+            "no finished run",
+        ),
+    ],
+)
+def test_nothing_to_report(tmp_path, capsys, prepare, message):
+    prepare(tmp_path / "runs")
+    assert main(["report", str(tmp_path / "runs")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_result_of_another_schema(put, tmp_path, capsys):
+    folder = put("dtd")
+    (folder / "result.json").write_text('{"schema": 1}')
+    assert main(["report", str(tmp_path / "runs")]) == 2
+    assert "has schema 1, this version reads 3" in capsys.readouterr().err
+
+
+def test_the_command(whole, tmp_path, capsys):
+    assert main(["report", str(whole), "--out", str(tmp_path / "report")]) == 0
+    assert "m19, mean of the 19 tasks" in capsys.readouterr().out
+    assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
+        "report.csv", "report.html", "report.md", "report.tex"
+    ]  # fmt: skip
+
+
+# ---- the page ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def browser():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium on this machine")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.mark.parametrize("width", [1200, 390])
+def test_the_page(whole, put, browser, width):
+    put("dsprites_loc", source="rendered", top1=0.9)
+    write_report(collect(whole), whole)
+    page = browser.new_page(viewport={"width": width, "height": 800})
+    errors, requests = [], []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+    page.on("request", lambda request: requests.append(request.url))
+    page.goto(f"file://{whole}/report.html")
+    own = [url for url in requests if not url.startswith("data:")]
+    assert errors == [] and own == [f"file://{whole}/report.html"]
+    assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 100)")
+    assert page.locator("img").count() == 2 * 3
+    # Nothing but tables is wider than the window, and those scroll by themselves.
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    table = page.locator("table.results").first
+    names = "[...document.querySelector('table.results').tBodies[0].rows].map((r) => r.cells[0].firstChild.data.trim())"
+    order = page.evaluate(names)
+    assert order[:19] == list(vtab_tasks.TASKS) and order[19].startswith("Natural")
+    table.locator("thead button").nth(2).click()
+    ascending = page.evaluate(names)
+    values = {task: 0.40 + 0.01 * k + (0.03 if k % 2 else -0.01) for k, task in enumerate(vtab_tasks.TASKS)}
+    assert [values[t] for t in ascending[:19]] == sorted(values.values()) and ascending[19:] == order[19:]
+    table.locator("thead button").nth(2).click()
+    assert page.evaluate(names)[:19] == ascending[18::-1]
+    for link in page.locator("table.results a").all()[:5]:
+        assert (whole / link.get_attribute("href")).is_file()
+    page.close()
