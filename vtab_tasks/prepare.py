@@ -55,8 +55,8 @@ def prepare(
         OSError: There is too little disk space, or TFDS cannot download or write.
     """
     rows = list({row.tfds_name: row for row in map(get_task, tasks)}.values())
-    place = source.default_data_dir() if data_dir is None else Path(data_dir)
-    manual = place / "downloads" / "manual" if manual_dir is None else Path(manual_dir)
+    place = source.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    manual = place / "downloads" / "manual" if manual_dir is None else Path(manual_dir).expanduser()
     missing = [row for row in rows if source.find(row, place) is None]
     if missing:
         tfds = _import_tfds()
