@@ -12,7 +12,8 @@ from PIL import Image
 from test_vtab import TINY, tiny
 
 from abm_vision.vtab import run
-from abm_vision.vtab.__main__ import main, run_parser
+from abm_vision.vtab.__main__ import main
+from abm_vision.vtab.parsers import run_parser
 
 FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 COMMAND = [sys.executable, "-m", "abm_vision.vtab"]

@@ -35,7 +35,7 @@ def test_ci_runs_the_two_set_up_commands_of_readme():
 def test_every_command_has_flags_that_exist():
     lines = [line for block in blocks("sh") for line in block.splitlines()]
     calls = [line.split("abm_vision.vtab ")[1] for line in lines if "abm_vision.vtab " in line]
-    assert len(calls) == 11 and set(COMMANDS) == set(PARSERS) - {""}
+    assert len(calls) == 10 and set(COMMANDS) == set(PARSERS) - {""}
     for words in (shlex.split(call, comments=True) for call in calls):
         command = words[0] if words[0] in PARSERS else ""
         PARSERS[command]().parse_args(words[1:] if command else words)
