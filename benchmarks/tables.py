@@ -11,17 +11,20 @@ import json
 import re
 import statistics
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ledger import RESULTS, Ledger
 
 from abm_vision.initializers import INITIALIZERS
-from abm_vision.vtab.comparison import area
+from abm_vision.vtab import RunConfig
+from abm_vision.vtab.comparison import area, compare
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"
 TASKS = ("dsprites_loc", "dsprites_ori")
+PLAIN = asdict(RunConfig())
 VARIANTS = {"floor": "frozen floor", "ours": "LoRA, ours", "peft": "LoRA, stock peft", "full": "full fine-tuning"}
 
 
@@ -143,6 +146,62 @@ def screening() -> str:
     return "\n\n".join(parts)
 
 
+def confirmation() -> str:
+    """Starts with three seeds, each at its best rate; information loss from the screening."""
+    parts = []
+    for task in TASKS:
+        records = Ledger(f"initializers-{task}").records
+        seeds: dict[tuple[str, float], set[int]] = {}
+        for record in (confirmed := [r for r in records if r["stage"] == "confirm"]):
+            seeds.setdefault((record["config"]["init"], record["config"]["lr"]), set()).add(record["config"]["seed"])
+        whole = [r for r in confirmed if len(seeds[r["config"]["init"], r["config"]["lr"]]) == 3]
+        screened = {r["config"]["init"]: r for r in records if r["stage"] == "screen" and r.get("information_loss")}
+        rows = [
+            [
+                f"`{row.init}`",
+                f"{row.lr:g}",
+                _lost({0: screened[row.init]}) if row.init in screened else "-",
+                f"{row.area:.3f} ± {row.area_error:.3f}",
+                f"{row.area_ratio:.2f} ({row.area_low:.2f} to {row.area_high:.2f})",
+                f"{row.timed_ratio:.2f}",
+                f"{row.start_epochs:.1f}",
+                f"{100 * row.top1:.1f} ± {100 * row.top1_error:.1f}",
+                f"{100 * row.top1_gain:+.1f} ({100 * row.top1_low:+.1f} to {100 * row.top1_high:+.1f})",
+            ]
+            for row in compare(whole).rows
+        ]
+        head = ["start", "best lr", "information loss (seen)", "training loss, mean over steps", "ratio to the default"]
+        head += ["start's time counted", "start costs (epochs)", "test top-1 (%)", "gain"]
+        device = whole[0]["environment"]["device"]
+        parts.append(f"{task}, rendered; 12 epochs, seeds 0 to 2; {device}:\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def sweep() -> str:
+    """What the settings of our starts do, at the rate that is given."""
+    parts = []
+    for task in TASKS:
+        records = Ledger(f"settings_sweep-{task}").records
+        rows = []
+        for record in records:
+            config = record["config"]
+            changed = ", ".join(f"{k} {config[k]:g}" if isinstance(config[k], float) else f"{k} {config[k]}"
+                                for k in config if k.startswith(("abm_", "align_")) and config[k] != PLAIN.get(k))  # fmt: skip
+            top1 = 100 * record["test"]["top1"] if "test" in record else float("nan")
+            rows.append(
+                [
+                    f"`{config['init']}`",
+                    changed or "defaults",
+                    f"{config['lr']:g}",
+                    f"{area(record):.3f}",
+                    f"{top1:.1f} %",
+                ]
+            )
+        head = ["start", "settings", "lr", "training loss, mean over steps", "test top-1"]
+        parts.append(f"{task}, rendered; 4 epochs, seed 0:\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
 def _lost(found: dict[float, dict[str, Any]]) -> str:
     reports = [r["information_loss"] for r in found.values() if r.get("information_loss")]
     if not reports:
@@ -161,8 +220,8 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
 
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
-    README: (training_step, abm_init, attention, families, starts),
-    BENCHMARKS: (screening, information_loss),
+    README: (training_step, abm_init, attention, families, starts, confirmation),
+    BENCHMARKS: (screening, sweep, information_loss),
 }
 
 
