@@ -185,18 +185,10 @@ def sweep() -> str:
         rows = []
         for record in records:
             config = record["config"]
-            changed = ", ".join(f"{k} {config[k]:g}" if isinstance(config[k], float) else f"{k} {config[k]}"
-                                for k in config if k.startswith(("abm_", "align_")) and config[k] != PLAIN.get(k))  # fmt: skip
-            top1 = 100 * record["test"]["top1"] if "test" in record else float("nan")
-            rows.append(
-                [
-                    f"`{config['init']}`",
-                    changed or "defaults",
-                    f"{config['lr']:g}",
-                    f"{area(record):.3f}",
-                    f"{top1:.1f} %",
-                ]
-            )
+            own = {k: v for k, v in config.items() if k.startswith(("abm_", "align_")) and v != PLAIN[k]}
+            changed = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items())
+            cells = [f"{area(record):.3f}", f"{100 * record['test']['top1']:.1f} %"]
+            rows.append([f"`{config['init']}`", changed or "defaults", f"{config['lr']:g}", *cells])
         head = ["start", "settings", "lr", "training loss, mean over steps", "test top-1"]
         parts.append(f"{task}, rendered; 4 epochs, seed 0:\n\n{table(head, rows)}")
     return "\n\n".join(parts)
