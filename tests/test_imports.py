@@ -28,7 +28,9 @@ def test_arrows(folder):
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
-        assert not {name.partition(".")[0] for name in imported(path)} & FORBIDDEN[folder], path
+        # The data set for PyTorch is the one file that is made for it, and is imported only when it is asked for.
+        allowed = {"torch"} if path == ROOT / "vtab_tasks" / "torch.py" else set()
+        assert not {name.partition(".")[0] for name in imported(path)} & (FORBIDDEN[folder] - allowed), path
 
 
 def test_nothing_imports_the_harness_but_itself():

@@ -184,7 +184,7 @@ def test_export_goes_on_where_it_was_killed(norb, tmp_path, monkeypatch):
     monkeypatch.setattr(vtab_tasks.TaskData, "images", killed)
     with pytest.raises(KeyboardInterrupt):
         export("snorb_azim", out, source="tfds", data_dir=norb, show_progress_bar=False)
-    assert vtab_tasks.locate("snorb_azim", out) == []
+    assert vtab_tasks.locate("snorb_azim", out) == [("rendered", None)]
     written = {p: p.stat().st_mtime_ns for p in out.rglob("*.png")}
     assert len(written) == 6
     monkeypatch.setattr(vtab_tasks.TaskData, "images", real)

@@ -98,7 +98,7 @@ def test_result_says_everything(finished):
 def test_folder_holds_result_curves_and_adapter_and_no_checkpoint(finished):
     config, out, result = finished
     folder = out / config.run_name()
-    assert {p.name for p in folder.iterdir()} == {"config.json", "result.json", "curves.png", "adapter"}
+    assert {p.name for p in folder.iterdir()} == {".lock", "config.json", "result.json", "curves.png", "adapter"}
     assert matplotlib.image.imread(folder / "curves.png").std() > 0.05
     card = (folder / "adapter" / "README.md").read_text()
     assert card == model_card(result) and "rendered" in card and f"{100 * result['test']['top1']:.2f} %" in card
@@ -346,7 +346,7 @@ def test_rerun_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
     monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("stopped"))
     with pytest.raises(pytest.fail.Exception, match="stopped"):
         run(config, tmp_path, rerun=True)
-    assert [p.name for p in folder.iterdir()] == ["config.json"]
+    assert {p.name for p in folder.iterdir()} == {".lock", "config.json"}
 
 
 def test_test_split_is_opened_once_after_the_last_epoch(tmp_path, monkeypatch):

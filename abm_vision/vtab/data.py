@@ -37,7 +37,7 @@ class Preprocessing:
 
     def resize(self, images: Sequence[np.ndarray]) -> Tensor:
         """n images, uint8 (height, width, 3), to uint8 (n, 3, size, size); the aspect ratio is not kept, as in VTAB."""
-        groups = [np.stack(images)] if len({i.shape for i in images}) == 1 else [i[None] for i in images]
+        groups = [np.stack(images)] if len({i.shape for i in images}) == 1 else [np.array(i[None]) for i in images]
         size, interpolation = [self.image_size] * 2, InterpolationMode(self.interpolation)
         pixels = (torch.from_numpy(group).permute(0, 3, 1, 2) for group in groups)
         return torch.cat([resize(group, size, interpolation, antialias=True) for group in pixels])
