@@ -111,7 +111,7 @@ def draw_comparison(comparison: Any) -> Figure:
 
 
 def draw_tasks(section: Any) -> Figure:
-    """A group of bars a task, one bar a method, with the standard deviation. `section` is a `vtab.report.Section`."""
+    """A group of bars a task, one bar a method, with its standard deviation; see `vtab.collection.Section`."""
     count = len(section.methods)
     figure = Figure(figsize=(max(6, 1.6 + 0.32 * count * len(section.tasks)), 4), layout="constrained")
     axes = figure.subplots()

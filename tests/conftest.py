@@ -14,6 +14,19 @@ from hypothesis import settings
 from abm_vision.abm.merged_linear import BlockLinear
 
 SIDE = 32  # pixels
+TINY = {  # settings of a run that takes seconds
+    "model": "test_vit",
+    "weights": "none",
+    "image_size": SIDE,
+    "rank": 4,
+    "epochs": 2,
+    "batch_size": 250,
+    "test_images": 60,
+    "precision": "fp32",
+    "device": "cpu",
+    "abm_steps": 2,
+    "abm_samples": 16,
+}
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

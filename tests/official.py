@@ -1,6 +1,7 @@
 """Small data sets written by TFDS's official builder classes, for the tests."""
 
 import io
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import vtab_tasks
 from vtab_tasks.tasks import Edition, Part, Task
 
 BUILDERS = sorted({task.tfds_name for task in vtab_tasks.TASKS.values()})
-EXAMPLES = "the image's colour"  # key, in a generated example, of (r, g, b) as it is to be read
+COLOUR = "the image's colour"  # key, in a generated example, of (r, g, b) as it is to be read
 # Examples in TFDS's splits; every task's slices lie in the first 30 of a split.
 SIZE = 30
 _TRAIN_ONLY = {"dsprites": ["train"], "eurosat/rgb": ["train"], "resisc45": ["train"]}
@@ -42,13 +43,9 @@ def write_official(name: str, data_dir, size: int = SIZE) -> dict[str, list[dict
     official = tfds.builder_cls(builder_name)
     settings = {"config": config} if config else {}
     builder = official(data_dir=data_dir, file_format="array_record", **settings)
-    made = {split: _examples(builder.info.features, tfds, size, seed) for seed, split in enumerate(splits)}
-
-    def without_colour(examples):
-        return ((key, {k: v for k, v in e.items() if k != EXAMPLES}) for key, e in enumerate(examples))
-
+    made = {split: make_examples(builder.info.features, size, seed) for seed, split in enumerate(splits)}
     with pytest.MonkeyPatch.context() as patch:
-        generators = {split: without_colour(examples) for split, examples in made.items()}
+        generators = {split: as_tfds(examples) for split, examples in made.items()}
         patch.setattr(official, "_split_generators", lambda *a, **k: generators)
         builder.download_and_prepare()
     return {
@@ -57,7 +54,14 @@ def write_official(name: str, data_dir, size: int = SIZE) -> dict[str, list[dict
     }
 
 
-def _examples(features, tfds, size: int, seed: int) -> list[dict]:
+def as_tfds(examples: list[dict]) -> Iterator[tuple[int, dict]]:
+    """(key, example) pairs as a builder yields them."""
+    return ((key, {k: v for k, v in e.items() if k != COLOUR}) for key, e in enumerate(examples))
+
+
+def make_examples(features, size: int, seed: int) -> list[dict]:
+    """Random examples with these features, each with its image's colour."""
+    tfds = pytest.importorskip("tensorflow_datasets")
     random = np.random.default_rng(seed)
     examples = []
     for _ in range(size):
@@ -66,7 +70,7 @@ def _examples(features, tfds, size: int, seed: int) -> list[dict]:
         if features["image"].shape[-1] == 1:
             scale = 255 if features["image"].shape == (64, 64, 1) else 1  # dSprites: 0 and 1
             colour = np.repeat(colour[:1] % 2 * 255 if scale == 255 else colour[:1], 3)
-        examples.append({**example, EXAMPLES: tuple(int(c) for c in colour)})
+        examples.append({**example, COLOUR: tuple(int(c) for c in colour)})
     return examples
 
 

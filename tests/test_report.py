@@ -5,32 +5,22 @@ import csv
 import io
 import itertools
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
+from conftest import TINY
 
 import vtab_tasks
 from abm_vision.vtab import executors
 from abm_vision.vtab.__main__ import main
+from abm_vision.vtab.collection import collect
 from abm_vision.vtab.published import PUBLISHED
-from abm_vision.vtab.report import collect, notes, published_means, to_csv, to_latex, to_markdown, write_report
+from abm_vision.vtab.report import notes, published_means, to_csv, to_latex, to_markdown, write_report
 from abm_vision.vtab.suite import Suite, run_suite
 
-TINY = {
-    "model": "test_vit",
-    "weights": "none",
-    "image_size": 32,
-    "rank": 4,
-    "epochs": 1,
-    "batch_size": 250,
-    "test_images": 60,
-    "precision": "fp32",
-    "device": "cpu",
-    "abm_steps": 2,
-    "abm_samples": 16,
-    "source": "rendered",
-}
+TINY = {**TINY, "epochs": 1, "source": "rendered"}
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +65,6 @@ def whole(put, tmp_path):
     return tmp_path / "runs"
 
 
-def text(average):
-    return str(average)
-
-
 def test_averages_by_hand(whole):
     (section,) = collect(whole).sections
     assert section.kind == "real" and section.methods == ("kaiming", "abm") and len(section.tasks) == 19
@@ -87,7 +73,7 @@ def test_averages_by_hand(whole):
     assert [natural.value, specialized.value, structured.value] == pytest.approx(expected)
     assert m19.value == pytest.approx(41 + 9) and m3.value == pytest.approx(np.mean(expected))
     assert m19.std == pytest.approx(np.std([49, 51], ddof=1))  # of the means of seeds
-    assert text(m19) == "50.0 ± 1.4" and section.missing("kaiming") == []
+    assert str(m19) == "50.0 ± 1.4" and section.missing("kaiming") == []
 
 
 def test_a_cell_is_mean_and_standard_deviation_over_seeds(put, tmp_path):
@@ -104,8 +90,8 @@ def test_a_part_is_never_shown_as_the_whole(put, tmp_path):
         put(task, top1=0.1 * k)
     report = collect(tmp_path / "runs")
     natural, specialized, _, m19, m3 = report.sections[0].averages("kaiming")
-    assert text(natural) == "20.0 (5 of 7)" and text(specialized) == "– (0 of 4)"
-    assert text(m19) == text(m3) == "– (5 of 19)"
+    assert str(natural) == "20.0 (5 of 7)" and str(specialized) == "– (0 of 4)"
+    assert str(m19) == str(m3) == "– (5 of 19)"
     assert any("real, kaiming: without svhn, sun397, patch_camelyon" in line for line in notes(report))
 
 
@@ -116,8 +102,8 @@ def test_rendered_and_real_data_are_reported_apart(put, tmp_path):
     report = collect(tmp_path / "runs")
     real, rendered = report.sections
     assert (real.kind, rendered.kind) == ("real", "rendered")
-    assert text(real.averages("kaiming")[2]) == "60.0 (1 of 8)"
-    assert [text(a) for a in rendered.averages("kaiming")] == ["50.0 (2 of 8)"]
+    assert str(real.averages("kaiming")[2]) == "60.0 (1 of 8)"
+    assert [str(a) for a in rendered.averages("kaiming")] == ["50.0 (2 of 8)"]
     markdown = to_markdown(report)
     assert "Rendered surrogates (not VTAB-1K)" in markdown and "compare with no published row" in markdown
     assert "data" in report.differing and set(report.differing["data"]) == {"tfds", "rendered"}
@@ -235,6 +221,8 @@ def test_a_result_of_another_schema(put, tmp_path, capsys):
 def test_the_command(whole, tmp_path, capsys):
     assert main(["report", str(whole), "--out", str(tmp_path / "report")]) == 0
     assert "m19, mean of the 19 tasks" in capsys.readouterr().out
+    links = re.findall('href="([^"]+)"', (tmp_path / "report" / "report.html").read_text())
+    assert len(links) == 19 * 2 + 76 and all((tmp_path / "report" / link).is_file() for link in links)
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
         "report.csv", "report.html", "report.md", "report.tex"
     ]  # fmt: skip

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY
 from official import BUILDERS, small_edition, write_official
 
 import vtab_tasks
@@ -23,20 +24,7 @@ from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
 from abm_vision.vtab.train import Diverged
 
-TINY = {
-    "model": "test_vit",
-    "weights": "none",
-    "image_size": 32,
-    "rank": 4,
-    "epochs": 1,
-    "batch_size": 250,
-    "test_images": 60,
-    "precision": "fp32",
-    "device": "cpu",
-    "abm_steps": 2,
-    "abm_samples": 16,
-    "source": "rendered",
-}
+TINY = {**TINY, "epochs": 1, "source": "rendered"}
 WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -161,6 +149,19 @@ def test_finished_runs_are_not_repeated(finished, monkeypatch):
     runner = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
     monkeypatch.setattr(runner, "_run", lambda *a: pytest.fail("ran again"))
     assert run_suite(suite, out, executors.in_this_process(), silent) == outcomes
+
+
+def test_a_tuned_reference_is_the_run_that_the_suite_has_anyway(tmp_path):
+    """Although --abm-steps is given for all: the default start has no use for it."""
+    outcomes = run_suite(tiny(inits=("kaiming", "abm_tuned")), tmp_path, executors.in_this_process(), silent)
+    assert {o.state for o in outcomes.values()} == {"done"} and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert main(["suite", "--tasks", "dsprites_loc", "--init", "kaiming", "--out", str(tmp_path / "out"), *WORDS]) == 2
+    assert "cannot write results under" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -306,6 +307,8 @@ def test_dry_run(finished, tmp_path, capsys):
         (["--grid", "lr=fast"], "lr takes values of type float"),
         (["--grid", "speed=1,2"], "is not SETTING=A,B"),
         (["--jobs", "0"], "jobs is 0; it must be 1 to"),
+        (["--executor", "ray", "--jobs", "2"], "--jobs is not for --executor ray"),
+        (["--gpus-per-run", "0.5"], "--gpus-per-run is not for --executor local"),
         (["--task", "dsprites_loc"], "unrecognized arguments: --task"),
     ],
 )
@@ -356,7 +359,7 @@ def test_ray_with_a_node_that_dies(tmp_path):
     from ray.cluster_utils import Cluster
 
     suite = Suite(("dsprites_loc",), ("kaiming", "gaussian"), 1, {**TINY, "epochs": 20})
-    # Ray finds out in a second, not in half a minute, that a node is lost.
+    # Ray is to find out soon that a node is lost.
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 300, "health_check_failure_threshold": 3}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})
     try:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import build_vit
+from conftest import TINY, build_vit
 from PIL import Image
 
 import vtab_tasks
@@ -23,19 +23,6 @@ from abm_vision.vtab.results import model_card, open_folder, read_result
 
 RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
 SETUP = importlib.import_module("abm_vision.vtab.setup")
-TINY = {
-    "model": "test_vit",
-    "weights": "none",
-    "image_size": 32,
-    "rank": 4,
-    "epochs": 2,
-    "batch_size": 250,
-    "test_images": 60,
-    "precision": "fp32",
-    "device": "cpu",
-    "abm_steps": 2,
-    "abm_samples": 16,
-}
 
 
 def tiny(**changes):

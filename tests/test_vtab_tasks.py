@@ -9,7 +9,7 @@ import math
 
 import numpy as np
 import pytest
-from official import BUILDERS, EXAMPLES, small_edition, write_official
+from official import BUILDERS, COLOUR, small_edition, write_official
 
 import vtab_tasks
 from vtab_tasks import labels
@@ -160,7 +160,7 @@ def test_official_data(official, monkeypatch, name):
             assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
             assert task.image_size in (None, image.shape[:2]) or task.tfds_name == "clevr"  # whose schema is open
             # JPEG is not exact; an image is of one colour
-            assert np.abs(image.astype(int) - np.array(example[EXAMPLES])).max() <= 6
+            assert np.abs(image.astype(int) - np.array(example[COLOUR])).max() <= 6
             assert label == plain_label(name, example)
 
 

@@ -58,10 +58,9 @@ def export(
 
 def _claim(folder: Path, data: TaskData) -> None:
     """Record where the images come from, or make sure that those there came from the same place."""
-    # A rendered split is described with its size or its seed; the source is what all splits have in common.
     origin = {"task": data.task.name, "source": data.source, "location": data.location, "format": "png"}
-    if not folder.exists():
-        folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    if not any(not path.name.startswith(".") for path in folder.iterdir()):  # but for what a killed export left
         _write(folder / ORIGIN, json.dumps(origin, indent=2).encode())
         return
     try:

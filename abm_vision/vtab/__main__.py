@@ -113,12 +113,20 @@ def _compare(words: list[str]) -> int:
     return 0
 
 
+LOCAL_FLAGS = ("jobs",)
+RAY_FLAGS = {"cpus_per_run": "cpus", "gpus_per_run": "gpus", "ray_address": "address"}  # to those of `on_ray`
+
+
 def _suite(words: list[str]) -> int:
     options = vars(suite_parser().parse_args(words))
-    names = "tasks init seeds grid out diagnose executor jobs ray_address cpus_per_run gpus_per_run dry_run quiet"
-    tasks, init, seeds, grid, out, diagnose, executor, jobs, address, cpus, gpus, dry_run, quiet = (
-        options.pop(name) for name in names.split()
+    tasks, init, seeds, grid, out, diagnose, executor, dry_run, quiet = (
+        options.pop(name) for name in "tasks init seeds grid out diagnose executor dry_run quiet".split()
     )
+    given = {name: options.pop(name) for name in (*LOCAL_FLAGS, *RAY_FLAGS) if name in options}
+    others = LOCAL_FLAGS if executor == "ray" else RAY_FLAGS
+    foreign = [f"--{name.replace('_', '-')}" for name in given if name in others]
+    if foreign:
+        raise ValueError(f"{', '.join(foreign)} is not for --executor {executor}")
 
     from abm_vision.vtab import executors, suite
 
@@ -129,11 +137,11 @@ def _suite(words: list[str]) -> int:
         _print_plan(wanted, out)
         return 0
     if executor == "ray":
-        execute = executors.on_ray(cpus, gpus, address)
-    elif jobs == 1:
+        execute = executors.on_ray(**{RAY_FLAGS[name]: value for name, value in given.items()})
+    elif given.get("jobs", 1) == 1:
         execute = executors.in_this_process(None if quiet else _say)
     else:
-        execute = executors.local(jobs)
+        execute = executors.local(given["jobs"])
     outcomes = suite.run_suite(wanted, out, execute, (lambda line: None) if quiet else _say)
     failed = {config: outcome for config, outcome in outcomes.items() if outcome.state == "failed"}
     for config, outcome in failed.items():
@@ -160,19 +168,9 @@ def _grid(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
 
 
 def _print_plan(wanted: Any, out: str) -> None:
-    import tempfile
-
     from abm_vision.vtab import suite
-    from abm_vision.vtab.run import run
 
-    short = suite.short(wanted)
-    throughput = suite.measured(out, short)
-    origin = f"finished runs in {out}"
-    if throughput is None:
-        origin = f"one epoch of {short.task} just now"
-        with tempfile.TemporaryDirectory() as folder:
-            run(short, folder)
-            throughput = suite.measured(folder, short)
+    throughput, origin = suite.measure(wanted, out)
     planned = suite.plan(wanted, out, throughput)
     for one in planned:
         kind = "selection" if one.config.evaluate == "val" else "final"
@@ -191,9 +189,9 @@ def _print_plan(wanted: Any, out: str) -> None:
 def _report(words: list[str]) -> int:
     options = report_parser().parse_args(words)
 
-    from abm_vision.vtab import report
+    from abm_vision.vtab import collection, report
 
-    found = report.collect(options.folder)
+    found = collection.collect(options.folder)
     paths = report.write_report(found, options.out or options.folder)
     print(report.to_markdown(found), *paths, sep="\n")
     return 0

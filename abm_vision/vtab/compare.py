@@ -12,9 +12,8 @@ from typing import Any
 
 from abm_vision import plots
 from abm_vision.abm.files import write_atomically
-from abm_vision.initializers import get_initializer
 from abm_vision.vtab.comparison import BASELINE, Comparison, Row
-from abm_vision.vtab.config import RunConfig, make_config
+from abm_vision.vtab.config import RunConfig, make_config, uses
 from abm_vision.vtab.run import run
 from abm_vision.vtab.train import Diverged
 
@@ -50,7 +49,7 @@ def run_all(
     say = say or (lambda line: None)
     wanted = list(itertools.product(tasks, inits, rates, range(seeds)))
     configs = [
-        make_config(**{**_settings_for(i, settings), "task": t, "init": i, "lr": lr, "seed": s})
+        make_config(**{k: v for k, v in settings.items() if uses(i, k)}, task=t, init=i, lr=lr, seed=s)
         for t, i, lr, s in wanted
     ]
     found, diverged = [], []
@@ -62,12 +61,6 @@ def run_all(
             say(f"diverged  {error}")
             diverged.append(config)
     return found, diverged
-
-
-def _settings_for(init: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A reference is for the starts alone that use one."""
-    uses_reference = "reference" in get_initializer(init).needs
-    return {name: value for name, value in settings.items() if uses_reference or name != "abm_reference"}
 
 
 _COLUMNS: Mapping[str, Callable[[Row], str]] = {

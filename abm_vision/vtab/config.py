@@ -24,6 +24,7 @@ PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "constant")
 # What is trained on and what is scored.
 EVALUATIONS: Mapping[str, tuple[str, str]] = {"test": ("train800val200", "test"), "val": ("train800", "val200")}
+SET_BY_SUITE = ("task", "init", "seed", "evaluate")
 SOURCES = ("auto", "tfds", "folder", "rendered")
 
 
@@ -186,6 +187,18 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "test_images": 0,
     },
 }
+
+
+def uses(init: str, setting: str) -> bool:
+    """Whether a start has a use for a setting. One without is left at its default, so that equal runs share a name."""
+    start = get_initializer(init)
+    if setting == "abm_reference":
+        return "reference" in start.needs
+    if setting == "abm_samples":
+        return start.needs != "nothing"
+    if setting.startswith("abm_"):
+        return init.startswith("abm")
+    return init == "abm_aligned" or not setting.startswith("align_")
 
 
 def make_config(**settings: Any) -> RunConfig:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from typing import Any, NoReturn
 
-from abm_vision.vtab.config import PRESETS, SOURCES, RunConfig
+from abm_vision.vtab.config import PRESETS, SET_BY_SUITE, SOURCES, RunConfig
 
 EPILOG = (
     "Other commands: suite (many tasks, starts and seeds), report (of finished runs), compare (starts side by side), "
@@ -81,9 +81,6 @@ def compare_parser() -> argparse.ArgumentParser:
     return parser
 
 
-SUITE_SETTINGS = ("task", "init", "seed", "evaluate")  # what a suite sets by itself
-
-
 def suite_parser() -> argparse.ArgumentParser:
     """What is to be run, how, and the settings that all runs share."""
     parser = _Parser(
@@ -101,14 +98,15 @@ def suite_parser() -> argparse.ArgumentParser:
         metavar="SETTING=A,B",
         help="choose this setting on train800/val200, for every task from the same values; may be given several times",
     )
-    _add_settings(parser, without=SUITE_SETTINGS)
+    _add_settings(parser, without=SET_BY_SUITE)
     parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
     parser.add_argument("--diagnose", action="store_true", help="measure the information loss of every start")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where (default: local)")
-    parser.add_argument("--jobs", type=int, default=1, help="local: runs at a time (default: 1)")
-    parser.add_argument("--ray-address", help="ray: the cluster's address (default: found, or started here)")
-    parser.add_argument("--cpus-per-run", type=float, default=1.0, help="ray: CPUs that a run takes (default: 1)")
-    parser.add_argument("--gpus-per-run", type=float, default=0.0, help="ray: GPUs, or a fraction (default: 0)")
+    unset = {"default": argparse.SUPPRESS}  # a flag of the other executor is told, not passed over
+    parser.add_argument("--jobs", type=int, **unset, help="local: runs at a time (default: 1)")
+    parser.add_argument("--ray-address", **unset, help="ray: the cluster's address (default: found, or started here)")
+    parser.add_argument("--cpus-per-run", type=float, **unset, help="ray: CPUs that a run takes (default: 1)")
+    parser.add_argument("--gpus-per-run", type=float, **unset, help="ray: GPUs, or a fraction (default: 0)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs and the time they are likely to take")
     parser.add_argument("--quiet", action="store_true", help="nothing but the failures")
     return parser

@@ -54,12 +54,19 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         Busy: another process has it.
+        OSError: nothing can be written to the folder.
     """
+    lock = FileLock(folder / LOCK)
     try:
-        with FileLock(folder / LOCK, timeout=0):
-            yield
+        lock.acquire(timeout=0)
     except Timeout:
         raise Busy(f"another process is at the run in {folder}: wait for it, or choose another --out") from None
+    except OSError as error:
+        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def clear(folder: Path) -> None:

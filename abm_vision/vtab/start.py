@@ -19,7 +19,7 @@ from abm_vision.abm.gradient import adapted_layers
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import get_initializer, initialize_lora
 from abm_vision.vtab import results
-from abm_vision.vtab.config import RunConfig
+from abm_vision.vtab.config import RunConfig, uses
 from abm_vision.vtab.data import shuffled
 from abm_vision.vtab.setup import Say, Setup, stopwatch
 from abm_vision.vtab.train import autocast
@@ -134,7 +134,7 @@ def _reference(
 
 def _without_own_settings(config: RunConfig) -> RunConfig:
     """The same run with peft's default start; settings that it does not use are the defaults, so that it is shared."""
-    unused = {f.name: f.default for f in fields(RunConfig) if f.name.startswith(("abm_", "align_"))}
+    unused = {f.name: f.default for f in fields(RunConfig) if not uses("kaiming", f.name)}
     return replace(config, init="kaiming", **unused)
 
 

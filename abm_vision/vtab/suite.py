@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import vtab_tasks
-from abm_vision.initializers import get_initializer
 from abm_vision.vtab import results
-from abm_vision.vtab.config import RunConfig, make_config
+from abm_vision.vtab.config import EVALUATIONS, SET_BY_SUITE, RunConfig, make_config, uses
 from abm_vision.vtab.run import run
+from abm_vision.vtab.setup import Say
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Suite:
                 raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}; give one or more, each once")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}; it must be 1 or more")
-        taken = sorted({"task", "init", "seed", "evaluate"} & {*self.settings, *self.grid})
+        taken = sorted(set(SET_BY_SUITE) & {*self.settings, *self.grid})
         if taken:
             raise ValueError(f"the suite itself sets {', '.join(taken)}: leave them out of settings and grid")
         both = sorted(set(self.grid) & set(self.settings))
@@ -90,13 +90,8 @@ class Suite:
             yield dict(zip(self.grid, values, strict=True))
 
     def _config(self, task: str, init: str, seed: int, point: Mapping[str, Any], evaluate: str) -> RunConfig:
-        own = {"task": task, "init": init, "seed": seed, "evaluate": evaluate}
-        settings = {k: v for k, v in self.settings.items() if k != "abm_reference" or _uses_reference(init)}
-        return make_config(**{**settings, **point, **own})
-
-
-def _uses_reference(init: str) -> bool:
-    return "reference" in get_initializer(init).needs
+        settings = {k: v for k, v in {**self.settings, **point}.items() if uses(init, k)}
+        return make_config(**settings, task=task, init=init, seed=seed, evaluate=evaluate)
 
 
 def parse_tasks(text: str) -> tuple[str, ...]:
@@ -221,7 +216,7 @@ def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list
     """What the suite would run, selection first. Final runs stand there with the grid's first point.
 
     Args:
-        throughput: images per second in `train` and `test`, and seconds of `start`, as `measured` gives them.
+        throughput: images per second in `train` and `test`, and seconds of `start`, as `measure` gives them.
     """
     planned = []
     for config in (*suite.selection(), *suite.final()):
@@ -235,7 +230,7 @@ def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list
         elif (folder / results.CHECKPOINT).is_file():
             state = "half done"
         task = vtab_tasks.get_task(config.task)
-        train, test = (800, 200) if config.evaluate == "val" else (1000, task.size("test"))
+        train, test = map(task.size, EVALUATIONS[config.evaluate])
         if config.test_images:
             test = min(test, config.test_images)
         seconds = throughput["start"] + config.epochs * train / throughput["train"] + test / throughput["test"]
@@ -243,14 +238,25 @@ def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list
     return planned
 
 
-def measured(out: str | Path, like: RunConfig) -> dict[str, float] | None:
-    """Throughput of the finished runs under `out` with the same model at the same size; None if there are none."""
+def measure(suite: Suite, out: str | Path) -> tuple[dict[str, float], str]:
+    """The throughput to plan with, and in words where it is from.
+
+    It is that of finished runs under `out` with the same model at the same size, or else of one epoch that is run now.
+    """
+    final = suite.final()[0]
+    # Scored on the 200 images: the test split is not opened for this.
+    short = replace(final, epochs=1, evaluate="val", warmup_epochs=min(1.0, final.warmup_epochs))
+    if found := _throughput(out, short):
+        return found, f"finished runs in {out}"
+    with tempfile.TemporaryDirectory() as folder:
+        run(short, folder)
+        return _throughput(folder, short), f"one epoch of {short.task} just now"
+
+
+def _throughput(out: str | Path, like: RunConfig) -> dict[str, float] | None:
     alike = ("model", "image_size", "batch_size", "targets", "precision", "device")
-    found = [
-        result
-        for folder in Path(out).glob("*/")
-        if (result := results.read_result(folder)) and all(result["config"][k] == getattr(like, k) for k in alike)
-    ]
+    finished = (results.read_result(folder) for folder in Path(out).glob("*/"))
+    found = [r for r in finished if r and all(r["config"][k] == getattr(like, k) for k in alike)]
     if not found:
         return None
     seconds = [r["seconds"] for r in found]
@@ -259,9 +265,3 @@ def measured(out: str | Path, like: RunConfig) -> dict[str, float] | None:
         "test": statistics.median(r["images_per_second"]["test"] for r in found),
         "start": statistics.median(s["data"] + s["weights"] + s["lora"] + s["init"] for s in seconds),
     }
-
-
-def short(suite: Suite) -> RunConfig:
-    """A run of one epoch to measure the throughput by, scored on the 200 images."""
-    config = suite.final()[0]
-    return replace(config, epochs=1, evaluate="val", warmup_epochs=min(1.0, config.warmup_epochs))

@@ -1,4 +1,4 @@
-"""Pictures kept on disk: what took 50 ms to draw is read in one. One SQLite file a scene; processes may share it."""
+"""Pictures kept on disk once they are drawn: one SQLite file a scene, which processes may share."""
 
 import hashlib
 import io
@@ -44,7 +44,7 @@ def drawn(
     try:
         with _open(name) as store:
             return np.stack(_all(store, split, positions, draw))
-    except (OSError, RuntimeError, sqlite3.OperationalError) as error:
+    except (OSError, RuntimeError, sqlite3.DatabaseError) as error:  # RuntimeError: no home
         warnings.warn(f"pictures cannot be kept, they are drawn again every time: {error}", stacklevel=2)
         return np.stack([draw(position) for position in positions])
 

@@ -4,7 +4,7 @@ import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,10 @@ class Surrogate:
     code: tuple[str, ...]
     what: str
 
+    def draw(self, split: str, position: int) -> NDArray[np.uint8]:
+        """The picture at a position of a TFDS split."""
+        return self.picture(self.scene(split, position))
+
 
 @dataclass(frozen=True, eq=False)
 class SurrogateItems:
@@ -72,8 +76,7 @@ class SurrogateItems:
         name, surrogate = self.task.tfds_name, _SURROGATES[self.task.tfds_name]
         cached, images = f"{name}-{code_hash(*surrogate.code)}", []
         for split, inside in _runs([self.places[position] for position in positions]):
-            draw = lambda position, split=split: surrogate.picture(surrogate.scene(split, position))  # noqa: E731
-            images.extend(drawn(cached, split, inside, draw))
+            images.extend(drawn(cached, split, inside, partial(surrogate.draw, split)))
         return images
 
     def labels(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
