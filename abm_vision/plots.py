@@ -75,39 +75,124 @@ def draw_information_loss(result: dict[str, Any]) -> Figure:
 
 
 def draw_comparison(comparison: Any) -> Figure:
-    """A row of panels a task: training loss by epoch and by seconds (start counted), test top-1, information loss.
+    """A row of panels a task: training loss and test top-1 against epochs and seconds, start counted.
 
-    Lines are means over seeds, bands one standard deviation. `comparison` is a `vtab.comparison.Comparison`.
+    Top-1 that was not followed is drawn as the final one of every seed. A panel with top-1 at every learning rate
+    stands where several were tried, one of the information loss where it was measured. Lines are means over seeds,
+    bands one standard deviation. `comparison` is a `vtab.comparison.Comparison`.
     """
     tasks = list(dict.fromkeys(row.task for row in comparison.rows))
     starts = list(dict.fromkeys(init for _, init in comparison.best))
     colours = dict(zip(starts, _distinct(len(starts)), strict=True))
-    figure = Figure(figsize=(15, 3.9 * len(tasks) + 0.6), layout="constrained")
-    grid = figure.subplots(len(tasks), 4, squeeze=False, width_ratios=[3, 3, 3, 2])
+    panels = [_loss_by_epoch, _loss_by_seconds]
+    if all(run["top1_per_epoch"] for runs in comparison.best.values() for run in runs):
+        panels += [_top1_by_epoch, _top1_by_seconds]
+    else:
+        panels.append(_final_top1)
+    if any(len(rates) > 1 for rates in comparison.rates.values()):
+        panels.append(_top1_by_rate)
+    if any(row.information_loss is not None for row in comparison.rows):
+        panels.append(_information_loss)
+    figure = Figure(figsize=(3.9 * len(panels), 3.9 * len(tasks) + 0.6), layout="constrained")
+    grid = figure.subplots(len(tasks), len(panels), squeeze=False)
     for line, task in zip(grid, tasks, strict=True):
         rows = [row for row in comparison.rows if row.task == task]
-        for row in rows:
-            _draw_start(line, row, comparison.best[task, row.init], colours[row.init])
-        source = " (rendered data)" if rows[0].source == "rendered" else ""
-        line[0].set(yscale="log", xlabel="epoch", ylabel="training loss", title=f"{task}{source}")
-        line[1].set(yscale="log", xlabel="seconds, start included", ylabel="training loss")
-        line[2].set(xlabel="epoch", ylabel="test top-1 (%)")
-        line[3].set(xlabel="information loss", xlim=(0, 1), yticks=range(len(rows)))
-        line[3].set_yticklabels([f"{row.init}, lr {row.lr:g}" for row in rows])
-        line[3].invert_yaxis()
-        for position, row in enumerate(rows):
-            if row.information_loss is not None:
-                line[3].barh(position, row.information_loss, color=colours[row.init], height=0.6)
-                line[3].text(
-                    row.information_loss + 0.02, position, f"{row.information_loss:.3f}", va="center", fontsize=8
-                )
-        for axes in line:
+        for axes, panel in zip(line, panels, strict=True):
+            panel(axes, comparison, rows, colours)
             _tidy(axes)
-        for axes in line[:2]:
-            _plain_log(axes)
+        line[0].set_title(f"{task}{' (rendered data)' if rows[0].source == 'rendered' else ''}")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=min(6, len(labels)), frameon=False)
     return figure
+
+
+def _loss_by_epoch(axes: Axes, comparison: Any, rows: Sequence[Any], colours: dict[str, Any]) -> None:
+    for row in rows:
+        losses = epoch_losses(comparison.best[row.task, row.init])
+        _line_with_band(axes, np.arange(losses.shape[1]) + 0.5, losses, colours[row.init], row.init)
+    axes.set(yscale="log", xlabel="epoch", ylabel="training loss")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    _plain_log(axes)
+
+
+def _loss_by_seconds(axes: Axes, comparison: Any, rows: Sequence[Any], colours: dict[str, Any]) -> None:
+    for row in rows:
+        runs = comparison.best[row.task, row.init]
+        losses = epoch_losses(runs)
+        _line_with_band(axes, _seconds(runs, np.arange(losses.shape[1]) + 0.5), losses, colours[row.init], row.init)
+    axes.set(yscale="log", xlabel="seconds, start included", ylabel="training loss")
+    _plain_log(axes)
+
+
+def _top1_by_epoch(axes: Axes, comparison: Any, rows: Sequence[Any], colours: dict[str, Any]) -> None:
+    for row in rows:
+        _line_with_band(axes, *_followed(comparison.best[row.task, row.init]), colours[row.init], row.init)
+    axes.set(xlabel="epoch", ylabel="test top-1 (%)")
+
+
+def _top1_by_seconds(axes: Axes, comparison: Any, rows: Sequence[Any], colours: dict[str, Any]) -> None:
+    for row in rows:
+        runs = comparison.best[row.task, row.init]
+        epochs, top1 = _followed(runs)
+        _line_with_band(axes, _seconds(runs, epochs), top1, colours[row.init], row.init)
+    axes.set(xlabel="seconds, start included", ylabel="test top-1 (%)")
+
+
+def _final_top1(axes: Axes, comparison: Any, rows: Sequence[Any], colours: dict[str, Any]) -> None:
+    """A dot a seed, a bar at their mean."""
+    for position, row in enumerate(rows):
+        top1 = [100 * run["test"]["top1"] for run in comparison.best[row.task, row.init]]
+        axes.plot(top1, [position] * len(top1), "o", color=colours[row.init], alpha=0.5, markersize=5)
+        axes.plot(np.mean(top1), position, "|", color=colours[row.init], markersize=18, markeredgewidth=2)
+    _name_rows(axes, rows)
+    axes.set(xlabel="test top-1 after the last epoch (%)")
+
+
+def _top1_by_rate(axes: Axes, comparison: Any, rows: Sequence[Any], colours: dict[str, Any]) -> None:
+    """Mean over seeds; a rate at which a start diverged has no point."""
+    rates = sorted({lr for row in rows for lr in comparison.rates[row.task, row.init]})
+    for row in rows:
+        found = comparison.rates[row.task, row.init]
+        top1 = [100 * found[lr][1] if found.get(lr) else np.nan for lr in rates]
+        axes.plot(rates, top1, "o-", color=colours[row.init], markersize=4, linewidth=1.4)
+    axes.set(xscale="log", xlabel="learning rate", ylabel="test top-1 (%)")
+    axes.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _information_loss(axes: Axes, comparison: Any, rows: Sequence[Any], colours: dict[str, Any]) -> None:
+    for position, row in enumerate(rows):
+        if row.information_loss is not None:
+            axes.barh(position, row.information_loss, color=colours[row.init], height=0.6)
+            # Long bars have their figure inside.
+            inside = row.information_loss > 0.8
+            place, side, colour = row.information_loss, "right" if inside else "left", "white" if inside else "black"
+            place += -0.02 if inside else 0.02
+            axes.text(place, position, f"{row.information_loss:.3f}", va="center", ha=side, color=colour, fontsize=8)
+    _name_rows(axes, rows)
+    axes.set(xlabel="information loss", xlim=(0, 1))
+
+
+def _name_rows(axes: Axes, rows: Sequence[Any]) -> None:
+    axes.set_yticks(range(len(rows)), [f"{row.init}, lr {row.lr:g}" for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def epoch_losses(runs: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Mean training loss of every epoch: (runs, epochs)."""
+    return np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
+
+
+def _seconds(runs: Sequence[dict[str, Any]], epochs: np.ndarray) -> np.ndarray:
+    """What the start and so many epochs take, mean over runs."""
+    began = np.mean([r["seconds"]["init"] + r["seconds"].get("reference", 0) for r in runs])
+    return began + np.mean([np.median(r["seconds_per_epoch"]) for r in runs]) * epochs
+
+
+def _followed(runs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Epochs at which top-1 was measured, and its values in percent: (runs, epochs)."""
+    epochs = np.array([int(epoch) for epoch in runs[0]["top1_per_epoch"]])
+    return epochs, np.array([[100 * run["top1_per_epoch"][str(epoch)] for epoch in epochs] for run in runs])
 
 
 def draw_tasks(section: Any) -> Figure:
@@ -138,9 +223,7 @@ def draw_convergence(section: Any) -> Figure:
     for axes, task in zip(panels.flat, tasks, strict=False):
         for method in section.methods:
             if cell := section.cells.get((task, method)):
-                losses = np.array(
-                    [np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in cell.runs]
-                )
+                losses = epoch_losses(cell.runs)
                 _line_with_band(axes, np.arange(losses.shape[1]) + 0.5, losses, colours[method], method)
         axes.set(yscale="log", title=task, xlabel="epoch", ylabel="training loss")
         _plain_log(axes)
@@ -188,18 +271,6 @@ def _plain_log(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _draw_start(line: Sequence[Axes], row: Any, runs: Sequence[dict[str, Any]], colour: Any) -> None:
-    losses = np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
-    epochs = np.arange(losses.shape[1]) + 0.5
-    began = np.mean([r["seconds"]["init"] + r["seconds"].get("reference", 0) for r in runs])
-    per_epoch = np.mean([np.median(r["seconds_per_epoch"]) for r in runs])
-    for axes, x in ((line[0], epochs), (line[1], began + per_epoch * epochs)):
-        _line_with_band(axes, x, losses, colour, row.init)
-    followed = runs[0]["top1_per_epoch"] or {str(runs[0]["config"]["epochs"]): None}
-    top1 = np.array([[100 * (r["top1_per_epoch"] or {k: r["test"]["top1"]})[k] for k in followed] for r in runs])
-    _line_with_band(line[2], np.array([int(k) for k in followed]), top1, colour, row.init)
 
 
 def _line_with_band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, label: str) -> None:

@@ -46,7 +46,7 @@ from abm_vision.vtab.train import (
     Progress,
     autocast,
     choose_attention,
-    faster_with_bf16,
+    has_fast_bf16,
     make_optimiser,
     train,
 )
@@ -205,5 +205,5 @@ if __name__ == "__main__":
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--memory", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    args.precision = args.precision or ("bf16" if faster_with_bf16(torch.device(args.device)) else "fp32")
+    args.precision = args.precision or ("bf16" if has_fast_bf16(torch.device(args.device)) else "fp32")
     main()

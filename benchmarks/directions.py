@@ -27,7 +27,7 @@ from abm_vision.abm.gradient import adapted_layers, weight_gradients
 from abm_vision.provenance import environment
 from abm_vision.vtab import make_config
 from abm_vision.vtab.data import Images, load_all, preprocessing_for
-from abm_vision.vtab.train import Progress, autocast, choose_attention, faster_with_bf16, make_optimiser, train
+from abm_vision.vtab.train import Progress, autocast, choose_attention, has_fast_bf16, make_optimiser, train
 
 IMAGES, EPOCHS, RANK = 128, 5, 8
 
@@ -91,7 +91,7 @@ class _Enough(Exception):
 
 def adapted(task: str) -> tuple[PeftModel, Images, torch.device, str]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = "bf16" if faster_with_bf16(device) else "fp32"
+    precision = "bf16" if has_fast_bf16(device) else "fp32"
     data = vtab_tasks.load(task, "train800val200", source="rendered")
     torch.manual_seed(0)
     backbone, _ = create_backbone("vit_small_patch14_dinov2.lvd142m", data.task.num_classes, 70)

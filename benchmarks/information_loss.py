@@ -22,7 +22,7 @@ from peak import peak_mib
 from abm_vision import VIT, add_lora, information_loss
 from abm_vision.abm.files import write_json
 from abm_vision.provenance import environment
-from abm_vision.vtab.train import autocast, choose_attention, faster_with_bf16
+from abm_vision.vtab.train import autocast, choose_attention, has_fast_bf16
 
 RESULT = Path(__file__).parent / "results" / "information_loss.json"
 IMAGES, BATCHES = 64, (4, 16, 64)
@@ -30,7 +30,7 @@ IMAGES, BATCHES = 64, (4, 16, 64)
 
 def measure(batch: int) -> dict[str, float]:
     device = torch.device(args.device)
-    precision = "bf16" if faster_with_bf16(device) else "fp32"
+    precision = "bf16" if has_fast_bf16(device) else "fp32"
     torch.manual_seed(0)
     model = add_lora(timm.create_model("vit_base_patch16_224", num_classes=16)).to(device)
     choose_attention(model, device, precision)

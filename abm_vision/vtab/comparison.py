@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from abm_vision.plots import epoch_losses
 from abm_vision.vtab.config import RunConfig
 
 BASELINE = "kaiming"
@@ -240,11 +241,6 @@ def start_epochs(result: dict[str, Any]) -> float | None:
     if reference and reference["seconds"] is None:
         return None
     return (seconds["init"] + seconds.get("reference", 0.0)) / float(np.median(result["seconds_per_epoch"]))
-
-
-def epoch_losses(runs: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Mean training loss of every epoch: (runs, epochs)."""
-    return np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
 
 
 def _epochs_to(runs: Sequence[dict[str, Any]], target: float) -> float | None:

@@ -87,7 +87,7 @@ class RunConfig:
     schedule: str = _flag("cosine", "of the learning rate, after the warm-up", choices=SCHEDULES)
     warmup_epochs: float = _flag(1.0, "epochs of linear warm-up")
     drop_path: float = _flag(0.0, "stochastic depth")
-    precision: str = _flag("auto", "auto: bf16 autocast where a trial product is faster with it", choices=PRECISIONS)
+    precision: str = _flag("auto", "auto: bf16 autocast on hardware that multiplies in bfloat16", choices=PRECISIONS)
     device: str = _flag("auto", "auto (CUDA, MPS, CPU), or a torch device")
     workers: int = _flag(0, "processes that decode the test images; 0: the main one")
     seed: int = _flag(0, "fixes initialisation, data order and result")

@@ -18,7 +18,7 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.vtab import results
 from abm_vision.vtab.config import EVALUATIONS, RunConfig, resolve_device
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for
-from abm_vision.vtab.train import choose_attention, faster_with_bf16
+from abm_vision.vtab.train import choose_attention, has_fast_bf16
 from abm_vision.weights import WeightSource, create_backbone
 
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
@@ -99,7 +99,7 @@ def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, devic
 
 def _precision(config: RunConfig, device: torch.device) -> str:
     if config.precision == "auto":
-        return "bf16" if faster_with_bf16(device) else "fp32"
+        return "bf16" if has_fast_bf16(device) else "fp32"
     return config.precision
 
 
