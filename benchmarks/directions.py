@@ -10,6 +10,7 @@ images. Rows of A are orthonormal unless said otherwise. Every trial is kept as 
 
 from __future__ import annotations
 
+import copy
 import statistics
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,7 +23,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import vtab_tasks
-from abm_vision import VIT, add_lora, create_backbone, information_loss
+from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora_abm_weights
 from abm_vision.abm.gradient import adapted_layers, weight_gradients
 from abm_vision.provenance import environment
 from abm_vision.vtab import make_config
@@ -40,9 +41,13 @@ class Given:
     inputs: Tensor
     drawn: Tensor
 
-    def right(self, first: int, count: int = RANK) -> Tensor:
-        """Right singular vectors of G as rows, from number `first` (1 is the leading one) on."""
-        return torch.linalg.svd(self.gradient, full_matrices=False)[2][first - 1 : first - 1 + count]
+    @property
+    def rank(self) -> int:
+        return len(self.drawn)
+
+    def right(self, first: int, count: int = 0) -> Tensor:
+        """Right singular vectors of G as rows, from number `first` (1 is the leading one) on; as many as the rank."""
+        return torch.linalg.svd(self.gradient, full_matrices=False)[2][first - 1 :][: count or self.rank]
 
     def left(self) -> Tensor:
         """The leading left singular vectors as columns."""
@@ -67,20 +72,46 @@ def evened(given: Given) -> Tensor:
 
 
 Start = Callable[[Given], tuple[Tensor, Tensor | None]]
-VARIANTS: dict[str, Start] = {
-    "peft's default": lambda g: (g.drawn, None),
-    "default, rows 1.73 as long (1.0)": lambda g: (3**0.5 * g.drawn, None),
-    "default, rows 3 as long": lambda g: (3 * g.drawn, None),
-    "v1 .. v8": lambda g: (g.right(1), None),
-    "v9 .. v16": lambda g: (g.right(9), None),
-    "v9 .. v16, rows 0.58 long": lambda g: (g.right(9) / 3**0.5, None),
-    "v17 .. v24": lambda g: (g.right(17), None),
-    "mix of v1 .. v16": lambda g: (mixed(g), None),
-    "v1 .. v8, evened by the inputs": lambda g: (evened(g), None),
-    "inputs' 1 .. 8 (EVA)": lambda g: (g.principal(1), None),
-    "inputs' 9 .. 16": lambda g: (g.principal(9), None),
-    "v9 .. v16, B 0.05 u1 .. u8": lambda g: (g.right(9), 0.05 * g.left()),
-    "v9 .. v16, B 0.2 u1 .. u8": lambda g: (g.right(9), 0.2 * g.left()),
+
+
+@dataclass(frozen=True)
+class Variant:
+    """How a start is made.
+
+    Args:
+        start: a layer's A and B.
+        heads: random heads whose gradients are stacked to (heads * out, in).
+        labelled: otherwise the labels are dealt out anew.
+        shared: ranks by the gradients' spectra (`shared_ranks`), their sum unchanged.
+        matched: boundaries are matched to the pretrained model's afterwards.
+    """
+
+    start: Start
+    heads: int = 1
+    labelled: bool = True
+    shared: bool = False
+    matched: bool = False
+
+
+VARIANTS: dict[str, Variant] = {
+    "peft's default": Variant(lambda g: (g.drawn, None)),
+    "default, rows 1.73 as long (1.0)": Variant(lambda g: (3**0.5 * g.drawn, None)),
+    "default, rows 3 as long": Variant(lambda g: (3 * g.drawn, None)),
+    "v1 .. v8": Variant(lambda g: (g.right(1), None)),
+    "v9 .. v16": Variant(lambda g: (g.right(g.rank + 1), None)),
+    "v9 .. v16, rows 0.58 long": Variant(lambda g: (g.right(9) / 3**0.5, None)),
+    "v17 .. v24": Variant(lambda g: (g.right(17), None)),
+    "mix of v1 .. v16": Variant(lambda g: (mixed(g), None)),
+    "v1 .. v8, evened by the inputs": Variant(lambda g: (evened(g), None)),
+    "inputs' 1 .. 8 (EVA)": Variant(lambda g: (g.principal(1), None)),
+    "inputs' 9 .. 16": Variant(lambda g: (g.principal(9), None)),
+    "v9 .. v16, B 0.05 u1 .. u8": Variant(lambda g: (g.right(9), 0.05 * g.left())),
+    "v9 .. v16, B 0.2 u1 .. u8": Variant(lambda g: (g.right(9), 0.2 * g.left())),
+    "v9 .. v16 of 4 heads": Variant(lambda g: (g.right(9), None), heads=4),
+    "v9 .. v16, random labels": Variant(lambda g: (g.right(9), None), labelled=False),
+    "v9 .. v16, ranks shared": Variant(lambda g: (g.right(g.rank + 1), None), shared=True),
+    "v9 .. v16, then matched": Variant(lambda g: (g.right(9), None), matched=True),
+    "default, then matched (ABM)": Variant(lambda g: (g.drawn, None), matched=True),
 }
 LR = 1e-3  # the length of A's rows acts like a rate, so it is tried instead
 
@@ -89,7 +120,8 @@ class _Enough(Exception):
     """Ends a training after its first epochs."""
 
 
-def adapted(task: str) -> tuple[PeftModel, Images, torch.device, str]:
+def adapted(task: str, ranks: dict[str, int]) -> tuple[PeftModel, Images, torch.device, str]:
+    """The model, layers of rank 8 unless `ranks` names another (their scale is 1), its 1,000 images, how it runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if has_fast_bf16(device) else "fp32"
     data = vtab_tasks.load(task, "train800val200", source="rendered")
@@ -97,15 +129,39 @@ def adapted(task: str) -> tuple[PeftModel, Images, torch.device, str]:
     backbone, _ = create_backbone("vit_small_patch14_dinov2.lvd142m", data.task.num_classes, 70)
     preprocessing = preprocessing_for(backbone, 70)
     torch.manual_seed(0)
-    model = add_lora(backbone, RANK, RANK).to(device)
+    model = add_lora(backbone, RANK, RANK, rank_pattern=ranks, alpha_pattern=ranks).to(device)
     choose_attention(model, device, precision)
     return model, Images(*load_all(data, preprocessing), preprocessing, device), device, precision
 
 
-def start(model: PeftModel, images: Images, device: torch.device, precision: str, variant: Start) -> None:
+def gradients(model: PeftModel, batch: tuple[Tensor, Tensor], variant: Variant) -> dict[str, Tensor]:
+    """Every layer's G (out, in), or (heads * out, in) of several heads."""
+    images, labels = batch
+    if not variant.labelled:
+        labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
+    head = model.get_base_model().get_classifier()
+    drawn = copy.deepcopy(head.state_dict())
+    found: dict[str, list[Tensor]] = {}
+    for seed in range(variant.heads):
+        if seed:
+            torch.manual_seed(seed)
+            head.modules_to_save["default"].reset_parameters()
+        weight_gradients(model, [(images, labels)], VIT.loss_fn, lambda n, g: found.setdefault(n, []).append(g))
+    head.load_state_dict(drawn)
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+def shared_ranks(found: dict[str, Tensor]) -> dict[str, int]:
+    """8 a layer in all, dealt to the largest shares s_i^2 / sum s^2 of all the layers' spectra; at least 1 each."""
+    shares = {name: torch.linalg.svdvals(g).square() for name, g in found.items()}
+    everything = torch.cat([s[1:] / s.sum() for s in shares.values()])
+    least = everything.topk((RANK - 1) * len(found)).values[-1]
+    return {name: 1 + int((s[1:] / s.sum() >= least).sum()) for name, s in shares.items()}
+
+
+def start(model: PeftModel, images: Images, device: torch.device, precision: str, variant: Variant) -> None:
     layers = adapted_layers(model, "default")
     batch = next(images.batches(IMAGES, 0, 0))
-    gradients: dict[str, Tensor] = {}
     inputs: dict[str, Tensor] = {}
     with ExitStack() as stack, autocast(device, precision):
         for name, layer in layers.items():
@@ -113,19 +169,27 @@ def start(model: PeftModel, images: Images, device: torch.device, precision: str
                 lambda _, args, name=name: inputs.__setitem__(name, args[0].detach().float().flatten(0, -2))
             )
             stack.callback(handle.remove)
-        weight_gradients(model, [batch], VIT.loss_fn, gradients.__setitem__)
+        found = gradients(model, batch, variant)
     with torch.no_grad():
         for name, layer in layers.items():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            new_a, new_b = variant(Given(gradients[name], inputs[name], a.clone()))
+            new_a, new_b = variant.start(Given(found[name], inputs[name], a.clone()))
             a.copy_(new_a)
             if new_b is not None:
                 b.copy_(new_b)
+    if variant.matched:
+        with autocast(device, precision):
+            initialize_lora_abm_weights(model, images.batches(64, 0, 0), show_progress_bar=False)
 
 
 def trial(task: str, name: str) -> dict[str, Any]:
-    model, images, device, precision = adapted(task)
-    start(model, images, device, precision, VARIANTS[name])
+    variant = VARIANTS[name]
+    model, images, device, precision = adapted(task, {})
+    if variant.shared:
+        with autocast(device, precision):
+            ranks = shared_ranks(gradients(model, next(images.batches(IMAGES, 0, 0)), variant))
+        model, *_ = adapted(task, ranks)
+    start(model, images, device, precision, variant)
     order = torch.arange(len(images))  # the last images of the unshuffled set; most are unseen by the start
     with autocast(device, precision):
         lost = information_loss(model, [images.select(order[-64:])], VIT.loss_fn).overall.loss
