@@ -120,15 +120,15 @@ class _Enough(Exception):
     """Ends a training after its first epochs."""
 
 
-def adapted(task: str, ranks: dict[str, int]) -> tuple[PeftModel, Images, torch.device, str]:
+def adapted(task: str, ranks: dict[str, int], seed: int = 0) -> tuple[PeftModel, Images, torch.device, str]:
     """The model, layers of rank 8 unless `ranks` names another (their scale is 1), its 1,000 images, how it runs."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if has_fast_bf16(device) else "fp32"
     data = vtab_tasks.load(task, "train800val200", source="rendered")
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     backbone, _ = create_backbone("vit_small_patch14_dinov2.lvd142m", data.task.num_classes, 70)
     preprocessing = preprocessing_for(backbone, 70)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     model = add_lora(backbone, RANK, RANK, rank_pattern=ranks, alpha_pattern=ranks).to(device)
     choose_attention(model, device, precision)
     return model, Images(*load_all(data, preprocessing), preprocessing, device), device, precision

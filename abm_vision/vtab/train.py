@@ -38,9 +38,8 @@ def has_fast_bf16(device: torch.device) -> bool:
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    )  # public in get_capabilities() only after torch 2.10
+    # Public only after torch 2.10, in get_capabilities().
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
