@@ -1,6 +1,8 @@
 """Models small enough for every test: timm's own `test_vit` and its relatives, with random weights."""
 
 import os
+import resource
+from contextlib import contextmanager
 
 # Set before any Hugging Face library is imported: nothing here may reach for a network.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -54,6 +56,17 @@ def randomise(model, scale=0.3, adapter="default"):
             if isinstance(module, BlockLinear):
                 module.weight.mul_(module.mask)
     return model
+
+
+@contextmanager
+def full_disk(size):
+    """A disk on which no file can grow beyond `size` bytes, for this process and those that it starts."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 def images(count=4, side=SIDE, seed=0):

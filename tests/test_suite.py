@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, full_disk
 from official import BUILDERS, small_edition, write_official
 
 import vtab_tasks
@@ -161,7 +161,25 @@ def test_a_tuned_reference_is_the_run_that_the_suite_has_anyway(tmp_path):
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     tmp_path.chmod(0o500)
     assert main(["suite", "--tasks", "dsprites_loc", "--init", "kaiming", "--out", str(tmp_path / "out"), *WORDS]) == 2
-    assert "cannot write results under" in capsys.readouterr().err
+    assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("jobs", [[], ["--jobs", "2"]])
+def test_a_full_disk_stops_the_suite_and_loses_nothing(tmp_path, capsys, jobs):
+    """Nothing could be recorded of any further run, so it stops; checkpoints are some 400 kB here."""
+    words = ["suite", "--tasks", "dsprites_loc", "--init", "kaiming,gaussian", "--seeds", "1", "--out", str(tmp_path)]
+    assert main([*words[:4], "kaiming", *words[5:], *WORDS]) == 0
+    (before,) = tmp_path.glob("*/result.json")
+    content = before.read_text()
+    capsys.readouterr()
+    with full_disk(100_000):
+        assert main([*words, *WORDS, *jobs]) == 2
+    shown = capsys.readouterr()
+    assert "checkpoint.pt (File too large); free space or choose another place" in shown.err
+    assert shown.err.count("\n") == 1 and "1/2" in shown.out
+    assert {p.name for p in tmp_path.glob("*gaussian*/*")} <= {"config.json", ".lock"}
+    assert before.read_text() == content
+    assert main([*words, *WORDS, *jobs]) == 0 and len(list(tmp_path.glob("*/result.json"))) == 2
 
 
 @pytest.mark.parametrize(

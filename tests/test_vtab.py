@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import TINY, build_vit
+from conftest import TINY, build_vit, full_disk
 from PIL import Image
 
 import vtab_tasks
-from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter
+from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
 from abm_vision.vtab import PRESETS, RunConfig, data, make_config, results, run, train
 from abm_vision.vtab.config import read_config, resolve_device
 from abm_vision.vtab.predict import predict
@@ -448,8 +448,25 @@ def test_result_of_another_schema_is_not_taken(tmp_path):
 
 def test_output_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(OSError, match=r"cannot write results under .*file.*choose another --out"):
+    with pytest.raises(OSError, match=r"cannot write .*file.*\(.*\); free space or choose another place"):
         run(tiny(), tmp_path / "file")
+
+
+@pytest.mark.parametrize("size", [100, 100_000])
+def test_full_disk(tmp_path, size):
+    """First for the configuration, then for the checkpoint; afterwards the same run is as if nothing had been."""
+    config = tiny(epochs=1)
+    with full_disk(size), pytest.raises(OSError, match=r"cannot write .* \(File too large\); free space") as raised:
+        run(config, tmp_path)
+    assert ("checkpoint.pt" if size > 1000 else "config.json") in str(raised.value)
+    assert not list(tmp_path.glob("*/*.part*")) and not list(tmp_path.glob("*/checkpoint.pt"))
+    assert run(config, tmp_path)["loss_per_step"] == run(config, tmp_path / "other")["loss_per_step"]
+
+
+def test_full_disk_for_an_adapter(tmp_path):
+    model = add_lora(build_vit(), 4, 4)
+    with full_disk(1000), pytest.raises(OSError, match=r"cannot write .*saved \(.*File too large.*\); free space"):
+        save_adapter(model, tmp_path / "saved")
 
 
 def test_device_auto_is_the_best_there_is():

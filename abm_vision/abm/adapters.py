@@ -17,7 +17,7 @@ from torch import nn
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import guard_saved_modules, modes_given_back
 from abm_vision.abm.conversion import as_plain_lora, changes_base
-from abm_vision.abm.files import write_json
+from abm_vision.abm.files import write_json, writing
 from abm_vision.abm.lora import bare_model, restrict_to_blocks
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
 
@@ -37,8 +37,9 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings
 
     Raises:
         ValueError: a module that belongs to the adapter was replaced after LoRA was added.
+        CannotWrite: an `OSError`: the disk is full or read-only.
     """
-    with as_plain_lora(model) as state:
+    with as_plain_lora(model) as state, writing(Path(directory)):
         model.save_pretrained(str(directory), state_dict=state)
     blocks = {
         name: [n for n, m in model.get_base_model().named_modules() if _is_block(m, name)] for name in model.peft_config

@@ -4,19 +4,45 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+
+class CannotWrite(OSError):
+    """A file or folder cannot be written: the disk is full, read-only, or something is in the way."""
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Whatever fails while `path` is written becomes a `CannotWrite` with one message."""
+    try:
+        yield
+    except CannotWrite:
+        raise
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CannotWrite(
+            f"cannot write {path} ({reason}); free space or choose another place, then run the same again"
+        ) from error
+
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Call `write` with a name beside `path`, then rename: a killed run leaves no half file under `path`."""
+    """Call `write` with a name beside `path`, then rename: a killed run leaves no half file under `path`.
+
+    Raises:
+        CannotWrite: as `writing`.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.part{path.suffix}")
-    try:
-        write(beside)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with writing(path):
+        try:
+            write(beside)
+            os.replace(beside, path)
+        finally:
+            beside.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:

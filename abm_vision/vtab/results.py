@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pickle
@@ -19,7 +20,7 @@ from peft import PeftModel
 from torch import nn
 
 from abm_vision.abm.adapters import save_adapter
-from abm_vision.abm.files import write_atomically, write_json
+from abm_vision.abm.files import write_atomically, write_json, writing
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.train import Progress
 
@@ -32,15 +33,13 @@ def open_folder(out: str | Path, config: RunConfig) -> Path:
     """The run's folder under `out`, made, with its configuration inside.
 
     Raises:
-        OSError: nothing can be written there.
+        CannotWrite: nothing can be written there.
     """
     folder = Path(out) / config.run_name()
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / CONFIG).is_file():
-            write_json(folder / CONFIG, {"schema": SCHEMA, "config": asdict(config)})
-    except OSError as error:
-        raise OSError(f"cannot write results under {out} ({error.strerror}); choose another --out") from error
+    if not (folder / CONFIG).is_file():
+        write_json(folder / CONFIG, {"schema": SCHEMA, "config": asdict(config)})
     return folder
 
 
@@ -54,19 +53,25 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         Busy: another process has it.
-        OSError: nothing can be written to the folder.
+        CannotWrite: nothing can be written to the folder.
     """
     lock = FileLock(folder / LOCK)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise Busy(f"another process is at the run in {folder}: wait for it, or choose another --out") from None
-    except OSError as error:
-        raise OSError(f"cannot write to {folder} ({error.strerror}); choose another --out") from error
+    with writing(folder / LOCK):
+        taken = _take(lock)
+    if not taken:
+        raise Busy(f"another process is at the run in {folder}: wait for it, or choose another --out")
     try:
         yield
     finally:
         lock.release()
+
+
+def _take(lock: FileLock) -> bool:
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
+    return True
 
 
 def clear(folder: Path) -> None:
@@ -76,14 +81,14 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
 
-def settle_precision(folder: Path, measure: Callable[[], str]) -> str:
-    """The precision of this run: what was settled before, else what `measure` says now, kept in the folder.
+def settle_precision(folder: Path, choose: Callable[[], str]) -> str:
+    """The precision of this run: what was settled before, else what `choose` says now, kept in the folder.
 
-    A measurement can turn out differently under load, and a run that is taken up again must go on as it began.
+    A run that is taken up again, perhaps by a machine with other hardware, must go on as it began.
     """
     content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     if "precision" not in content:
-        content["precision"] = measure()
+        content["precision"] = choose()
         write_json(folder / CONFIG, content)
     return content["precision"]
 
@@ -131,7 +136,9 @@ def save_checkpoint(
         "progress": asdict(progress),
         "notes": json.dumps(notes),
     }
-    write_atomically(folder / CHECKPOINT, lambda beside: torch.save(state, beside))
+    whole = io.BytesIO()
+    torch.save(state, whole)  # to a disk that is full it raises what nobody can tell from a mistake of its own
+    write_atomically(folder / CHECKPOINT, lambda beside: beside.write_bytes(whole.getbuffer()))
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
@@ -166,13 +173,14 @@ def restore(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str,
 def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
     """The adapter in peft's format with `abm.json` and a model card, as a folder that appears whole."""
     beside = folder / f".{ADAPTER}.{os.getpid()}.part"
-    try:
-        save_adapter(model, beside, **settings)
-        (beside / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-        os.replace(beside, folder / ADAPTER)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+    with writing(folder / ADAPTER):
+        try:
+            save_adapter(model, beside, **settings)
+            (beside / "README.md").write_text(card, encoding="utf-8")
+            shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+            os.replace(beside, folder / ADAPTER)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import vtab_tasks
+from abm_vision.abm.files import CannotWrite
 from abm_vision.vtab import results
 from abm_vision.vtab.config import EVALUATIONS, SET_BY_SUITE, RunConfig, make_config, uses
 from abm_vision.vtab.run import run
@@ -114,7 +115,11 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one run: `done` with its top-1, `failed` with the reason, or `busy`: another process is at it."""
+    """What became of one run.
+
+    `done` with its top-1, `failed` with the reason, `busy`: another process is at it, or `unwritable`: its files cannot
+    be written, so that no other run's could be.
+    """
 
     state: str
     top1: float | None = None
@@ -130,6 +135,8 @@ def attempt(config: RunConfig, out: Path, diagnose: bool, say: Say | None = None
         result = run(config, out, diagnose=diagnose, say=say)
     except results.Busy:
         return Outcome("busy")
+    except CannotWrite as error:
+        return Outcome("unwritable", reason=str(error))
     except (ValueError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory too
         return Outcome("failed", reason=f"{type(error).__name__}: {error}")
     return Outcome("done", result["test"]["top1"])
@@ -149,7 +156,7 @@ def run_suite(suite: Suite, out: str | Path, execute: Executor, say: Say = print
         same suite again tries it again.
 
     Raises:
-        OSError: nothing can be written to `out`.
+        CannotWrite: `out` is full or read-only. What is there is whole, and the same suite goes on from it.
     """
     out = Path(out)
     outcomes = _run_all(suite.selection(), out, False, execute, say)
@@ -183,6 +190,8 @@ def _run_all(
         for config, outcome in execute(left, out, diagnose):
             if outcome.state == "busy":
                 continue
+            if outcome.state == "unwritable":
+                raise CannotWrite(outcome.reason)
             outcomes[config] = outcome
             if outcome.state == "failed":
                 results.write_failure(folders[config], outcome.reason)
