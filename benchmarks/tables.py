@@ -135,10 +135,10 @@ def screening() -> str:
             return min(area(r) for r in found.values() if "loss_per_step" in r)
 
         rows = [
-            [f"`{init}`", _lost(found), *(_cell(found.get(lr), best(found)) for lr in rates)]
+            [f"`{init}`", _lost(found), *(_cell(found.get(lr), best(found)) for lr in rates), _steady(found)]
             for init, found in sorted(starts.items(), key=lambda item: best(item[1]))
         ]
-        head = ["start", "information loss (seen)", *(f"lr {lr:g}" for lr in rates)]
+        head = ["start", "information loss (seen)", *(f"lr {lr:g}" for lr in rates), "rates within a point"]
         device = records[0]["environment"]["device"]
         parts.append(
             f"{task}, rendered; {records[0]['config']['epochs']} epochs, seed 0; {device}:\n\n{table(head, rows)}"
@@ -194,6 +194,59 @@ def sweep() -> str:
     return "\n\n".join(parts)
 
 
+def directions() -> str:
+    """Both tasks side by side, best mean of both first."""
+    found = {task: {r["variant"]: r for r in Ledger(f"directions-{task}").records} for task in TASKS}
+    names = [name for name in found[TASKS[0]] if all(name in records for records in found.values())]
+    names.sort(key=lambda name: sum(records[name]["area"] for records in found.values()))
+    rows = [
+        [name, *(f"{records[name][k]:.3f}" for records in found.values() for k in ("area", "information_loss"))]
+        for name in names
+    ]
+    head = ["start", *(f"{task}: {what}" for task in TASKS for what in ("training loss", "information loss"))]
+    first = found[TASKS[0]][names[0]]
+    note = f"Rendered data, seed 0, lr {first['lr']:g}, the first {len(first['loss_per_epoch'])} of 12 epochs."
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def warm_starts() -> str:
+    found = {task: {r["trial"]: r for r in Ledger(f"warm_starts-{task}").records} for task in TASKS}
+    rows = [
+        [
+            name,
+            *(f"{records[name]['area']:.3f}, {100 * records[name]['top1']:.1f} %" for records in found.values()),
+            f"{max(records[name]['start_epochs'] for records in found.values()):.1f}",
+        ]
+        for name in found[TASKS[0]]
+    ]
+    head = ["adapter starts from", *(f"{task}: training loss, test top-1" for task in TASKS), "costs (epochs)"]
+    return f"{table(head, rows)}\n\nRendered data, 4 epochs, seed 0, lr {found[TASKS[0]][rows[0][0]]['lr']:g}."
+
+
+def rendering() -> str:
+    content = read("rendering")
+    rows = [[r["task"], f"{r['drawn']:.1f} s", f"{r['again']:.2f} s"] for r in content["rows"]]
+    device = content["environment"]["device"]
+    return f"{table(['1,000 images of', 'drawn', 'again'], rows)}\n\n{device}."
+
+
+def data_path() -> str:
+    content = read("data_path")
+    rows = []
+    for row in content["rows"]:
+        shares = (f"{100 * row['data'][k] / row['whole'][k]:.1f} % of {row['whole'][k]:.1f} s" for k in row["whole"])
+        rows.append([row["task"], *shares])
+    head = ["task", "a training epoch", "a test on 1,000 images"]
+    device = content["environment"]["device"]
+    return f"{table(head, rows)}\n\nViT-S/14 at 70 px, {content['rows'][0]['precision']}; {device}."
+
+
+def _steady(found: dict[float, dict[str, Any]]) -> str:
+    """At how many of the rates top-1 is within a point of the start's best."""
+    top1 = [record["test"]["top1"] for record in found.values() if "test" in record]
+    return f"{sum(value >= max(top1) - 0.01 for value in top1)} of {len(found)}"
+
+
 def _lost(found: dict[float, dict[str, Any]]) -> str:
     reports = [r["information_loss"] for r in found.values() if r.get("information_loss")]
     if not reports:
@@ -213,7 +266,7 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
     README: (training_step, abm_init, attention, families, starts, confirmation),
-    BENCHMARKS: (screening, sweep, information_loss),
+    BENCHMARKS: (screening, sweep, directions, warm_starts, information_loss, rendering, data_path),
 }
 
 

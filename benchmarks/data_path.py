@@ -1,0 +1,73 @@
+"""What share of the time the data path takes: of a training epoch, and of the test, in the quick preset.
+
+    python benchmarks/data_path.py
+
+DINOv2 ViT-S/14 at 70 px. Training: the 1,000 images are in memory as resized bytes; its data path is the picking and
+normalising of batches. Test: 1,000 images are drawn or read from the cache, resized and normalised while they are
+counted; they lie in the cache already. Both are timed alone and within the real loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from directions import adapted
+
+import vtab_tasks
+from abm_vision.abm.files import write_json
+from abm_vision.provenance import environment
+from abm_vision.vtab import make_config
+from abm_vision.vtab.data import stream
+from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
+
+RESULT = Path(__file__).parent / "results" / "data_path.json"
+TASKS = ("dsprites_loc", "clevr_count")  # drawn every time; from the cache
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure(task: str) -> dict[str, object]:
+    model, images, device, precision = adapted(task, {})
+    config = make_config(task=task, epochs=1, test_images=1000)
+    test = vtab_tasks.load(task, "test", source="rendered").subset(1000, 0)
+    test.images(range(1000))  # the cache is filled
+
+    def test_data() -> None:
+        for pixels, _ in stream(test, images.preprocessing):
+            images.preprocessing.normalise(pixels.to(device))
+
+    def epoch() -> None:
+        train(model, make_optimiser(model, config), images, config, precision, Progress(), lambda _: None, True)
+
+    epoch()  # warm
+    whole = {
+        "train": seconds(epoch),
+        "test": seconds(
+            lambda: count_correct(
+                model, stream(test, images.preprocessing), images.preprocessing, device, precision, True
+            )
+        ),
+    }
+    data = {"train": seconds(lambda: list(images.batches(config.batch_size, 0, 0))), "test": seconds(test_data)}
+    return {"task": task, "precision": precision, "data": data, "whole": whole}
+
+
+def main() -> None:
+    rows = []
+    for task in TASKS:
+        rows.append(measure(task))
+        print(rows[-1], flush=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    content = {"command": "python benchmarks/data_path.py", "environment": environment(device), "rows": rows}
+    write_json(RESULT, content)
+
+
+if __name__ == "__main__":
+    main()
