@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -181,16 +181,23 @@ def sweep() -> str:
     """What the settings of our starts do, at the rate that is given."""
     parts = []
     for task in TASKS:
-        records = Ledger(f"settings_sweep-{task}").records
-        rows = []
-        for record in records:
+        found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+        for record in Ledger(f"settings_sweep-{task}").records:
             config = record["config"]
             own = {k: v for k, v in config.items() if k.startswith(("abm_", "align_")) and v != PLAIN[k]}
             changed = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items())
-            cells = [f"{area(record):.3f}", f"{100 * record['test']['top1']:.1f} %"]
-            rows.append([f"`{config['init']}`", changed or "defaults", f"{config['lr']:g}", *cells])
-        head = ["start", "settings", "lr", "training loss, mean over steps", "test top-1"]
-        parts.append(f"{task}, rendered; 4 epochs, seed 0:\n\n{table(head, rows)}")
+            found.setdefault((f"`{config['init']}`", changed or "defaults", f"{config['lr']:g}"), []).append(record)
+        rows = [
+            [
+                *settings,
+                str(len(runs)),
+                _over_seeds(map(area, runs), 3),
+                _over_seeds((100 * r["test"]["top1"] for r in runs), 1),
+            ]
+            for settings, runs in found.items()
+        ]
+        head = ["start", "settings", "lr", "seeds", "training loss, mean over steps", "test top-1 (%)"]
+        parts.append(f"{task}, rendered; 4 epochs:\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
@@ -239,6 +246,13 @@ def data_path() -> str:
     head = ["task", "a training epoch", "a test on 1,000 images"]
     device = content["environment"]["device"]
     return f"{table(head, rows)}\n\nViT-S/14 at 70 px, {content['rows'][0]['precision']}; {device}."
+
+
+def _over_seeds(values: Iterable[float], digits: int) -> str:
+    """Mean and, of several, their standard error."""
+    values = list(values)
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return f"{statistics.mean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _steady(found: dict[float, dict[str, Any]]) -> str:
