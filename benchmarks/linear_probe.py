@@ -27,7 +27,7 @@ PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TEST_IMAGES = 5000
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def features(model: torch.nn.Module, data: vtab_tasks.TaskData, device: torch.device) -> tuple[Tensor, Tensor]:
     """What the classifier gets of every image, float64 (n, dim), and labels (n,)."""
     precision = "bf16" if has_fast_bf16(device) else "fp32"

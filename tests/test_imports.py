@@ -11,6 +11,7 @@ ROOT = Path(__file__).parent.parent
 # folder -> packages that nothing in it may import, anywhere in its files
 FORBIDDEN = {
     "abm_vision/abm": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
+    "nlp_ext": {"timm", "torchvision", "vtab_tasks"},
     "vtab_tasks": {"abm_vision", "nlp_ext", "torch", "timm", "peft"},
 }
 

@@ -1,0 +1,82 @@
+"""T5: what the core needs to know of T5 and its relatives, as data. Nothing here imports transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from abm_vision.abm.backbone import Backbone
+from nlp_ext import batches
+
+# Sequence classification wraps the model as `transformer`.
+_BLOCK = r"(?:transformer\.)?(?:encoder|decoder)\.block\.\d+\.layer\.\d"
+_STACKS = ("encoder", "decoder")
+_FAMILIES = ("t5", "mt5", "umt5")  # ByT5 and Flan are T5 by their classes
+_HEADS = ("classification_head", "classifier", "qa_outputs")
+
+
+def _matches(model: nn.Module) -> bool:
+    return any(t.__module__ == f"transformers.models.{f}.modeling_{f}" for t in type(model).__mro__ for f in _FAMILIES)
+
+
+def _heads(model: nn.Module) -> list[str]:
+    """Of classifiers and question answering; the output layer of the language model is tied or stays as it is."""
+    return [name for name, _ in model.named_children() if name in _HEADS]
+
+
+def _no_fused_qkv(model: nn.Module) -> list[str]:
+    return []
+
+
+def _nothing_to_prepare(model: nn.Module, adapted: list[str]) -> None:
+    return None
+
+
+def _forward(model: nn.Module, batch: Any) -> Any:
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(batch, Mapping) and hasattr(bare, "decoder") and not batch.keys() & _DECODER_INPUTS:
+        raise ValueError(
+            f"T5's decoder starts from labels or decoder_input_ids; the batch has {', '.join(sorted(batch))}. Let the "
+            "collator add labels"
+        )
+    return batches.forward(model, batch)
+
+
+_DECODER_INPUTS = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}
+
+
+def _real_tokens(batch: Mapping[str, Any], stack: str) -> Tensor | None:
+    """The encoder's by attention_mask. The decoder's by decoder_attention_mask, else those that predict a label.
+
+    T5 shifts labels to the right to get the decoder's inputs: position t predicts label t. For a class a sentence
+    (labels (batch,)) it shifts the encoder's inputs.
+    """
+    if stack == "encoder":
+        return batches.real_tokens(batch)
+    if (mask := batch.get("decoder_attention_mask")) is not None:
+        return mask.bool()
+    if "decoder_input_ids" in batch or "labels" not in batch:
+        return None
+    labels = batch["labels"]
+    return labels != batches.IGNORED if labels.ndim > 1 else batches.real_tokens(batch)
+
+
+T5 = Backbone(
+    name="T5",
+    matches=_matches,
+    target_modules={
+        "attention": rf"{_BLOCK}\.(?:Self|EncDec)Attention\.[qkvo]",
+        "mlp": rf"{_BLOCK}\.DenseReluDense\.(?:wi|wi_0|wi_1|wo)",
+    },
+    # Of a gated MLP the input of `act` is that of wi_0; wi_1 is the linear branch and has no boundary.
+    boundary_modules={s: rf"(?:transformer\.)?{s}\.block\.\d+\.layer\.\d\.DenseReluDense\.act" for s in _STACKS},
+    key_modules=r".*\.k",
+    fused_qkv=_no_fused_qkv,
+    head_modules=_heads,
+    prepare=_nothing_to_prepare,
+    forward_fn=_forward,
+    loss_fn=batches.loss,
+    token_mask_fn=_real_tokens,
+)

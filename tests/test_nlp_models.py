@@ -1,0 +1,332 @@
+"""The records of T5 and LLaMA on tiny models of transformers, with random weights."""
+
+import copy
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from conftest import randomise
+from peft import LoraConfig, PeftModel, get_peft_model
+
+import nlp_ext
+from abm_vision import find_backbone
+from nlp_ext import LLAMA, T5, ABMConfig, add_lora, answer_tokens, check_adapters, initialize_lora_abm_weights
+
+VOCABULARY, PAD = 64, 0
+DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "SmolLM3", "Phi3")
+LENGTHS, ANSWERS = (9, 4, 6), (5, 2, 3)  # tokens of three sentences; of their answers, or T5 targets
+ONCE = ABMConfig(steps=1, margin=0.3)
+
+
+def decoder(family="Llama", kind="ForCausalLM", **options):
+    settings = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "vocab_size": VOCABULARY,
+        "pad_token_id": PAD,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "num_labels": 3,
+    }
+    config = getattr(transformers, f"{family}Config")(**{**settings, **options})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}{kind}")(config).eval()
+
+
+def t5(family="T5", kind="ForConditionalGeneration", **options):
+    settings = {
+        "vocab_size": VOCABULARY,
+        "d_model": 32,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_decoder_layers": 3,
+        "num_heads": 4,
+        "pad_token_id": PAD,
+        "eos_token_id": 1,
+        "decoder_start_token_id": PAD,
+        "num_labels": 3,
+    }
+    config = getattr(transformers, f"{family}Config")(**{**settings, **options})
+    torch.manual_seed(0)
+    return getattr(transformers, f"{family}{kind}")(config).eval()
+
+
+def padded(rows, filler):
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=filler)
+
+
+def sentences(seed=0):
+    """Unpadded: ids (tokens,) of a decoder-only batch and their labels, the prompt's ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(3, VOCABULARY, (n,), generator=generator) for n in LENGTHS]
+    labels = [torch.cat([torch.full((len(i) - a,), -100), i[len(i) - a :]]) for i, a in zip(ids, ANSWERS, strict=True)]
+    return ids, labels
+
+
+def causal_batch(seed=0):
+    ids, labels = sentences(seed)
+    mask = padded([torch.ones(len(i), dtype=torch.int64) for i in ids], 0)
+    return {"input_ids": padded(ids, PAD), "attention_mask": mask, "labels": padded(labels, -100)}
+
+
+def seq2seq_batch(seed=0):
+    batch = causal_batch(seed)
+    targets = [i[-a:] for i, a in zip(sentences(seed)[0], ANSWERS, strict=True)]
+    return {**batch, "labels": padded(targets, -100)}
+
+
+def single(batch, k):
+    """Sentence k alone, without padding."""
+    length = int(batch["attention_mask"][k].sum())
+    labels = batch["labels"][k]
+    labels = labels[labels != -100] if len(labels) != batch["input_ids"].shape[1] else labels[:length]
+    return {"input_ids": batch["input_ids"][k, :length][None], "labels": labels[None]}
+
+
+def inputs_of(model, names, batch):
+    """What plain hooks see going into the named modules, (tokens, hidden)."""
+    bare = model.get_base_model() if isinstance(model, PeftModel) else model
+    seen = {}
+    hooks = [
+        bare.get_submodule(n).register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[0][0].double()}))
+        for n in names
+    ]
+    with torch.no_grad():
+        model(**batch)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def hinge_by_loop(adapted, pretrained, names, batch, counted, margin):
+    """Per boundary the mean over the counted tokens of every sentence, run alone. `counted` (k, name, z) picks them."""
+    sums = dict.fromkeys(names, 0.0)
+    elements = dict.fromkeys(names, 0)
+    for k in range(len(batch["input_ids"])):
+        alone = single(batch, k)
+        z, reference = inputs_of(adapted, names, alone), inputs_of(pretrained, names, alone)
+        for name in names:
+            values, signs = counted(k, z[name]), counted(k, reference[name]).sign()
+            sums[name] += (margin - signs * values).clamp_min(0).square().sum().item()
+            elements[name] += values.numel()
+    return [sums[name] / elements[name] for name in names]
+
+
+# What is found
+
+
+@pytest.mark.parametrize("family", DECODERS)
+@pytest.mark.parametrize("kind", ["ForCausalLM", "ForSequenceClassification", "Model"])
+def test_decoders(family, kind):
+    model = decoder(family, kind)
+    assert find_backbone(model) is LLAMA
+    config = LoraConfig(r=4, target_modules="all-linear", modules_to_save=["score"])
+    stock = get_peft_model(copy.deepcopy(model), config)
+    expected = {n for n, m in stock.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    adapted = add_lora(model, 4, 4)
+    names = {n for n, m in adapted.get_base_model().named_modules() if hasattr(m, "lora_A")}
+    assert names == {n for n in expected if "head" not in n} and len(names) == (8 if family == "Phi3" else 14)
+    assert len(LLAMA.find_boundaries(adapted.get_base_model())["layers"]) == 2
+    heads = {n for n, p in adapted.named_parameters() if p.requires_grad and "lora_" not in n}
+    assert bool(heads) == (kind == "ForSequenceClassification") and all("score" in n for n in heads)
+
+
+@pytest.mark.parametrize(
+    ("family", "activation"), [("T5", "relu"), ("T5", "gated-gelu"), ("MT5", "gated-gelu"), ("UMT5", "gated-gelu")]
+)
+def test_t5(family, activation):
+    model = t5(family, feed_forward_proj=activation)
+    assert find_backbone(model) is T5
+    adapted = add_lora(model, 4, 4)
+    names = [n for n, m in adapted.get_base_model().named_modules() if hasattr(m, "lora_A")]
+    inside = 2 if activation == "relu" else 3  # wi and wo, or wi_0, wi_1 and wo
+    assert len(names) == 2 * (4 + inside) + 3 * (8 + inside) and not any("head" in n or "shared" in n for n in names)
+    found = T5.find_boundaries(adapted.get_base_model())
+    assert {stack: len(names) for stack, names in found.items()} == {"encoder": 2, "decoder": 3}
+    check_adapters(adapted.eval(), seq2seq_batch())
+
+
+def test_both_stacks_have_a_ramp_of_their_own():
+    report = initialize_lora_abm_weights(add_lora(t5()), [seq2seq_batch()], ONCE, show_progress_bar=False)
+    weights = {stack: [r.weight for r in report.layers if r.stack == stack] for stack in ("encoder", "decoder")}
+    assert weights == {"encoder": [0.25, 1.0], "decoder": pytest.approx([1 / 9, 4 / 9, 1.0])}
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: transformers.BertModel(transformers.BertConfig(hidden_size=36, num_hidden_layers=1, vocab_size=9)),
+        lambda: decoder("Mixtral", num_local_experts=2),
+        lambda: torch.nn.Linear(3, 3),
+    ],
+)
+def test_other_models_are_told(model):
+    with pytest.raises(ValueError, match=r"no model that this package knows \(known: T5, LLaMA, timm vision trans"):
+        add_lora(model())
+
+
+# Masks
+
+
+@pytest.mark.parametrize("family", ["Llama", "Phi3"])
+@pytest.mark.parametrize("answers", [False, True])
+def test_padding_never_counts_in_a_decoder(family, answers):
+    pretrained = decoder(family)
+    adapted = randomise(add_lora(copy.deepcopy(pretrained), 4, 4)).eval()
+    batch = causal_batch()
+    options = {"token_mask_fn": answer_tokens} if answers else {}
+    names = LLAMA.find_boundaries(pretrained)["layers"]
+    counted = (lambda k, z: z[-ANSWERS[k] :]) if answers else (lambda k, z: z)
+    expected = hinge_by_loop(adapted, pretrained, names, batch, counted, 0.3)
+    report = initialize_lora_abm_weights(adapted, [batch], ONCE, show_progress_bar=False, **options)
+    assert [r.before.loss for r in report.layers] == pytest.approx(expected, rel=1e-5)
+    assert report.before.match < 1
+
+
+@pytest.mark.parametrize("activation", ["relu", "gated-gelu"])
+def test_padding_never_counts_in_t5(activation):
+    pretrained = t5(feed_forward_proj=activation)
+    adapted = randomise(add_lora(copy.deepcopy(pretrained), 4, 4)).eval()
+    batch = seq2seq_batch()
+    names = [n for found in T5.find_boundaries(pretrained).values() for n in found]
+    expected = hinge_by_loop(adapted, pretrained, names, batch, lambda k, z: z, 0.3)
+    report = initialize_lora_abm_weights(adapted, [batch], ONCE, show_progress_bar=False)
+    assert [r.name for r in report.layers] == names
+    assert [r.before.loss for r in report.layers] == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_class_a_sentence():
+    """T5 then runs its decoder on the encoder's tokens."""
+    model = t5(kind="ForSequenceClassification")
+    batch = causal_batch()
+    batch = {**batch, "labels": torch.tensor([0, 1, 2])}
+    batch["input_ids"][torch.arange(3), torch.tensor(LENGTHS) - 1] = 1  # the end of a sentence, which is classified
+    names = [n for found in T5.find_boundaries(model).values() for n in found]
+    expected = []
+    for name in names:
+        parts = [
+            inputs_of(model, names, {"input_ids": batch["input_ids"][k, : LENGTHS[k]][None]})[name] for k in range(3)
+        ]
+        z = torch.cat(parts)
+        expected.append((0.3 - z.abs()).clamp_min(0).square().mean().item())
+    report = initialize_lora_abm_weights(add_lora(model), [batch], ONCE, show_progress_bar=False)
+    assert [r.before.loss for r in report.layers] == pytest.approx(expected, rel=1e-5)
+    assert any("classification_head" in n for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_the_loss_is_the_model_s_own():
+    for model, batch in ((decoder(), causal_batch()), (t5(), seq2seq_batch())):
+        assert find_backbone(model).loss_fn(model, batch).item() == model(**batch).loss.item()
+
+
+@pytest.mark.parametrize(
+    ("model", "change", "message"),
+    [
+        (
+            t5,
+            {"labels": None},
+            "T5's decoder starts from labels or decoder_input_ids; the batch has attention_mask, in",
+        ),
+        (decoder, {"extra": torch.zeros(3)}, "the model cannot take a calibration batch.*extra"),
+        (decoder, {"input_ids": torch.full((3, 9), 99)}, "the model cannot take a calibration batch"),
+    ],
+)
+def test_batches_that_cannot_be_run(model, change, message):
+    batch = {**(seq2seq_batch() if model is t5 else causal_batch()), **change}
+    batch = {k: v for k, v in batch.items() if v is not None}
+    with pytest.raises(ValueError, match=message):
+        initialize_lora_abm_weights(add_lora(model()), [batch], ONCE, show_progress_bar=False)
+
+
+def test_what_is_missing_in_a_batch_is_told():
+    model, batch = add_lora(decoder()), causal_batch()
+    with pytest.raises(ValueError, match="a batch of type tuple was given; a mapping with input_ids is needed"):
+        initialize_lora_abm_weights(model, [(batch["input_ids"],)], ONCE, show_progress_bar=False)
+    labels = batch.pop("labels")
+    with pytest.raises(ValueError, match="the batch has attention_mask, input_ids and no labels: let the collator"):
+        nlp_ext.initialize_lora_aligned_weights(model, [batch])
+    with pytest.raises(ValueError, match="and no labels, so no answers are known"):
+        answer_tokens(batch)
+    with pytest.raises(ValueError, match="its answers were cut off, or are empty"):
+        answer_tokens({**batch, "labels": torch.full_like(labels, -100)})
+
+
+# How models are run
+
+
+def match(model, batch, **options):
+    return initialize_lora_abm_weights(
+        model, [batch], ABMConfig(steps=3, margin=0.3), show_progress_bar=False, **options
+    )
+
+
+def factors(model):
+    return torch.cat([p.detach().float().flatten() for n, p in model.named_parameters() if "lora_" in n])
+
+
+@pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
+def test_gradient_checkpointing_changes_nothing(make, batch):
+    plain, checkpointed = (add_lora(copy.deepcopy(make()), 4, 4) for _ in range(2))
+    checkpointed.load_state_dict(plain.state_dict())
+    checkpointed.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed.enable_input_require_grads()
+    first, second = match(plain, batch()), match(checkpointed, batch())
+    assert first.loss_per_step == second.loss_per_step and torch.equal(factors(plain), factors(checkpointed))
+
+
+@pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
+def test_bf16_models(make, batch):
+    model = add_lora(make().to(torch.bfloat16), 4, 4)
+    report = match(model, batch())
+    assert report.before.match == 1 and report.loss_per_step[-1] < report.loss_per_step[0]
+    reference = match(add_lora(make(), 4, 4), batch())
+    assert report.before.loss == pytest.approx(reference.before.loss, rel=0.02)
+
+
+def test_device_map(tmp_path):
+    decoder().save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})
+    torch.manual_seed(0)
+    dispatched = add_lora(model, 4, 4)
+    torch.manual_seed(0)
+    plain = add_lora(transformers.AutoModelForCausalLM.from_pretrained(tmp_path), 4, 4)
+    assert match(dispatched, causal_batch()).loss_per_step == match(plain, causal_batch()).loss_per_step
+
+
+@pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
+def test_compiled_afterwards(make, batch):
+    model = add_lora(make(), 4, 4)
+    match(model, batch())
+    expected = model(**batch()).loss
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled(**batch()).loss, expected)
+    with pytest.raises(ValueError, match="call torch.compile after the initialisation"):
+        match(compiled, batch())
+
+
+@pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
+def test_tied_embeddings_stay_tied_and_stock_peft_reads_the_file(make, batch, tmp_path):
+    base = make(tie_word_embeddings=True)
+    model = add_lora(copy.deepcopy(base), 4, 4)
+    match(model, batch())
+    bare = model.get_base_model()
+    assert bare.get_output_embeddings().weight is bare.get_input_embeddings().weight
+    nlp_ext.save_adapter(model, tmp_path)
+    loaded = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    torch.testing.assert_close(loaded(**batch()).logits, model.eval()(**batch()).logits)
+
+
+def test_import_loads_neither_timm_nor_the_harness():
+    code = (
+        "import sys, nlp_ext; loaded = {'timm', 'abm_vision.vtab', 'vtab_tasks'} & set(sys.modules); "
+        "assert not loaded, loaded"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
