@@ -34,6 +34,7 @@ MATCHED: tuple[dict[str, Any], ...] = (
     {"abm_lr": 3e-4},
     {"abm_lr": 1e-3},
     {"abm_lr": 1e-2},
+    {"abm_lr": 1e-3, "abm_steps": 20},
     {"abm_layers": "6"},
     {"abm_steps": 10},
     {"abm_steps": 200},
@@ -47,7 +48,7 @@ MATCHED: tuple[dict[str, Any], ...] = (
     {"abm_layers": "6", "abm_lr": 3e-4, "abm_batch_size": 1, "abm_steps": 100},
 )
 # What looked best with seed 0, on two more seeds.
-AGAIN: tuple[dict[str, Any], ...] = (PLAIN, BASE, {**BASE, "abm_lr": 1e-3})
+AGAIN: tuple[dict[str, Any], ...] = (PLAIN, {**BASE, "abm_lr": 1e-3}, {**BASE, "abm_lr": 1e-3, "abm_steps": 20})
 
 
 def main() -> None:
