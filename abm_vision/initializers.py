@@ -19,11 +19,11 @@ from torch.utils._pytree import tree_map
 from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.calibration import batch_size, collect_batches, does_nothing
-from abm_vision.abm.checks import modes_given_back
+from abm_vision.abm.checks import evaluate, modes_given_back
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.conversion import changes_base, remember_start
 from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
-from abm_vision.abm.guards import seeded
+from abm_vision.abm.guards import check_float_base, seeded
 from abm_vision.abm.initialize import initialize_lora_abm_weights
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.record import ForwardFn
@@ -76,6 +76,7 @@ class Initializer:
         apply: changes the adapter (and the base weights, where `changes_base`) in place.
         changes_base: takes the start out of the base weights; `save_adapter` writes a plain adapter of twice the
             rank for the untouched base. For all others the file is the adapter itself.
+        reads_weights: computes with the base weights, so that they must not be quantised.
         blocks: works on an adapter for q and v alone inside a fused qkv.
         in_factors: A and B hold the whole start. Otherwise ranks, frozen factors or base weights belong to it, and
             whoever restores a checkpoint must apply the start first.
@@ -87,6 +88,7 @@ class Initializer:
     needs: str
     apply: Callable[[Ingredients], Report]
     changes_base: bool = False
+    reads_weights: bool = False
     blocks: bool = False
     in_factors: bool = True
 
@@ -191,6 +193,8 @@ def _check_fresh(model: PeftModel, start: Initializer, adapter_name: str) -> Non
     if len(model.peft_config) > 1 and not start.in_factors:
         others = ", ".join(name for name in model.peft_config if name != adapter_name)
         raise ValueError(f"{start.name} changes more than its adapter, which {others} would suffer: start it alone")
+    if start.reads_weights:
+        check_float_base(model, adapter_name, start.name)
     if start.blocks:
         return
     for name, layer in adapted_layers(model, adapter_name).items():
@@ -285,7 +289,8 @@ def _eva(given: Ingredients) -> None:
         initialize_lora_eva_weights(
             given.model,
             given.batches,
-            forward_fn=given.forward_fn,
+            # peft itself calls eval() alone
+            forward_fn=lambda model, batch: given.forward_fn(evaluate(model), batch),
             prepare_model_inputs_fn=None,
             prepare_layer_inputs_fn=None,
             adapter_name=given.adapter_name,
@@ -397,6 +402,7 @@ _TABLE: Sequence[Initializer] = (
         "datta0.github.io/posts/rethink-lora-init",
         "nothing",
         _peft("orthogonal"),
+        reads_weights=True,  # for their dtype
     ),
     Initializer(
         "pissa",
@@ -405,6 +411,7 @@ _TABLE: Sequence[Initializer] = (
         "nothing",
         _peft("pissa"),
         changes_base=True,
+        reads_weights=True,
         in_factors=False,
     ),
     Initializer(
@@ -414,6 +421,7 @@ _TABLE: Sequence[Initializer] = (
         "nothing",
         _peft("pissa_niter_16"),
         changes_base=True,
+        reads_weights=True,
         in_factors=False,
     ),
     Initializer(
@@ -423,6 +431,7 @@ _TABLE: Sequence[Initializer] = (
         "nothing",
         _peft("olora"),
         changes_base=True,
+        reads_weights=True,
         in_factors=False,
     ),
     Initializer(
@@ -431,6 +440,7 @@ _TABLE: Sequence[Initializer] = (
         "arXiv:2604.01694",
         "nothing",
         _peft("mica"),
+        reads_weights=True,
         in_factors=False,
     ),
     Initializer(
@@ -448,6 +458,7 @@ _TABLE: Sequence[Initializer] = (
         _BATCHES,
         _corda,
         changes_base=True,
+        reads_weights=True,
         in_factors=False,
     ),
     Initializer(
@@ -457,6 +468,7 @@ _TABLE: Sequence[Initializer] = (
         _LABELS,
         _lora_ga,
         changes_base=True,
+        reads_weights=True,
         in_factors=False,
     ),
     Initializer(

@@ -289,6 +289,60 @@ def test_bf16_models(make, batch):
     assert report.before.loss == pytest.approx(reference.before.loss, rel=0.02)
 
 
+@pytest.fixture
+def quantised(tmp_path):
+    """A tiny LLaMA in 4 bits, read by transformers, and the same with its weights rounded to what the 4 bits say."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path / "float"
+    decoder(hidden_size=64, intermediate_size=128, head_dim=16).save_pretrained(folder)
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    read = transformers.AutoModelForCausalLM.from_pretrained
+    try:
+        model = read(folder, quantization_config=settings, device_map={"": "cpu"})
+        model.train()(**causal_batch())
+    except (RuntimeError, NotImplementedError, ImportError) as error:
+        pytest.skip(f"bitsandbytes does not run on this CPU: {error}")
+    return model, copy.deepcopy(model).dequantize()
+
+
+def test_signs_come_from_the_quantised_model_itself(quantised, tmp_path):
+    """Against the same model with float weights of the same values, on peft's own layer."""
+    model, rounded = quantised
+    torch.manual_seed(1)
+    adapted = add_lora(model, 4, 4)
+    assert type(adapted.get_base_model().model.layers[0].mlp.gate_proj).__module__ == "peft.tuners.lora.bnb"
+    torch.manual_seed(1)
+    plain = add_lora(rounded, 4, 4, merged_linear=False)
+    first, second = match(adapted, causal_batch()), match(plain, causal_batch())
+    assert first.loss_per_step == pytest.approx(second.loss_per_step, rel=1e-4)
+    torch.testing.assert_close(factors(adapted), factors(plain), rtol=1e-3, atol=1e-4)
+    lost = [nlp_ext.information_loss(m, [causal_batch()], LLAMA.loss_fn).overall.loss for m in (adapted, plain)]
+    assert lost[0] == pytest.approx(lost[1], rel=1e-3)
+    nlp_ext.save_adapter(adapted, tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(plain.unload(), tmp_path / "saved")
+    torch.testing.assert_close(loaded(**causal_batch()).logits, adapted(**causal_batch()).logits, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("init", ["abm_aligned", "eva", "gaussian", "random_b"])
+def test_starts_that_run_on_a_quantised_model(quantised, init):
+    model = add_lora(quantised[0], 4, 4)
+    before = factors(model)
+    nlp_ext.initialize_lora(model, init, [causal_batch(seed) for seed in range(8)])
+    assert not torch.equal(before, factors(model)) and factors(model).isfinite().all()
+    model(**causal_batch()).loss.backward()
+    first = model.get_base_model().model.layers[0].self_attn.q_proj  # the last that a gradient reaches
+    assert first.lora_B["default"].weight.grad.any()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "mica", "corda", "lora_ga"])
+def test_starts_that_compute_with_the_weights(quantised, init):
+    model = add_lora(quantised[0], 4, 4)
+    with pytest.raises(ValueError, match=f"{init} computes with the base weights, and those of model.layers.0.*uint8"):
+        nlp_ext.initialize_lora(model, init, [causal_batch()])
+    with pytest.raises(ValueError, match='fit="local" computes with the base weights'):
+        initialize_lora_abm_weights(model, [causal_batch()], ABMConfig(fit="local"))
+
+
 def test_device_map(tmp_path):
     decoder().save_pretrained(tmp_path)
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, device_map={"": "cpu"})

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, collect_batches, measure
+from abm_vision.abm.checks import evaluate
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
 from abm_vision.abm.guards import check_no_dora, check_ready, given_back, seeded
@@ -129,7 +130,7 @@ def initialize_lora_aligned_weights(
     backbone = backbone or find_backbone(model)
     forward_fn, loss_fn = forward_fn or backbone.forward_fn, loss_fn or backbone.loss_fn
     with given_back(model, adapter_name, factors), seeded(config.seed):
-        model.eval()
+        evaluate(model)
         batches = collect_batches(dataloader, config.samples, factors[0].device)
         boundaries = choose_layers(model.get_base_model(), backbone, ABMConfig())
         calibration = calibrate(

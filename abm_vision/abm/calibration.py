@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from abm_vision.abm.backbone import Backbone
-from abm_vision.abm.checks import modes_given_back
+from abm_vision.abm.checks import evaluate, modes_given_back
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.loss import boundary_figures, layer_weight, pack_signs, unpack_signs
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
@@ -199,7 +199,7 @@ def does_nothing(model: PeftModel, adapter_name: str) -> bool:
 def _as_reference(model: PeftModel, reference: str | nn.Module, adapter_name: str) -> Iterator[nn.Module]:
     if isinstance(reference, nn.Module):
         with modes_given_back(reference):
-            yield reference.eval()
+            yield evaluate(reference)
     elif reference == "pretrained":
         with model.disable_adapter():
             yield model

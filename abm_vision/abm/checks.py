@@ -129,6 +129,18 @@ def modes_given_back(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
+def evaluate(model: nn.Module) -> nn.Module:
+    """Evaluation mode, but for layers of bitsandbytes, which have nothing to switch off.
+
+    On some CPUs those repack their weights in evaluation mode for good, and no gradient passes them from then on.
+    """
+    model.eval()
+    for module in model.modules():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            module.training = True
+    return model
+
+
 def _first_tensor(output: Any) -> torch.Tensor:
     if isinstance(output, torch.Tensor):
         return output

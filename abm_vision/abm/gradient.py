@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from abm_vision.abm.calibration import batch_size
-from abm_vision.abm.checks import modes_given_back
+from abm_vision.abm.checks import evaluate, modes_given_back
 
 LossFn = Callable[[nn.Module, Any], Tensor]
 Receive = Callable[[str, Tensor], None]
@@ -103,7 +103,7 @@ def _inputs_of_a_gradient(model: PeftModel, factors: list[nn.Parameter]) -> Iter
     flags = [factor.requires_grad for factor in factors]
     try:
         with modes_given_back(model):
-            model.eval()
+            evaluate(model)
             for factor in factors:
                 factor.requires_grad_(True)
             yield

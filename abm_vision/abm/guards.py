@@ -37,10 +37,6 @@ def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str)
     for name, layer in layers.items():
         if layer.merged:
             raise ValueError(f"{name} is merged into the base weights: call model.unmerge_adapter() first")
-        if not layer.get_base_layer().weight.is_floating_point():
-            raise ValueError(
-                f"{name} is quantised ({layer.get_base_layer().weight.dtype}): matching needs float weights"
-            )
     factors = [
         p
         for m in layers.values()
@@ -51,6 +47,18 @@ def check_ready(model: PeftModel, reference: str | nn.Module, adapter_name: str)
     if not factors:
         raise ValueError(f"adapter {adapter_name!r} is frozen: load it with is_trainable=True")
     return factors
+
+
+def check_float_base(model: PeftModel, adapter_name: str, what: str) -> None:
+    """Raise a ValueError if an adapted layer is quantised, so that its weight cannot be computed with."""
+    for name, layer in model.get_base_model().named_modules():
+        if isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+            dtype = layer.get_base_layer().weight.dtype
+            if not dtype.is_floating_point:
+                raise ValueError(
+                    f"{what} computes with the base weights, and those of {name} are quantised ({dtype}): take a start "
+                    "that runs the model alone, such as abm, abm_aligned or eva"
+                )
 
 
 def check_no_dora(model: PeftModel, adapter_name: str, what: str) -> None:

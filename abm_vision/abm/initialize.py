@@ -23,8 +23,9 @@ from abm_vision.abm.calibration import (
     collect_batches,
     measure,
 )
+from abm_vision.abm.checks import evaluate
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.guards import check_no_dora, check_ready, given_back, seeded
+from abm_vision.abm.guards import check_float_base, check_no_dora, check_ready, given_back, seeded
 from abm_vision.abm.local import fit_locally
 from abm_vision.abm.loss import boundary_loss
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
@@ -71,7 +72,7 @@ def initialize_lora_abm_weights(
         Losses, match rates and shares inside the margin before and after, per layer and overall.
 
     Raises:
-        ValueError: the model is not ready (merged, compiled, 4-bit, several active adapters, changed base ...), the
+        ValueError: the model is not ready (merged, compiled, several active adapters, changed base ...), the
             loader is empty, a batch cannot be run, a boundary never fires, or an activation is not finite.
     """
     start = time.perf_counter()
@@ -79,11 +80,12 @@ def initialize_lora_abm_weights(
     factors = check_ready(model, reference, adapter_name)
     if config.fit == "local":
         check_no_dora(model, adapter_name, 'fit="local"')
+        check_float_base(model, adapter_name, 'fit="local"')
     backbone = backbone or find_backbone(model)
     forward_fn = forward_fn or backbone.forward_fn
     token_mask_fn = token_mask_fn or backbone.token_mask_fn
     with given_back(model, adapter_name, factors), seeded(config.seed), torch.enable_grad():
-        model.eval()
+        evaluate(model)
         layers = choose_layers(model.get_base_model(), backbone, config)
         batches = collect_batches(dataloader, config.samples, factors[0].device)
         calibration = calibrate(model, batches, layers, config, reference, adapter_name, forward_fn, token_mask_fn)

@@ -187,9 +187,10 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
     for name, rank in ranks.items():
         layer = model.get_submodule(name)
         layer = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
-        limit = min(layer.weight.shape[:2])
-        if not 1 <= rank <= limit:
-            raise ValueError(f"rank {rank} for {name} {tuple(layer.weight.shape)}: allowed are 1 .. {limit}")
+        # The weight of a quantised layer has a shape of its own.
+        shape = layer.weight.shape[:2] if isinstance(layer, nn.Conv2d) else (layer.out_features, layer.in_features)
+        if not 1 <= rank <= min(shape):
+            raise ValueError(f"rank {rank} for {name} {tuple(shape)}: allowed are 1 .. {min(shape)}")
 
 
 def _check_alphas(alphas: Mapping[str, float]) -> None:
