@@ -1,0 +1,1 @@
+"""The T5 setting of the paper: GLUE as text to text."""

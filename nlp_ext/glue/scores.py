@@ -1,0 +1,53 @@
+"""GLUE's metrics, in [-1, 1] or [0, 1]. A prediction that is no label is wrong, and is counted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from nlp_ext.glue.tasks import INVALID, GlueTask
+
+Labels = Sequence[int | float]
+
+
+def score(task: GlueTask, predictions: Sequence[int | float | None], labels: Labels) -> dict[str, float | int]:
+    """The task's metrics over all examples, and `invalid`: how many predictions are no label.
+
+    An invalid class counts as a class that is never right: in F1 and Matthews as the other one of two. An invalid
+    score counts as 0, the lowest.
+
+    Raises:
+        ValueError: there are no examples, or not as many predictions as labels.
+    """
+    if not labels or len(predictions) != len(labels):
+        raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels; as many are needed, at least one")
+    invalid = sum(p is INVALID for p in predictions)
+    filled = [_wrong(task, label) if p is INVALID else p for p, label in zip(predictions, labels, strict=True)]
+    return {**{name: float(_METRICS[name](labels, filled)) for name in task.scores}, "invalid": invalid}
+
+
+def _wrong(task: GlueTask, label: int | float) -> int | float:
+    return (int(label) + 1) % len(task.labels) if task.labels else 0.0
+
+
+def _correlation(measure: Callable[[Labels, Labels], tuple[float, float]]) -> Callable[[Labels, Labels], float]:
+    """0 where all predictions (or labels) are equal, so that no correlation is defined."""
+
+    def correlate(labels: Labels, predictions: Labels) -> float:
+        if np.ptp(predictions) == 0 or np.ptp(labels) == 0:
+            return 0.0
+        return measure(labels, predictions)[0]
+
+    return correlate
+
+
+_METRICS: Mapping[str, Callable[[Labels, Labels], float]] = {
+    "accuracy": accuracy_score,
+    "f1": f1_score,
+    "matthews": matthews_corrcoef,
+    "pearson": _correlation(pearsonr),
+    "spearman": _correlation(spearmanr),
+}
