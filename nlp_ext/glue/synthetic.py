@@ -1,0 +1,177 @@
+"""Sentences of a small grammar in the columns of GLUE, for machines without its data. They are not GLUE.
+
+Every example is a function of task, split and position alone. The labels follow rules that a reader of the sentences
+would agree with, but that no bag of words decides: who does what to whom, negation, and which words mean the same.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nlp_ext.glue.tasks import get_task
+
+SIZES = {"train": 2000, "validation": 400, "test": 400}
+
+# Words that mean the same stand together; the rest of a line does not.
+NOUNS = (("dog", "hound"), ("cat", "kitten"), ("boy", "lad"), ("doctor", "physician"), ("thief", "robber"), ("queen",))
+VERBS = (("chased", "pursued"), ("saw", "noticed"), ("helped", "aided"), ("pushed", "shoved"), ("hid", "concealed"))
+TRAITS = (("old", "aged"), ("small", "little"), ("clever", "smart"), ("quiet", "silent"), ("tall",))
+PLACES = (("in the garden", "in the yard"), ("near the house", "by the house"), ("on the road", "on the street"))
+GOOD = ("wonderful", "brilliant", "charming", "moving", "funny")
+BAD = ("boring", "clumsy", "awful", "tedious", "shallow")
+ASPECTS = ("film", "plot", "acting", "music", "ending")
+# A state and whose it is after "because it was": the one who acts, or the one acted on.
+STATES = (("angry", "subject"), ("hungry", "subject"), ("eager", "subject"), ("slow", "object"), ("lost", "object"))
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Who (of what trait) did what to whom, and where: positions in the tables above."""
+
+    trait: int
+    subject: int
+    verb: int
+    object: int
+    place: int
+
+    def say(self, rng: random.Random, passive: bool = False, trait: bool = True, place: bool = True) -> str:
+        """A sentence, words of the same meaning chosen at random."""
+        subject = f"the {rng.choice(TRAITS[self.trait]) + ' ' if trait else ''}{rng.choice(NOUNS[self.subject])}"
+        verb, thing = rng.choice(VERBS[self.verb]), f"the {rng.choice(NOUNS[self.object])}"
+        where = f" {rng.choice(PLACES[self.place])}" if place else ""
+        if passive:
+            participle = {"saw": "seen", "hid": "hidden"}.get(verb, verb)
+            return f"{thing} was {participle} by {subject}{where}"
+        return f"{subject} {verb} {thing}{where}"
+
+    def swapped(self) -> Scene:
+        return replace(self, subject=self.object, object=self.subject)
+
+    def changed(self, rng: random.Random, role: str) -> Scene:
+        """Another word in one role; subject and object stay two."""
+        table = {"trait": TRAITS, "subject": NOUNS, "verb": VERBS, "object": NOUNS, "place": PLACES}[role]
+        taken = {getattr(self, role), *((self.subject, self.object) if role in ("subject", "object") else ())}
+        return replace(self, **{role: rng.choice([k for k in range(len(table)) if k not in taken])})
+
+
+ROLES = ("trait", "subject", "verb", "object", "place")
+Example = dict[str, Any]
+
+
+def _scene(rng: random.Random) -> Scene:
+    subject, thing = rng.sample(range(len(NOUNS)), 2)
+    trait, verb, place = (rng.randrange(len(table)) for table in (TRAITS, VERBS, PLACES))
+    return Scene(trait, subject, verb, thing, place)
+
+
+def _cola(rng: random.Random) -> Example:
+    """Two neighbouring words of one sentence in two have changed places."""
+    words = _scene(rng).say(rng).split()
+    label = rng.randrange(2)
+    if not label:
+        k = rng.randrange(4)  # up to verb and article: never two words of one kind
+        words[k], words[k + 1] = words[k + 1], words[k]
+    return {"sentence": " ".join(words), "label": label}
+
+
+def _sst2(rng: random.Random) -> Example:
+    """The last judgement decides; "not" turns it round."""
+    label, negated = rng.randrange(2), rng.randrange(2)
+    first, last = rng.sample(ASPECTS, 2)
+    word = rng.choice(GOOD if label != negated else BAD)
+    opening = f"the {first} was {rng.choice(GOOD + BAD)} but "
+    return {"sentence": f"{opening}the {last} was {'not ' if negated else ''}{word}", "label": label}
+
+
+def _same(rng: random.Random) -> tuple[str, str, int]:
+    """Two sentences, and whether they mean the same: in other words or turned round, or with another word or roles."""
+    scene, label = _scene(rng), rng.randrange(2)
+    other = scene if label else rng.choice([scene.swapped(), scene.changed(rng, rng.choice(ROLES))])
+    return scene.say(rng), other.say(rng, passive=rng.random() < 0.5), label
+
+
+def _pairs(first: str, second: str) -> Callable[[random.Random], Example]:
+    def example(rng: random.Random) -> Example:
+        one, two, label = _same(rng)
+        return {first: one, second: two, "label": label}
+
+    return example
+
+
+def _stsb(rng: random.Random) -> Example:
+    """A point for each of the five roles that agree."""
+    scene = other = _scene(rng)
+    for role in (differing := rng.sample(ROLES, rng.randrange(6))):
+        other = other.changed(rng, role)
+    return {"sentence1": scene.say(rng), "sentence2": other.say(rng), "label": float(5 - len(differing))}
+
+
+def _entailed(rng: random.Random) -> tuple[str, str, int]:
+    """Premise, hypothesis, and 0: it follows, 1: it may be so, 2: it contradicts."""
+    scene, label = _scene(rng), rng.randrange(3)
+    if label == 0:
+        return scene.say(rng), scene.say(rng, passive=rng.random() < 0.5, trait=rng.random() < 0.5, place=False), 0
+    if label == 1:
+        return scene.say(rng, trait=False, place=False), scene.say(rng, trait=rng.random() < 0.5), 1
+    where = rng.choice(["place", "trait"])
+    denied = scene.changed(rng, where).say(rng) if rng.random() < 0.5 else f"it is not true that {scene.say(rng)}"
+    return scene.say(rng), denied, 2
+
+
+def _mnli(rng: random.Random) -> Example:
+    premise, hypothesis, label = _entailed(rng)
+    return {"premise": premise, "hypothesis": hypothesis, "label": label}
+
+
+def _rte(rng: random.Random) -> Example:
+    premise, hypothesis, label = _entailed(rng)
+    return {"sentence1": premise, "sentence2": hypothesis, "label": min(label, 1)}
+
+
+def _qnli(rng: random.Random) -> Example:
+    """Whether the sentence answers the question: 0, it does."""
+    scene, label = _scene(rng), rng.randrange(2)
+    question = f"who {rng.choice(VERBS[scene.verb])} the {rng.choice(NOUNS[scene.object])} ?"
+    told = scene if not label else rng.choice([scene.swapped(), scene.changed(rng, rng.choice(["verb", "object"]))])
+    return {"question": question, "sentence": told.say(rng, passive=rng.random() < 0.5), "label": label}
+
+
+def _wnli(rng: random.Random) -> Example:
+    """Whom "it" means, by what would make one act or be acted on."""
+    scene, label = _scene(rng), rng.randrange(2)
+    state, whose = rng.choice(STATES)
+    other = "object" if whose == "subject" else "subject"
+    named = NOUNS[getattr(scene, whose if label else other)][0]
+    subject, thing = NOUNS[scene.subject][0], NOUNS[scene.object][0]
+    sentence = f"the {subject} {rng.choice(VERBS[scene.verb])} the {thing} because it was {state}"
+    return {"sentence1": sentence, "sentence2": f"the {named} was {state}", "label": label}
+
+
+_EXAMPLES: Mapping[str, Callable[[random.Random], Example]] = {
+    "cola": _cola,
+    "mnli": _mnli,
+    "mrpc": _pairs("sentence1", "sentence2"),
+    "qnli": _qnli,
+    "qqp": _pairs("question1", "question2"),
+    "rte": _rte,
+    "sst2": _sst2,
+    "stsb": _stsb,
+    "wnli": _wnli,
+}
+
+
+def examples(task: str, split: str) -> list[Example]:
+    """All examples of a split, with GLUE's columns, `label` and `idx`; a test split's labels are -1, as in GLUE.
+
+    Raises:
+        ValueError: an unknown task or split.
+    """
+    known = get_task(task).sizes
+    if split not in known:
+        raise ValueError(f"{task} has no split {split!r}; there are {', '.join(known)}")
+    hidden = {"label": -1} if split.startswith("test") else {}
+    count = SIZES[split.partition("_")[0]]
+    return [{**_EXAMPLES[task](random.Random(f"{task} {split} {k}")), "idx": k, **hidden} for k in range(count)]
