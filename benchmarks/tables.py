@@ -20,6 +20,7 @@ from ledger import RESULTS, Ledger
 from abm_vision.initializers import INITIALIZERS
 from abm_vision.vtab import RunConfig
 from abm_vision.vtab.comparison import area, compare
+from abm_vision.vtab.config import uses
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"
@@ -135,7 +136,12 @@ def screening() -> str:
             return min(area(r) for r in found.values() if "loss_per_step" in r)
 
         rows = [
-            [f"`{init}`", _lost(found), *(_cell(found.get(lr), best(found)) for lr in rates), _steady(found)]
+            [
+                _start(next(iter(found.values()))["config"]),
+                _lost(found),
+                *(_cell(found.get(lr), best(found)) for lr in rates),
+                _steady(found),
+            ]
             for init, found in sorted(starts.items(), key=lambda item: best(item[1]))
         ]
         head = ["start", "information loss (seen)", *(f"lr {lr:g}" for lr in rates), "rates within a point"]
@@ -156,9 +162,10 @@ def confirmation() -> str:
             seeds.setdefault((record["config"]["init"], record["config"]["lr"]), set()).add(record["config"]["seed"])
         whole = [r for r in confirmed if len(seeds[r["config"]["init"], r["config"]["lr"]]) == 3]
         screened = {r["config"]["init"]: r for r in records if r["stage"] == "screen" and r.get("information_loss")}
+        compared = compare(whole)
         rows = [
             [
-                f"`{row.init}`",
+                _start(compared.best[task, row.init][0]["config"]),
                 f"{row.lr:g}",
                 _lost({0: screened[row.init]}) if row.init in screened else "-",
                 f"{row.area:.3f} ± {row.area_error:.3f}",
@@ -168,7 +175,7 @@ def confirmation() -> str:
                 f"{100 * row.top1:.1f} ± {100 * row.top1_error:.1f}",
                 f"{100 * row.top1_gain:+.1f} ({100 * row.top1_low:+.1f} to {100 * row.top1_high:+.1f})",
             ]
-            for row in compare(whole).rows
+            for row in compared.rows
         ]
         head = ["start", "best lr", "information loss (seen)", "training loss, mean over steps", "ratio to the default"]
         head += ["start's time counted", "start costs (epochs)", "test top-1 (%)", "gain"]
@@ -184,9 +191,8 @@ def sweep() -> str:
         found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
         for record in Ledger(f"settings_sweep-{task}").records:
             config = record["config"]
-            own = {k: v for k, v in config.items() if k.startswith(("abm_", "align_")) and v != PLAIN[k]}
-            changed = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in own.items())
-            found.setdefault((f"`{config['init']}`", changed or "defaults", f"{config['lr']:g}"), []).append(record)
+            key = (f"`{config['init']}`", _changed(config) or "defaults", f"{config['lr']:g}")
+            found.setdefault(key, []).append(record)
         rows = [
             [
                 *settings,
@@ -246,6 +252,18 @@ def data_path() -> str:
     head = ["task", "a training epoch", "a test on 1,000 images"]
     device = content["environment"]["device"]
     return f"{table(head, rows)}\n\nViT-S/14 at 70 px, {content['rows'][0]['precision']}; {device}."
+
+
+def _changed(config: dict[str, Any]) -> str:
+    """The start's settings that are not today's defaults."""
+    own = {k: v for k, v in config.items() if uses(config["init"], k) and k.startswith(("abm_", "align_"))}
+    given = {k: v for k, v in own.items() if v != PLAIN[k] and v is not None}
+    return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())
+
+
+def _start(config: dict[str, Any]) -> str:
+    changed = _changed(config)
+    return f"`{config['init']}`" + (f" ({changed})" if changed else "")
 
 
 def _over_seeds(values: Iterable[float], digits: int) -> str:

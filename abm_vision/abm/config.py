@@ -33,8 +33,8 @@ class ABMConfig:
 
     margin: float = 0.5
     margin_unit: str = "absolute"
-    steps: int = 50
-    learning_rate: float = 3e-3
+    steps: int = 20
+    learning_rate: float = 1e-3
     samples: int = 128
     batch_size: int = 16
     layers: str | int | Sequence[str] = "all"

@@ -59,8 +59,8 @@ class RunConfig:
     init: str = _flag("abm", "; ".join(f"{name}: {start.summary}" for name, start in INITIALIZERS.items()))
     abm_margin: float = _flag(0.5, "margin of the boundary loss")
     abm_margin_unit: str = _flag("absolute", "unit of the margin", choices=("absolute", "relative"))
-    abm_lr: float = _flag(3e-3, "learning rate of the matching")
-    abm_steps: int = _flag(50, "optimiser steps of the matching")
+    abm_lr: float = _flag(1e-3, "learning rate of the matching")
+    abm_steps: int = _flag(20, "optimiser steps of the matching")
     abm_samples: int = _flag(128, "calibration images, the first of the shuffled training set")
     abm_batch_size: int = _flag(16, "images in a step of the matching")
     abm_layers: str = _flag("all", "all, the number of last layers to match, or activation modules with commas between")
@@ -197,7 +197,7 @@ def uses(init: str, setting: str) -> bool:
     if setting == "abm_samples":
         return start.needs != "nothing"
     if setting.startswith("abm_"):
-        return init.startswith("abm")
+        return init in ("abm", "abm_tuned")
     return init == "abm_aligned" or not setting.startswith("align_")
 
 
