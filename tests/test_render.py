@@ -173,7 +173,9 @@ def test_an_object_in_the_maze_is_seen_and_smaller_far_away():
         view = maze.view(np.random.default_rng(seed))
         picture, other = maze.picture(view), maze.picture(view._replace(kind=2 if view.kind != 2 else 0))
         sizes[view.bin].append(int((picture != other).any(-1).sum()))
-        assert maze.example(view) == {"label": view.bin + 3 * (view.kind == 2)}
+        label = maze.example(view)["label"]
+        assert label % 3 == sum(view.distance > limit for limit in (3, 6))  # close, far, very far
+        assert label // 3 == (view.kind == 2)  # a lemon, which is punished
     assert sum(size < 4 for found in sizes.values() for size in found) <= 4
     assert np.median(sizes[0]) > 1.8 * np.median(sizes[1]) > 1.8 * 1.8 * np.median(sizes[2])
 

@@ -47,15 +47,16 @@ def picture(view: View) -> NDArray[np.uint8]:
     ahead = np.array([np.sin(yaw), np.cos(yaw), random.normal(-0.06, 0.03)], np.float32)
     camera = Camera.looking_at(position, position + ahead, FOCAL, WIDTH, HEIGHT)
     aside = np.clip(random.normal(0, 0.35), -0.6, 0.6)
-    solids = [*_corridor(random, view.distance), *_object(random, view.kind, aside, view.distance)]
+    solids = [*_corridor(random, aside), *_object(random, view.kind, aside, view.distance)]
     light = Light((random.normal(0, 0.5), random.normal(-0.8, 0.4), 1), sun=0.45, sky=random.uniform(0.5, 0.75))
     floor = _tiles(random, random.uniform(0.5, 1.5), 1.0)
     image, _ = draw(Scene(solids, lambda rays: np.zeros_like(rays), floor, shadows=False), camera, light)
     return image
 
 
-def _corridor(random: np.random.Generator, distance: float) -> list[Solid]:
-    end = distance + random.uniform(1.5, 8)
+def _corridor(random: np.random.Generator, aside: float) -> list[Solid]:
+    """Nothing in it tells how far the object is. It stands `aside` of the middle, a pillar on the other side."""
+    end = random.uniform(12.5, 19)
     walls, ceiling = _tiles(random, 1.5, 1.0), _tiles(random, 1.0, 1.0)
     top = (0, end / 2, CEILING + 0.05)
     solids = [
@@ -67,8 +68,8 @@ def _corridor(random: np.random.Generator, distance: float) -> list[Solid]:
         for cell, is_open in enumerate(opened):
             x = side * (4.0 if is_open else 2.0)  # an opening shows the wall behind it
             solids.append(_block(walls, x, 2 * cell - 1, 1, 1))
-    if random.random() < 0.3 and distance > 4:
-        solids.append(_block(walls, random.choice([-1, 1]) * 0.8, random.uniform(1.8, distance - 1.5), 0.15, 0.15))
+    if random.random() < 0.3:
+        solids.append(_block(walls, -0.8 if aside > 0 else 0.8, random.uniform(1.8, 9), 0.15, 0.15))
     return solids
 
 

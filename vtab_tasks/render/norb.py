@@ -5,7 +5,6 @@ pixels, plain background; toys 4, 6, 7, 8, 9 in its training half and the others
 is where somebody has put it, so it differs a little from toy to toy. The toys themselves are made of plain solids.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
@@ -76,7 +75,6 @@ def _toy(category: int, number: int) -> tuple[tuple[Solid, ...], float]:
 
 
 Colour = tuple[float, float, float]
-Build = Callable[[np.random.Generator, Colour], list[Solid]]
 
 
 def _animal(random: np.random.Generator, colour: Colour) -> list[Solid]:

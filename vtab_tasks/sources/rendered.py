@@ -42,6 +42,9 @@ def _dsprites_items(task: Task, split: str) -> DspritesItems:
     return DspritesItems(task, np.concatenate([order[part.start : part.stop] for part in task.parts(split)]))
 
 
+_SCENES = ("../sources/rendered", "../order")  # what decides which scene is at a position
+
+
 @dataclass(frozen=True)
 class Surrogate:
     """A data set in whose place scenes are drawn.
@@ -74,7 +77,7 @@ class SurrogateItems:
 
     def images(self, positions: NDArray[np.int64]) -> Sequence[NDArray[np.uint8]]:
         name, surrogate = self.task.tfds_name, _SURROGATES[self.task.tfds_name]
-        cached, images = f"{name}-{code_hash(*surrogate.code)}", []
+        cached, images = f"{name}-{code_hash(*surrogate.code, *_SCENES)}", []
         for split, inside in _runs([self.places[position] for position in positions]):
             images.extend(drawn(cached, split, inside, partial(surrogate.draw, split)))
         return images
