@@ -237,25 +237,27 @@ def draw_convergence(section: Any) -> Figure:
 
 
 def draw_lost(section: Any) -> Figure | None:
-    """A heat map a method, depth by kind of layer: mean information loss after the start; None without any."""
-    maps: dict[str, np.ndarray] = {}
-    kinds: list[str] = []
-    for method in section.methods:
-        runs = [run for (_, m), cell in section.cells.items() if m == method for run in cell.runs]
-        reports = [run["information_loss"]["after"] for run in runs if run["information_loss"]]
-        if reports:
-            kinds = [kind["name"] for kind in reports[0]["kinds"]]
-            maps[method] = np.mean([_by_depth(report, kinds, "loss") for report in reports], axis=0)
-    if not maps:
+    """A heat map a method, depth by kind of layer: mean information loss after the start; None without any.
+
+    Where a method's runs have layers of other kinds or another depth, they get a map of their own.
+    """
+    found: dict[tuple[str, tuple[str, ...], int], list[np.ndarray]] = {}
+    for (_, method), cell in section.cells.items():
+        for report in (run["information_loss"]["after"] for run in cell.runs if run["information_loss"]):
+            kinds = tuple(kind["name"] for kind in report["kinds"])
+            values = _by_depth(report, list(kinds), "loss")
+            found.setdefault((method, kinds, len(values)), []).append(values)
+    if not found:
         return None
-    depth = len(next(iter(maps.values())))
-    figure = Figure(figsize=(1.8 + (0.6 * len(kinds) + 0.3) * len(maps), 1.6 + 0.26 * depth), layout="constrained")
-    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False)[0]
-    for axes, (method, values) in zip(panels, maps.items(), strict=True):
-        image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    maps = sorted(found.items(), key=lambda item: section.methods.index(item[0][0]))
+    deepest, widths = max(depth for _, _, depth in found), [len(kinds) for (_, kinds, _), _ in maps]
+    figure = Figure(figsize=(1.8 + 0.6 * sum(widths) + 0.3 * len(maps), 1.6 + 0.26 * deepest), layout="constrained")
+    panels = figure.subplots(1, len(maps), sharey=True, squeeze=False, width_ratios=widths)[0]
+    for axes, ((method, kinds, _), values) in zip(panels, maps, strict=True):
+        image = axes.imshow(np.mean(values, axis=0), vmin=0, vmax=1, cmap="cividis", aspect="auto")
         axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
         axes.set_title(method, fontsize=10)
-    panels[0].set(ylabel="depth", yticks=range(depth), yticklabels=range(1, depth + 1))
+    panels[0].set(ylabel="depth", yticks=range(deepest), yticklabels=range(1, deepest + 1), ylim=(deepest - 0.5, -0.5))
     figure.colorbar(image, ax=panels, label="information loss")
     figure.suptitle(_kind(section))
     return figure

@@ -199,7 +199,7 @@ def test_output_in_the_way(capsys, tmp_path):
 
 def test_file_of_another_schema(capsys, tmp_path):
     (tmp_path / "old.json").write_text('{"schema": 0, "config": {"task": "dsprites_loc"}}')
-    assert "has schema 0, this version reads 3" in refused(["--config", tmp_path / "old.json"], capsys)
+    assert "has schema 0, this version reads 4" in refused(["--config", tmp_path / "old.json"], capsys)
 
 
 @pytest.fixture

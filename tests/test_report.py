@@ -13,6 +13,7 @@ import pytest
 from conftest import TINY
 
 import vtab_tasks
+from abm_vision import plots
 from abm_vision.vtab import executors
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.collection import collect
@@ -20,7 +21,7 @@ from abm_vision.vtab.published import PUBLISHED
 from abm_vision.vtab.report import notes, published_means, to_csv, to_latex, to_markdown, write_report
 from abm_vision.vtab.suite import Suite, run_suite
 
-TINY = {**TINY, "epochs": 1, "source": "rendered"}
+TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +75,7 @@ def test_averages_by_hand(whole):
     assert m19.value == pytest.approx(41 + 9) and m3.value == pytest.approx(np.mean(expected))
     assert m19.std == pytest.approx(np.std([49, 51], ddof=1))  # of the means of seeds
     assert str(m19) == "50.0 ± 1.4" and section.missing("kaiming") == []
+    assert m3.std == pytest.approx(np.std([-1, 1], ddof=1))  # every group's mean is 2 points higher with seed 1
 
 
 def test_a_cell_is_mean_and_standard_deviation_over_seeds(put, tmp_path):
@@ -113,6 +115,7 @@ def test_a_subset_of_the_test_images_is_marked(put, tmp_path):
     put("dtd", whole=False)
     report = collect(tmp_path / "runs")
     assert str(report.sections[0].cells["dtd", "kaiming"]) == "50.0†"
+    assert str(report.sections[0].averages("kaiming")[0]) == "50.0† (1 of 7)"
     assert any(line.startswith("† fewer images") for line in notes(report))
 
 
@@ -150,13 +153,107 @@ def test_selected_settings_may_differ_between_tasks_and_are_shown(put, tmp_path)
     assert report.differing["lr"] == {"0.001": ["run0/result.json"], "0.002": ["run1/result.json"]}
 
 
+def test_seeds_of_other_settings_are_no_seeds(put, tmp_path):
+    put("dtd", seed=0, epochs=1, top1=0.4)
+    put("dtd", seed=1, epochs=2, top1=0.6, losses=[1.0] * 8)
+    (section,) = collect(tmp_path / "runs").sections
+    assert section.methods == ("kaiming, epochs 1", "kaiming, epochs 2")
+    assert to_markdown(collect(tmp_path / "runs")).count("± ") == 1  # in the note alone
+
+
+def test_other_weights_or_precision_or_data_are_other_methods(put, tmp_path):
+    put("dtd", top1=0.2)
+    folder = put("dtd", top1=0.8)
+    result = json.loads((folder / "result.json").read_text())
+    result["weights"]["sha256"] = "f" * 64
+    (folder / "result.json").write_text(json.dumps(result))
+    put("pets", source="folder", top1=0.5)
+    put("pets", source="tfds", seed=1, top1=0.7)
+    (section,) = collect(tmp_path / "runs").sections
+    assert all(cell.std is None for cell in section.cells.values()) and len(section.methods) == 3
+
+
+def test_the_same_run_twice_counts_once(put, tmp_path):
+    put("dtd", workers=0, top1=0.4)
+    put("dtd", workers=1, top1=0.6)
+    report = collect(tmp_path / "runs")
+    assert str(report.sections[0].cells["dtd", "kaiming"]) == "40.0"
+    assert report.unfinished == (("run1/result.json", "left out, it is run0/result.json again"),)
+
+
+def test_settings_without_use_are_none(put, tmp_path):
+    """kaiming takes no steps of a matching, so that two runs of it are the same whatever they say of these."""
+    put("dtd", "kaiming", seed=0, abm_steps=50)
+    put("dtd", "kaiming", seed=1, abm_steps=20)
+    put("dtd", "abm", seed=0, abm_steps=20)
+    report = collect(tmp_path / "runs")
+    assert report.sections[0].methods == ("kaiming", "abm") and report.settings["abm_steps"] == 20
+
+
+def test_each_method_is_compared_with_the_baseline_of_its_settings(put, tmp_path):
+    for lr, kaiming, abm in ((1e-3, 0.40, 0.45), (2e-3, 0.60, 0.55)):
+        put("dtd", "kaiming", lr=lr, top1=kaiming)
+        put("dtd", "abm", lr=lr, top1=abm)
+    put("dtd", "eva", lr=5e-3)
+    report = collect(tmp_path / "runs")
+    pairs = {p.method: (p.baseline, round(p.difference)) for p in report.sections[0].paired()}
+    assert pairs == {"abm, lr 0.001": ("kaiming, lr 0.001", 5), "abm, lr 0.002": ("kaiming, lr 0.002", -5)}
+    assert any("not compared, for want of kaiming with equal settings: eva" in line for line in notes(report))
+
+
+def test_a_reference_tuned_for_another_run_is_no_result(put, tmp_path):
+    put("dtd")
+    folder = put("dtd", lr=5e-3)
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**result, "reference_only": True}))
+    report = collect(tmp_path / "runs")
+    assert report.sections[0].methods == ("kaiming",) and len(report.runs) == 1 and report.unfinished == ()
+
+
+def test_maps_of_other_layers_have_labels_of_their_own(put, tmp_path):
+    put("dtd", "kaiming")
+    folder = put("dtd", "gaussian", targets="attn.qkv")
+    result = json.loads((folder / "result.json").read_text())
+    for lost in result["information_loss"].values():
+        lost["kinds"] = [kind for kind in lost["kinds"] if kind["name"] == "attn.qkv"]
+        lost["layers"] = [layer for layer in lost["layers"] if layer["name"].endswith("attn.qkv")]
+    (folder / "result.json").write_text(json.dumps(result))
+    figure = plots.draw_lost(collect(tmp_path / "runs").sections[0])
+    labels = [[t.get_text() for t in axes.get_xticklabels()] for axes in figure.axes[:2]]
+    assert len(labels[0]) == 4 and labels[1] == ["attn.qkv"]
+
+
+def test_files_that_are_damaged_are_named(put, tmp_path, capsys):
+    folder = put("dtd")
+    for name, content, message in (
+        ("result.json", '{"schema": 4}', "result.json is no whole result"),
+        ("result.json", "[]", "result.json holds no JSON object"),
+        ("failure.json", "", "failure.json is not JSON"),
+    ):
+        other = put("pets")
+        (other / "result.json").unlink()
+        (other / name).write_text(content)
+        assert main(["report", str(tmp_path / "runs")]) == 2
+        assert message in capsys.readouterr().err
+        shutil.rmtree(other)
+    assert folder.exists()
+
+
+def test_a_reason_of_many_lines_is_one_line(put, tmp_path):
+    put("dtd")
+    failed = put("pets")
+    (failed / "result.json").unlink()
+    (failed / "failure.json").write_text(json.dumps({"schema": 4, "reason": "RuntimeError: one\n  two\n", "time": ""}))
+    assert all(line.startswith("%") or "two" not in line for line in to_latex(collect(tmp_path / "runs")).splitlines())
+
+
 def test_selection_is_left_out_and_what_is_not_finished_is_named(put, tmp_path):
     put("dtd")
     put("dtd", evaluate="val", top1=0.9)
     failed, begun = put("pets"), put("svhn")
     for folder in (failed, begun):
         (folder / "result.json").unlink()
-    (failed / "failure.json").write_text('{"schema": 3, "reason": "Diverged: not finite", "time": ""}')
+    (failed / "failure.json").write_text('{"schema": 4, "reason": "Diverged: not finite", "time": ""}')
     report = collect(tmp_path / "runs")
     assert len(report.runs) == 1
     assert report.unfinished == ((failed.name, "Diverged: not finite"), (begun.name, "not begun"))
@@ -175,7 +272,10 @@ def test_csv_has_a_line_a_run(whole):
 def test_latex(whole):
     table = to_latex(collect(whole))
     assert r"patch\_camelyon & 48.0 $\pm$ 1.4 & 51.0 $\pm$ 1.4 \\" in table
-    assert table.count(r"\begin{tabular}{lrr}") == 1 and "_" not in table.replace(r"\_", "")
+    typeset = "\n".join(line for line in table.splitlines() if not line.startswith("%"))
+    assert table.count(r"\begin{tabular}{lrr}") == 1 and "_" not in typeset.replace(r"\_", "")
+    assert r"LoRA r8 (published) & 79.5 & 84.5 & 59.8 & 72.3 & 74.6 \\" in table  # beside ours
+    assert "% dtd abm 1 43.00 run7/result.json" not in table and table.count("/result.json") == 76
     assert "m19, mean of the 19 tasks" in table
 
 
@@ -186,6 +286,11 @@ def test_latex(whole):
         ("Full fine-tuning", [75.9, 83.4, 47.6, 65.6, 69.0]),
         ("Convpass", [81.7, 85.3, 62.7, 74.4, 76.6]),
         ("FacT-TK", [80.6, 85.3, 60.7, 73.2, 75.6]),
+        ("BitFit", [73.3, 78.2, 44.1, 62.1, 65.2]),
+        ("VPT-Shallow", [76.8, 79.7, 47.0, 64.9, 67.8]),
+        ("AdaptFormer", [80.6, 84.9, 58.8, 72.3, 74.8]),
+        ("Hydra", [81.8, 86.0, 61.7, 74.2, 76.5]),
+        ("GPS", [83.7, 86.8, 61.9, 75.2, 77.5]),
     ],
 )
 def test_published_means(method, means):
@@ -215,14 +320,18 @@ def test_a_result_of_another_schema(put, tmp_path, capsys):
     folder = put("dtd")
     (folder / "result.json").write_text('{"schema": 1}')
     assert main(["report", str(tmp_path / "runs")]) == 2
-    assert "has schema 1, this version reads 3" in capsys.readouterr().err
+    assert "has schema 1, this version reads 4" in capsys.readouterr().err
 
 
 def test_the_command(whole, tmp_path, capsys):
     assert main(["report", str(whole), "--out", str(tmp_path / "report")]) == 0
     assert "m19, mean of the 19 tasks" in capsys.readouterr().out
     links = re.findall('href="([^"]+)"', (tmp_path / "report" / "report.html").read_text())
-    assert len(links) == 19 * 2 + 76 and all((tmp_path / "report" / link).is_file() for link in links)
+    inside = [link for link in links if link.startswith("#")]
+    assert len(inside) == 19 * 2 and len(links) == 19 * 2 + 76
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert all(f'id="{link[1:]}"' in page for link in inside)
+    assert all((tmp_path / "report" / link).is_file() for link in links if link not in inside)
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
         "report.csv", "report.html", "report.md", "report.tex"
     ]  # fmt: skip
@@ -269,6 +378,7 @@ def test_the_page(whole, put, browser, width):
     assert [values[t] for t in ascending[:19]] == sorted(values.values()) and ascending[19:] == order[19:]
     table.locator("thead button").nth(2).click()
     assert page.evaluate(names)[:19] == ascending[18::-1]
-    for link in page.locator("table.results a").all()[:5]:
-        assert (whole / link.get_attribute("href")).is_file()
+    page.locator("table.results a").first.click()  # to the runs, which are folded away
+    assert page.evaluate("decodeURI(location.hash)").endswith("/kaiming")
+    assert page.locator("details[open] a").first.is_visible()
     page.close()

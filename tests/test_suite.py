@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
 from abm_vision.vtab.train import Diverged
 
-TINY = {**TINY, "epochs": 1, "source": "rendered"}
+TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
 WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
@@ -212,6 +213,66 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_rest(tmp_path, monkeypat
     assert not (failed / "failure.json").exists() and (failed / "result.json").exists()
 
 
+def test_a_selection_that_is_not_whole_chooses_nothing(tmp_path, monkeypatch):
+    """A point that failed by chance would come back, and another one might win then."""
+    real = module.run
+
+    def fails(config, *a, **k):
+        if config.evaluate == "val" and config.lr == 2e-3:
+            raise MemoryError("no memory")
+        return real(config, *a, **k)
+
+    monkeypatch.setattr(module, "run", fails)
+    lines, suite = [], tiny(grid={"lr": (1e-3, 2e-3)})
+    outcomes = run_suite(suite, tmp_path, executors.in_this_process(), lines.append)
+    assert {c.evaluate for c in outcomes} == {"val"} and "1 of 2 runs of the selection failed" in lines[-1]
+    monkeypatch.setattr(module, "run", real)
+    assert any(c.evaluate == "test" for c in run_suite(suite, tmp_path, executors.in_this_process(), silent))
+
+
+def test_points_that_a_start_has_no_use_for_are_one_run():
+    suite = tiny(inits=("kaiming", "abm_aligned"), grid={"align_size": (0.01, 0.02, 0.1)})
+    assert [c.init for c in suite.selection()] == ["kaiming", *["abm_aligned"] * 3]
+    with pytest.raises(ValueError, match="align_size, abm_margin is given|abm_margin, align_size is given"):
+        Suite(("dsprites_loc",), ("kaiming",), 1, {"abm_margin": 0.3}, {"align_size": (0.01, 0.1)})
+
+
+def test_settings_without_use_do_not_name_a_run():
+    plain, other = (make_config(init="kaiming", **more) for more in ({}, {"abm_steps": 3, "align_norm": 4.0}))
+    assert plain.run_name() == other.run_name() != make_config(init="kaiming", lr=1e-3).run_name()
+    assert make_config(init="abm", abm_steps=3).run_name() != make_config(init="abm").run_name()
+    assert make_config(init="abm_aligned", abm_steps=3).run_name() == make_config(init="abm_aligned").run_name()
+
+
+def test_a_reference_is_a_result_only_if_it_is_asked_for(tmp_path):
+    run_suite(tiny(inits=("abm_tuned",)), tmp_path, executors.in_this_process(), silent)
+    (reference,) = tmp_path.glob("*kaiming*/result.json")
+    assert json.loads(reference.read_text())["reference_only"] is True
+    lines = []
+    run_suite(tiny(inits=("kaiming", "abm_tuned")), tmp_path, executors.in_this_process(lines.append), silent)
+    assert json.loads(reference.read_text())["reference_only"] is False
+    assert sum("finished before" in line for line in lines) == 1  # and is not trained again
+
+
+def test_finished_runs_need_no_process(tmp_path):
+    outcomes = run_suite(tiny(), tmp_path, executors.in_this_process(), silent)
+
+    def nothing(configs, out, diagnose):
+        assert not configs
+        return ()
+
+    assert run_suite(tiny(), tmp_path, nothing, silent) == outcomes
+
+
+def test_whatever_a_run_raises_is_one_line_of_the_record(tmp_path, monkeypatch):
+    def breaks(config, *a, **k):
+        raise TypeError("one\n  two")
+
+    monkeypatch.setattr(module, "run", breaks)
+    outcome = attempt(tiny().final()[0], tmp_path, False)
+    assert (outcome.state, outcome.reason) == ("failed", "TypeError: one two")
+
+
 def test_without_a_finished_selection_there_is_no_final_run(tmp_path, monkeypatch):
     def diverges(config, *a, **k):
         raise Diverged("not finite")
@@ -219,7 +280,7 @@ def test_without_a_finished_selection_there_is_no_final_run(tmp_path, monkeypatc
     monkeypatch.setattr(module, "run", diverges)
     lines = []
     outcomes = run_suite(tiny(grid={"lr": (1.0, 2.0)}), tmp_path, executors.in_this_process(), lines.append)
-    assert {c.evaluate for c in outcomes} == {"val"} and "so there is no final run" in lines[-1]
+    assert {c.evaluate for c in outcomes} == {"val"} and "has diverged, so there is no final run" in lines[-1]
 
 
 def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
@@ -325,6 +386,8 @@ def test_dry_run(finished, tmp_path, capsys):
         (["--grid", "lr=fast"], "lr takes values of type float"),
         (["--grid", "speed=1,2"], "is not SETTING=A,B"),
         (["--jobs", "0"], "jobs is 0; it must be 1 to"),
+        (["--grid", "lr=1e-3", "--grid", "lr=2e-3,4e-3"], "--grid names lr twice"),
+        (["--abm-reference", "somewhere"], "abm_reference is given, but init abm, kaiming has no use for it"),
         (["--executor", "ray", "--jobs", "2"], "--jobs is not for --executor ray"),
         (["--gpus-per-run", "0.5"], "--gpus-per-run is not for --executor local"),
         (["--task", "dsprites_loc"], "unrecognized arguments: --task"),
@@ -346,6 +409,27 @@ def test_several_processes_give_the_same(tmp_path):
     found = run_suite(suite, tmp_path / "two", executors.local(min(2, os.cpu_count())), silent)
     alone = run_suite(suite, tmp_path / "one", executors.in_this_process(), silent)
     assert {c: o.top1 for c, o in found.items()} == {c: o.top1 for c, o in alone.items()}
+
+
+def test_processes_may_have_loader_processes(tmp_path):
+    suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "workers": 1})
+    (outcome,) = run_suite(suite, tmp_path, executors.local(1), silent).values()
+    assert outcome.state == "done", outcome.reason
+
+
+def test_gpus_are_those_of_the_mask(monkeypatch):
+    monkeypatch.setattr(executors.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert executors._gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-5f")
+    assert executors._gpus() == ["2", "GPU-5f"]
+
+
+def test_one_gpu_for_all_jobs_is_refused(tmp_path):
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core")
+    with pytest.raises(ValueError, match="device is cuda:1 for every run, but 2 jobs share the GPUs out"):
+        list(executors.local(2)([SimpleNamespace(device="cuda:1")], tmp_path, False))
 
 
 def test_a_process_that_dies_is_a_failed_run(tmp_path):
@@ -396,7 +480,9 @@ def test_ray_with_a_node_that_dies(tmp_path):
         killer.start()
         found = run_suite(suite, tmp_path / "ray", execute, silent)
         killer.join(60)
-        with pytest.raises(ValueError, match="a run is to take 64 CPU, the Ray cluster has 1"):
+        with pytest.raises(
+            ValueError, match="a run is to take 64 CPU and 0 GPU, and no node of the Ray cluster has as much"
+        ):
             executors.on_ray(cpus=64)
     finally:
         ray.shutdown()

@@ -58,7 +58,7 @@ def test_result_says_everything(finished):
     folder = out / config.run_name()
     written = json.loads((folder / "result.json").read_text())
     assert {**written, "folder": str(folder)} == result
-    assert written["schema"] == 3 and written["config"] == dataclasses.asdict(config)
+    assert written["schema"] == 4 and written["config"] == dataclasses.asdict(config)
     assert written["test"]["count"] == 60 and written["test"]["split_size"] == 73_728
     assert written["test"]["top1"] == written["test"]["correct"] / 60
     assert written["data"]["train"]["images"] == 1000 and written["data"]["test"]["source"] == "rendered"
@@ -274,7 +274,7 @@ def test_start_that_comes_out_differently_is_not_resumed(tmp_path, monkeypatch):
     config = tiny(init="pissa")
     break_off(config, tmp_path, monkeypatch)
     monkeypatch.setattr("abm_vision.vtab.start._fingerprint", lambda model: "another")
-    with pytest.raises(ValueError, match="comes out differently now.*--rerun starts afresh"):
+    with pytest.raises(ValueError, match="comes out differently now.*--rerun, or deleting its folder, starts afresh"):
         run(config, tmp_path)
 
 
@@ -315,7 +315,10 @@ def test_checkpoint_that_is_damaged_or_of_another_schema(broken_off, content):
     config, out = broken_off
     path = out / config.run_name() / "checkpoint.pt"
     torch.save({"schema": 0}, path) if content is None else path.write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoint\.pt (cannot be read|has schema 0).*--rerun starts afresh"):
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoint\.pt (cannot be read|has schema 0).*--rerun, or deleting its folder, starts afresh",
+    ):
         run(config, out)
 
 
@@ -425,8 +428,8 @@ def test_config_file_of_another_schema_or_none(tmp_path):
     good = open_folder(tmp_path, tiny()) / "config.json"
     assert make_config(**read_config(good)) == tiny()
     for text, message in (
-        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 3"),
-        ("[1, 2]", r"has schema None, this version reads 3"),
+        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 4"),
+        ("[1, 2]", r"has schema None, this version reads 4"),
         ("{", "is not JSON"),
     ):
         (tmp_path / "bad.json").write_text(text)
@@ -439,7 +442,7 @@ def test_config_file_of_another_schema_or_none(tmp_path):
 def test_result_of_another_schema_is_not_taken(tmp_path):
     folder = open_folder(tmp_path, tiny())
     (folder / "result.json").write_text('{"schema": 7}')
-    with pytest.raises(ValueError, match=r"has schema 7, this version reads 3; move it away"):
+    with pytest.raises(ValueError, match=r"has schema 7, this version reads 4; move it away"):
         run(tiny(), tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):

@@ -31,9 +31,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"abm-vtab: error: {error}", file=sys.stderr)
         return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        hint = "a smaller --batch-size, --image-size or --model takes less"
+        print(f"abm-vtab: error: out of memory ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\nabm-vtab: interrupted", file=sys.stderr)
         return 130
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for an accelerator's memory alone."""
+    return isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory"))
 
 
 def _run(words: list[str]) -> int:
@@ -158,6 +169,8 @@ def _grid(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     for word in words:
         flag, _, values = word.partition("=")
         name = flag.replace("-", "_")
+        if name in grid:
+            raise ValueError(f"--grid names {name} twice: give all its values at once, with commas between")
         if name not in kinds or not values:
             raise ValueError(f"--grid {word!r} is not SETTING=A,B with a setting of a run, such as lr=1e-3,2e-3")
         try:

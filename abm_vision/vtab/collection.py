@@ -6,9 +6,8 @@ says knows their number.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,13 @@ from scipy.stats import wilcoxon
 import vtab_tasks
 from abm_vision.vtab import results
 from abm_vision.vtab.comparison import BASELINE, area
+from abm_vision.vtab.config import uses
 
 _IDENTITY = ("task", "init", "seed")
-# Where a run was made and with how many processes says nothing about what was trained.
+# What was asked for and where it lay; what came of it is told by `_facts`.
 _PLACES = ("data_dir", "workers", "source", "weights", "device", "precision", "abm_reference")
+# Facts that may differ between runs of one method.
+_CIRCUMSTANCES = ("device", "commit")
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,10 @@ class Cell:
         return f"{self.mean:.1f}{spread}{'†' if self.subset else ''}"
 
 
+def _std(by_seed: np.ndarray) -> float | None:
+    return float(by_seed.std(ddof=1)) if len(by_seed) > 1 else None
+
+
 @dataclass(frozen=True)
 class Average:
     """A mean over tasks, or what there is of it.
@@ -70,6 +76,7 @@ class Average:
         value: in %, over the tasks that are there; None where there are none, or where a part would mislead.
         std: over seeds, of the mean of each seed.
         there, of: numbers of tasks.
+        subset: whether of any of them fewer images than the test split has were counted.
     """
 
     name: str
@@ -77,12 +84,14 @@ class Average:
     std: float | None
     there: int
     of: int
+    subset: bool = False
 
     def __str__(self) -> str:
         if self.value is None:
             return f"– ({self.there} of {self.of})"
         spread = "" if self.std is None else f" ± {self.std:.1f}"
-        return f"{self.value:.1f}{spread}" + ("" if self.there == self.of else f" ({self.there} of {self.of})")
+        mark = "†" if self.subset else ""
+        return f"{self.value:.1f}{spread}{mark}" + ("" if self.there == self.of else f" ({self.there} of {self.of})")
 
 
 @dataclass(frozen=True)
@@ -130,15 +139,18 @@ class Section:
         if self.kind == "rendered":
             drawable = [t.name for t in vtab_tasks.TASKS.values() if t.group == "structured"]
             return [self._average("rendered", drawable, method)]
+        members = [[t.name for t in vtab_tasks.TASKS.values() if t.group == group] for group in vtab_tasks.GROUPS]
         groups = [
-            self._average(group.capitalize(), [t.name for t in vtab_tasks.TASKS.values() if t.group == group], method)
-            for group in vtab_tasks.GROUPS
+            self._average(group.capitalize(), tasks, method)
+            for group, tasks in zip(vtab_tasks.GROUPS, members, strict=True)
         ]
         whole = self._average("m19", list(vtab_tasks.TASKS), method)
-        complete = whole.there == whole.of
-        values = [g.value for g in groups]
-        m3 = Average("m3", float(np.mean(values)) if complete else None, None, whole.there, whole.of)
-        return [*groups, whole if complete else Average("m19", None, None, whole.there, whole.of), m3]
+        if whole.there < whole.of:
+            return [*groups, *(Average(name, None, None, whole.there, whole.of) for name in ("m19", "m3"))]
+        by_seed = [self._by_seed(tasks, method) for tasks in members]
+        std = None if whole.std is None else _std(np.mean(by_seed, axis=0))
+        value = float(np.mean([group.value for group in groups]))
+        return [*groups, whole, replace(whole, name="m3", value=value, std=std)]
 
     def missing(self, method: str) -> list[str]:
         """Tasks that the averages lack."""
@@ -149,18 +161,44 @@ class Section:
         cells = [self.cells[task, method] for task in tasks if (task, method) in self.cells]
         if not cells:
             return Average(name, None, None, 0, len(tasks))
-        seeds = [{run["config"]["seed"] for run in cell.runs} for cell in cells]
-        std = None
-        if all(s == seeds[0] for s in seeds) and len(seeds[0]) > 1:
-            std = float(np.mean([cell.values for cell in cells], axis=0).std(ddof=1))
-        return Average(name, float(np.mean([cell.mean for cell in cells])), std, len(cells), len(tasks))
+        by_seed = self._by_seed(tasks, method)
+        return Average(
+            name,
+            float(np.mean([cell.mean for cell in cells])),
+            None if by_seed is None else _std(by_seed),
+            len(cells),
+            len(tasks),
+            any(cell.subset for cell in cells),
+        )
+
+    def _by_seed(self, tasks: Sequence[str], method: str) -> np.ndarray | None:
+        """The mean over tasks of each seed; None unless all tasks that are there have the same seeds."""
+        cells = [self.cells[task, method] for task in tasks if (task, method) in self.cells]
+        seeds = [[run["config"]["seed"] for run in cell.runs] for cell in cells]
+        return np.mean([cell.values for cell in cells], axis=0) if all(s == seeds[0] for s in seeds) else None
 
     def paired(self) -> list[Paired]:
-        """Every method against the baseline, over the tasks and seeds that both have."""
-        if not self.methods:
-            return []
-        baseline = self.methods[0]
-        return [p for method in self.methods[1:] if (p := self._paired(method, baseline)) is not None]
+        """Every method against the baseline of the same settings, over the tasks and seeds that both have."""
+        found = ((m, self._baseline(m)) for m in self.methods if self._start(m) != BASELINE)
+        return [p for method, base in found if base is not None and (p := self._paired(method, base)) is not None]
+
+    def unpaired(self) -> list[str]:
+        """The methods that have no baseline of the same settings."""
+        return [m for m in self.methods if self._start(m) != BASELINE and self._baseline(m) is None]
+
+    def _start(self, method: str) -> str:
+        return self._run(method)["config"]["init"]
+
+    def _run(self, method: str) -> dict[str, Any]:
+        return next(cell.runs[0] for (_, m), cell in self.cells.items() if m == method)
+
+    def _baseline(self, method: str) -> str | None:
+        """The one baseline there is; of several that whose settings, where they differ, are the method's."""
+        baselines = [m for m in self.methods if self._start(m) == BASELINE]
+        facts = _facts(self._run(method))
+        if len(baselines) > 1:
+            baselines = [m for m in baselines if self._run(m)["own"].items() <= facts.items()]
+        return baselines[0] if len(baselines) == 1 else None
 
     def _paired(self, method: str, baseline: str) -> Paired | None:
         gains, ratios = [], []
@@ -218,13 +256,13 @@ def collect(folder: str | Path) -> Report:
         result = results.read_result(path.parent)
         if result is None:
             unfinished.append((path.parent.name, _why(path.parent)))
-        elif result["config"]["evaluate"] == "test":
+        elif result["config"]["evaluate"] == "test" and not result["reference_only"]:
             runs.append({**result, "file": f"{path.parent.name}/{results.RESULT}"})
     if not runs:
         raise FileNotFoundError(f"no finished run below {folder}: give the folder that was --out of the runs")
-    names = _methods(runs)
+    runs, again = _once(_named(runs))
+    unfinished += again
     order = list(vtab_tasks.TASKS)
-    runs = [{**run, "method": names[run["file"]]} for run in runs]
     runs.sort(key=lambda r: (order.index(r["config"]["task"]), r["method"], r["config"]["seed"]))
     sections = []
     for kind in ("real", "rendered"):
@@ -246,39 +284,56 @@ def source(run: dict[str, Any]) -> str:
 def _why(folder: Path) -> str:
     failure = folder / results.FAILURE
     if failure.is_file():
-        return json.loads(failure.read_text(encoding="utf-8"))["reason"]
+        return str(results.read_json(failure).get("reason"))
     return "half done" if (folder / results.CHECKPOINT).is_file() else "not begun"
 
 
-def _methods(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """Result file to the method's name: its start, and settings that make two runs of a task and seed different."""
+def _named(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs with `method`, their start and what differs between its runs of one task, and `own`, the latter alone.
+
+    What differs between tasks only, as a selection makes it, stays within one method.
+    """
+    facts = [_facts(run) for run in runs]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run, fact in zip(runs, facts, strict=True):
+        key = run["config"]["init"], run["config"]["task"], source(run) == "rendered"
+        groups.setdefault(key, []).append(fact)
+    differing: dict[str, set[str]] = {}
+    for (init, *_), found in groups.items():
+        names = {name for name in found[0] if any(fact[name] != found[0][name] for fact in found)}
+        differing.setdefault(init, set()).update(names - set(_CIRCUMSTANCES))
+    named = []
+    for run, fact in zip(runs, facts, strict=True):
+        init = run["config"]["init"]
+        own = {name: fact[name] for name in sorted(differing[init])}
+        named.append({**run, "own": own, "method": ", ".join([init, *(f"{k} {v}" for k, v in own.items())])})
+    return named
+
+
+def _once(runs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tuple[str, str]]]:
+    """The runs without those that are another one again, and what is to be said of these."""
+    found: dict[tuple[Any, ...], dict[str, Any]] = {}
+    again = []
     for run in runs:
-        key = (*(run["config"][k] for k in _IDENTITY), source(run) == "rendered")
-        groups.setdefault(key, []).append(run["config"])
-    differing = {
-        name
-        for configs in groups.values()
-        for name in configs[0]
-        if name not in _PLACES and any(config[name] != configs[0][name] for config in configs)
-    }
-    return {
-        run["file"]: ", ".join(
-            [run["config"]["init"], *(f"{name} {run['config'][name]}" for name in sorted(differing))]
-        )
-        for run in runs
-    }
+        key = run["config"]["task"], run["method"], run["config"]["seed"], source(run) == "rendered"
+        first = found.setdefault(key, run)
+        if first is not run:
+            again.append((run["file"], f"left out, it is {first['file']} again"))
+    return list(found.values()), again
 
 
 def _facts(run: dict[str, Any]) -> dict[str, Any]:
-    """Settings and circumstances that a reader must know to be equal."""
-    config = {k: v for k, v in run["config"].items() if k not in (*_IDENTITY, *_PLACES)}
-    environment = run["environment"]
+    """Settings and circumstances that a reader must know to be equal; those that the start has a use for."""
+    config, reference = run["config"], run["reference"]
+    used = {k: v for k, v in config.items() if k not in (*_IDENTITY, *_PLACES) and uses(config["init"], k)}
+    environment, sha256 = run["environment"], run["weights"]["sha256"]
     return {
-        **config,
-        "weights (sha256)": run["weights"]["sha256"],
+        **used,
+        "weights": f"sha256 {sha256[:12]}" if sha256 else "random",
         "data": source(run),
         "precision": run["precision"],
+        # A reference tuned by the run itself is another one for every seed.
+        "reference": reference["folder"] if reference and config["abm_reference"] else "none given",
         "device": environment["device"],
         "commit": environment["commit"],
     }
@@ -287,12 +342,13 @@ def _facts(run: dict[str, Any]) -> dict[str, Any]:
 def _compare_settings(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, list[str]]]]:
     facts = [_facts(run) for run in runs]
     common, differing = {}, {}
-    for name in facts[0]:
+    for name in dict.fromkeys(name for fact in facts for name in fact):
         values: dict[str, list[str]] = {}
         for fact, run in zip(facts, runs, strict=True):
-            values.setdefault(str(fact[name]), []).append(run["file"])
+            if name in fact:  # a start without a use for a setting has no value of it
+                values.setdefault(str(fact[name]), []).append(run["file"])
         if len(values) == 1:
-            common[name] = facts[0][name]
+            common[name] = next(fact[name] for fact in facts if name in fact)
         else:
             differing[name] = values
     return common, differing

@@ -13,7 +13,7 @@ from typing import Any
 from abm_vision import plots
 from abm_vision.abm.files import write_atomically
 from abm_vision.vtab.comparison import BASELINE, Comparison, Row
-from abm_vision.vtab.config import RunConfig, make_config, uses
+from abm_vision.vtab.config import RunConfig, check_used, make_config, uses
 from abm_vision.vtab.run import run
 from abm_vision.vtab.train import Diverged
 
@@ -46,6 +46,7 @@ def run_all(
         raise ValueError(
             f"init is {', '.join(inits)}; {BASELINE}, which all others are compared with, must be among them"
         )
+    check_used(settings, inits)
     say = say or (lambda line: None)
     wanted = list(itertools.product(tasks, inits, rates, range(seeds)))
     configs = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from abm_vision.abm.config import FITS, ABMConfig
 from abm_vision.abm.lora import KINDS, QKV_MODES
 from abm_vision.initializers import INITIALIZERS, get_initializer
 
-SCHEMA = 3
+SCHEMA = 4
 PRECISIONS = ("auto", "bf16", "fp32")
 SCHEDULES = ("cosine", "constant")
 # What is trained on and what is scored.
@@ -152,9 +152,13 @@ class RunConfig:
         """What `add_lora` takes as `targets`."""
         return self.targets if self.targets in KINDS else self.targets.split(",")
 
+    def used(self) -> dict[str, Any]:
+        """The settings that decide this run: without those that its start has no use for."""
+        return {name: value for name, value in asdict(self).items() if uses(self.init, name)}
+
     def run_name(self) -> str:
-        """Name of the run's folder: different settings never share one."""
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        """Name of the run's folder: runs of different settings never share one."""
+        digest = hashlib.sha256(json.dumps(self.used(), sort_keys=True).encode()).hexdigest()[:8]
         return f"{self.task}-{self.init}-seed{self.seed}-{digest}"
 
 
@@ -190,7 +194,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 
 def uses(init: str, setting: str) -> bool:
-    """Whether a start has a use for a setting. One without is left at its default, so that equal runs share a name."""
+    """Whether a start has a use for a setting; runs that differ in others alone are the same run."""
     start = get_initializer(init)
     if setting == "abm_reference":
         return "reference" in start.needs
@@ -199,6 +203,13 @@ def uses(init: str, setting: str) -> bool:
     if setting.startswith("abm_"):
         return init in ("abm", "abm_tuned")
     return init == "abm_aligned" or not setting.startswith("align_")
+
+
+def check_used(names: Iterable[str], inits: Iterable[str]) -> None:
+    """Raise a ValueError if a setting is given that none of the starts has a use for."""
+    idle = sorted(name for name in names if not any(uses(init, name) for init in inits))
+    if idle:
+        raise ValueError(f"{', '.join(idle)} is given, but init {', '.join(inits)} has no use for it: leave it out")
 
 
 def make_config(**settings: Any) -> RunConfig:
@@ -218,7 +229,7 @@ def make_config(**settings: Any) -> RunConfig:
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """The settings in a JSON file: a run's own `config.json` or `result.json`, or {"schema": 3, "config": {...}}.
+    """The settings in a JSON file: a run's own `config.json` or `result.json`, or {"schema": 4, "config": {...}}.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no JSON, or another schema.

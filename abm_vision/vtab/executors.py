@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -43,16 +44,20 @@ def local(jobs: int) -> Executor:
         raise ValueError(f"jobs is {jobs}; it must be 1 to {cores}, the cores of this machine")
 
     def execute(configs: Sequence[RunConfig], out: Path, diagnose: bool) -> Iterator[tuple[RunConfig, Outcome]]:
-        gpus = torch.cuda.device_count()
+        fixed = next((c.device for c in configs if ":" in c.device), None)
+        if fixed and jobs > 1:
+            raise ValueError(f"device is {fixed} for every run, but {jobs} jobs share the GPUs out: use device auto")
+        gpus = _gpus()
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(jobs):
             slots.put(slot)
+        children: set[Process] = set()
 
         def one(config: RunConfig) -> Outcome:
             slot = slots.get()
             try:
-                gpu = slot % gpus if gpus else None
-                return _in_child(config, out, diagnose, max(1, cores // jobs), gpu)
+                gpu = gpus[slot % len(gpus)] if gpus else None
+                return _in_child(config, out, diagnose, max(1, cores // jobs), gpu, children)
             finally:
                 slots.put(slot)
 
@@ -64,15 +69,28 @@ def local(jobs: int) -> Executor:
             finally:
                 for future in futures:
                     future.cancel()
+                for child in tuple(children):
+                    child.terminate()
 
     return execute
 
 
-def _in_child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: int | None) -> Outcome:
+def _gpus() -> list[str]:
+    """The CUDA devices that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    mask = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = torch.cuda.device_count()
+    return mask.split(",")[:count] if mask else [str(k) for k in range(count)]
+
+
+def _in_child(
+    config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: str | None, children: set[Process]
+) -> Outcome:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(config, out, diagnose, threads, gpu, sender), daemon=True)
+    # No daemon: those may have no loader processes of their own.
+    process = context.Process(target=_child, args=(config, out, diagnose, threads, gpu, sender))
     process.start()
+    children.add(process)
     sender.close()
     try:
         return receiver.recv()
@@ -81,6 +99,7 @@ def _in_child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: i
         return Outcome("failed", reason=_ending(process.exitcode))
     finally:
         process.join()
+        children.discard(process)
 
 
 def _ending(code: int | None) -> str:
@@ -89,9 +108,9 @@ def _ending(code: int | None) -> str:
     return f"the process ended with exit code {code}"
 
 
-def _child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: int | None, sender: Connection) -> None:
+def _child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: str | None, sender: Connection) -> None:
     if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(gpu)
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     sender.send(attempt(config, out, diagnose))
 
@@ -112,10 +131,12 @@ def on_ray(cpus: float = 1, gpus: float = 0, address: str | None = None) -> Exec
         raise ValueError('--executor ray needs the package ray: pip install "abm-lora[ray]"') from error
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
-    there = ray.cluster_resources()
-    for name, wanted in (("CPU", cpus), ("GPU", gpus)):
-        if wanted > there.get(name, 0):
-            raise ValueError(f"a run is to take {wanted:g} {name}, the Ray cluster has {there.get(name, 0):g}")
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
+        largest = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)
+        raise ValueError(
+            f"a run is to take {cpus:g} CPU and {gpus:g} GPU, and no node of the Ray cluster has as much ({largest})"
+        )
 
     # A lost node's lock is free, and its run goes on from the last whole epoch.
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)

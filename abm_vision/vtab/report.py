@@ -8,6 +8,7 @@ import io
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
@@ -17,7 +18,7 @@ import vtab_tasks
 from abm_vision import plots
 from abm_vision.abm.files import write_atomically
 from abm_vision.vtab.collection import Average, Paired, Report, Section, source
-from abm_vision.vtab.comparison import area
+from abm_vision.vtab.comparison import BASELINE, area
 from abm_vision.vtab.published import PUBLISHED, Published
 
 FILES = ("report.md", "report.csv", "report.tex", "report.html")
@@ -69,7 +70,11 @@ def notes(report: Report) -> list[str]:
         for method in section.methods:
             lacking.setdefault(", ".join(section.missing(method)), []).append(method)
         lines += [f"{section.kind}, {', '.join(m)}: without {tasks}." for tasks, m in lacking.items() if tasks]
-    lines += [f"No result: {name} ({why})." for name, why in report.unfinished]
+        if alone := section.unpaired():
+            lines.append(
+                f"{section.kind}, not compared, for want of {BASELINE} with equal settings: {'; '.join(alone)}."
+            )
+    lines += [f"No result: {name} ({' '.join(why.split())})." for name, why in report.unfinished]
     return lines
 
 
@@ -83,14 +88,12 @@ def to_markdown(report: Report) -> str:
             lines.append([f"{strong}{name}{strong}", *cells])
         parts.append(f"## {section.title}\n\n{_pipe(lines)}")
         if paired := section.paired():
-            head = ["start", "tasks", "better", "worse", "mean difference (points)", "training loss area", "p"]
-            lines = [head, ["---"] * len(head), *(_paired_cells(p) for p in paired)]
-            parts.append(f"Against {paired[0].baseline}, paired over tasks:\n\n{_pipe(lines)}")
+            lines = [PAIRED, ["---"] * len(PAIRED), *(_paired_cells(p) for p in paired)]
+            parts.append(f"Against {BASELINE}, paired over tasks:\n\n{_pipe(lines)}")
+        if section.kind == "real":
+            lines = [BESIDE, ["---"] * len(BESIDE), *beside_published(section)]
+            parts.append(f"Means beside published ones (ViT-B/16 in21k):\n\n{_pipe(lines)}\n\n{published_note()}")
     parts.append("\n".join(f"- {line}" for line in notes(report)))
-    if any(section.kind == "real" for section in report.sections):
-        head = ["published", "Natural", "Specialized", "Structured", "m19", "m3"]
-        lines = [head, ["---"] * len(head), *([row.method, *published_means(row)] for row in PUBLISHED)]
-        parts.append(f"## Published, ViT-B/16 in21k\n\n{_pipe(lines)}\n\n{published_note()}")
     parts.append("## Settings\n\n" + "\n".join(f"- {name}: {value}" for name, value in report.settings.items()))
     if report.differing:
         lines = [
@@ -98,6 +101,9 @@ def to_markdown(report: Report) -> str:
             for name, values in report.differing.items()
         ]
         parts.append("Settings that differ between runs:\n\n" + "\n".join(lines))
+    head = ["task", "start", "seed", "top-1 (%)", "file"]
+    lines = [head, ["---"] * len(head), *(_run_cells(run) for run in report.runs)]
+    parts.append(f"## All runs\n\n{_pipe(lines)}")
     return "\n\n".join(parts) + "\n"
 
 
@@ -105,10 +111,25 @@ def _pipe(lines: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
+PAIRED = ["start", "against", "tasks", "better", "worse", "mean difference (points)", "training loss area (ratio)", "p"]
+BESIDE = ["method", "Natural", "Specialized", "Structured", "m19", "m3"]
+
+
+def beside_published(section: Section) -> list[list[str]]:
+    """Means of our methods and of the published ones, which are marked."""
+    ours = [[method, *map(str, section.averages(method))] for method in section.methods]
+    return [*ours, *([f"{row.method} (published)", *published_means(row)] for row in PUBLISHED)]
+
+
+def _run_cells(run: dict[str, Any]) -> list[str]:
+    config = run["config"]
+    return [config["task"], run["method"], str(config["seed"]), f"{100 * run['test']['top1']:.2f}", run["file"]]
+
+
 def _paired_cells(paired: Paired) -> list[str]:
     p = "–" if paired.p is None else f"{paired.p:.3f}"
     counts = [str(paired.tasks), str(paired.better), str(paired.worse)]
-    return [paired.method, *counts, f"{paired.difference:+.2f}", f"{paired.area_ratio:.2f}", p]
+    return [paired.method, paired.baseline, *counts, f"{paired.difference:+.2f}", f"{paired.area_ratio:.2f}", p]
 
 
 def published_means(row: Published) -> list[str]:
@@ -167,7 +188,19 @@ def to_latex(report: Report) -> str:
         head = " & ".join(["task", *map(_tex, section.methods)])
         above = [f"% {section.title}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rf"{head} \\", r"\midrule"]
         parts.append("\n".join([*above, *body, r"\bottomrule", r"\end{tabular}"]))
-    return "\n\n".join([*parts, *(f"% {line}" for line in notes(report))]) + "\n"
+        if section.kind == "real":
+            head = " & ".join(BESIDE)
+            rows = [" & ".join(map(_tex, cells)) + r" \\" for cells in beside_published(section)]
+            above = [
+                "% Means beside published ones",
+                r"\begin{tabular}{lrrrrr}",
+                r"\toprule",
+                rf"{head} \\",
+                r"\midrule",
+            ]
+            parts.append("\n".join([*above, *rows, r"\bottomrule", r"\end{tabular}"]))
+    files = (f"% {' '.join(_run_cells(run))}" for run in report.runs)
+    return "\n\n".join([*parts, *(f"% {line}" for line in notes(report)), "\n".join(files)]) + "\n"
 
 
 def _tex(text: str) -> str:
@@ -188,7 +221,8 @@ def to_html(report: Report, to_runs: str = ".") -> str:
         {
             "section": section,
             "rows": rows_of(section),
-            "paired": [(_paired_cells(p), p.baseline) for p in section.paired()],
+            "paired": [_paired_cells(p) for p in section.paired()],
+            "beside": beside_published(section) if section.kind == "real" else [],
             "figures": [(title, _image(figure)) for title, figure in _figures(section)],
         }
         for section in report.sections
@@ -198,6 +232,9 @@ def to_html(report: Report, to_runs: str = ".") -> str:
         to_runs=to_runs,
         sections=sections,
         notes=notes(report),
+        baseline=BASELINE,
+        paired_head=PAIRED,
+        beside_head=BESIDE,
         groups={task.name: task.group for task in vtab_tasks.TASKS.values()},
         published=[(row, published_means(row)) for row in PUBLISHED],
         published_note=published_note(),

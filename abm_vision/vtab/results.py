@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import shutil
+import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -66,6 +67,15 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether another process is at this run now."""
+    lock = FileLock(folder / LOCK)
+    with writing(folder / LOCK):
+        taken = _take(lock)
+        lock.release()
+    return not taken
+
+
 def _take(lock: FileLock) -> bool:
     try:
         lock.acquire(timeout=0)
@@ -86,7 +96,7 @@ def settle_precision(folder: Path, choose: Callable[[], str]) -> str:
 
     A run that is taken up again, perhaps by a machine with other hardware, must go on as it began.
     """
-    content = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    content = read_json(folder / CONFIG)
     if "precision" not in content:
         content["precision"] = choose()
         write_json(folder / CONFIG, content)
@@ -102,14 +112,29 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     path = folder / RESULT
     if not path.is_file():
         return None
+    result = read_json(path)
+    if result.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {result.get('schema')}, this version reads {SCHEMA}; move it away to run again"
+        )
+    if not {"config", "test", "loss_per_step"} <= set(result):
+        raise ValueError(f"{path} is no whole result; move it away to run again")
+    return result
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a run's folder.
+
+    Raises:
+        ValueError: it is damaged; the message names it.
+    """
     try:
-        result = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not JSON ({error}); move it away to run again") from None
-    schema = result.get("schema") if isinstance(result, dict) else None
-    if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}; move it away to run again")
-    return result
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; move it away to run again")
+    return content
 
 
 def read_finished(folder: str | Path) -> dict[str, Any]:
@@ -153,11 +178,13 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         schema = state["schema"]
-    except (RuntimeError, pickle.UnpicklingError, EOFError, LookupError, TypeError) as error:
+    except (RuntimeError, pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError) as error:
         reason = str(error).partition(". ")[0]  # torch follows it with advice on unsafe loading
-        raise ValueError(f"{path} cannot be read ({reason}); --rerun starts afresh") from None
+        raise ValueError(f"{path} cannot be read ({reason}); --rerun, or deleting its folder, starts afresh") from None
     if schema != SCHEMA:
-        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}; --rerun starts afresh")
+        raise ValueError(
+            f"{path} has schema {schema}, this version reads {SCHEMA}; --rerun, or deleting its folder, starts afresh"
+        )
     return {**state, "progress": Progress(**state["progress"]), "notes": json.loads(state["notes"])}
 
 

@@ -33,6 +33,7 @@ def run(
     rerun: bool = False,
     quiet: bool = True,
     diagnose: bool = False,
+    reference_only: bool = False,
     say: Say | None = None,
 ) -> dict[str, Any]:
     """Adapt a pretrained ViT to one task, test it once, and write everything under `out`.
@@ -48,6 +49,8 @@ def run(
         quiet: no progress bars.
         diagnose: measure the adapter's information loss before and after its start, on training images that the
             start does not see, and after it on some that it does; a finished run that lacks it gets it added.
+        reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
+            until the same run is asked for in its own right.
         say: receives a line about every stage.
 
     Returns:
@@ -58,7 +61,7 @@ def run(
         ValueError, OSError, WeightsNotFound: as the parts of the run do, each with one message.
     """
     say = say or (lambda line: None)
-    tune = partial(run, out=out, quiet=quiet, say=say)
+    tune = partial(run, out=out, quiet=quiet, reference_only=True, say=say)
     folder = results.open_folder(out, config)
     with results.locked(folder):
         if rerun:
@@ -66,6 +69,10 @@ def run(
         result = results.read_result(folder)
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
+            wanted_now = result["reference_only"] and not reference_only
+            if wanted_now:
+                result["reference_only"] = False
+                results.write_result(folder, result)
             if not diagnose or result["information_loss"]:
                 return {**result, "folder": str(folder)}
             setup = prepare(config, folder, say)
@@ -79,7 +86,7 @@ def run(
             plots.save_figure(plots.draw_curves(result), folder / results.CURVES)
         if result["information_loss"]:
             plots.save_figure(plots.draw_information_loss(result), folder / results.INFORMATION_LOSS)
-        results.write_result(folder, result)
+        results.write_result(folder, {**result, "reference_only": result.get("reference_only", reference_only)})
         return {**results.read_result(folder), "folder": str(folder)}
 
 
@@ -104,7 +111,7 @@ def _run(
         if notes.get("start", started["start"]) != started["start"]:
             raise ValueError(
                 f"the start of the run in {folder} comes out differently now (other threads, device or versions?), so "
-                "its checkpoint does not fit; --rerun starts afresh"
+                "its checkpoint does not fit; --rerun, or deleting its folder, starts afresh"
             )
         notes = {"origin": setup.origin, "seconds": dict(seconds), **notes, **{k: v for k, v in started.items() if v}}
     if state is not None:
@@ -169,7 +176,8 @@ def _check_origin(before: dict[str, Any], now: dict[str, Any], folder: Path) -> 
     for name, value in now.items():
         if before[name] != value:
             raise ValueError(
-                f"the run in {folder} began with {name} {before[name]}, now it is {value}; --rerun starts afresh"
+                f"the run in {folder} began with {name} {before[name]}, now it is {value}; --rerun, or deleting its "
+                "folder, starts afresh"
             )
 
 

@@ -19,9 +19,10 @@ from typing import Any
 import vtab_tasks
 from abm_vision.abm.files import CannotWrite
 from abm_vision.vtab import results
-from abm_vision.vtab.config import EVALUATIONS, SET_BY_SUITE, RunConfig, make_config, uses
+from abm_vision.vtab.config import EVALUATIONS, SET_BY_SUITE, RunConfig, check_used, make_config, uses
 from abm_vision.vtab.run import run
 from abm_vision.vtab.setup import Say
+from abm_vision.vtab.train import Diverged
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -61,17 +62,19 @@ class Suite:
         both = sorted(set(self.grid) & set(self.settings))
         if both:
             raise ValueError(f"{', '.join(both)} is set and to be selected: give it once")
+        check_used({*self.settings, *self.grid}, self.inits)
         self.final()  # checks the settings
 
     def selection(self) -> list[RunConfig]:
         """The runs that settings are chosen by; none without a grid."""
         if not self.grid:
             return []
-        return [
+        runs = (
             self._config(task, init, SELECTION_SEED, point, "val")
             for task, init in itertools.product(self.tasks, self.inits)
             for point in self._points()
-        ]
+        )
+        return list(dict.fromkeys(runs))  # points that differ in what a start has no use for are one run
 
     def final(self, chosen: Mapping[tuple[str, str], Mapping[str, Any]] | None = None) -> list[RunConfig]:
         """The runs that are scored on the test split, with the settings chosen for each (task, start).
@@ -124,6 +127,7 @@ class Outcome:
     state: str
     top1: float | None = None
     reason: str = ""
+    diverged: bool = False
 
 
 Executor = Callable[[Sequence[RunConfig], Path, bool], Iterable[tuple[RunConfig, Outcome]]]
@@ -137,8 +141,10 @@ def attempt(config: RunConfig, out: Path, diagnose: bool, say: Say | None = None
         return Outcome("busy")
     except CannotWrite as error:
         return Outcome("unwritable", reason=str(error))
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:  # RuntimeError: torch's, out of memory too
-        return Outcome("failed", reason=f"{type(error).__name__}: {error}")
+    except Exception as error:  # whatever it is, it is recorded and shown, and the other runs go on
+        # One line: it stands in lists and tables.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        return Outcome("failed", reason=reason, diverged=isinstance(error, Diverged))
     return Outcome("done", result["test"]["top1"])
 
 
@@ -164,13 +170,17 @@ def run_suite(suite: Suite, out: str | Path, execute: Executor, say: Say = print
     for task, init in itertools.product(suite.tasks, suite.inits):
         tried = {c: o for c, o in outcomes.items() if (c.task, c.init) == (task, init)}
         scores = {c: o.top1 for c, o in tried.items() if o.state == "done"}
-        if suite.grid and not scores:
-            say(f"{task} {init}: no run of the selection has finished, so there is no final run")
+        lost = sum(o.state == "failed" and not o.diverged for o in tried.values())
+        if lost:  # a choice from what is left would be another one after the next try
+            say(f"{task} {init}: {lost} of {len(tried)} runs of the selection failed, so there is no final run yet")
+            continue
+        if tried and not scores:
+            say(f"{task} {init}: every run of the selection has diverged, so there is no final run")
             continue
         # Ties go to the first of the grid.
         best = max(scores, key=lambda c: scores[c]) if scores else None
-        chosen[task, init] = {name: getattr(best, name) for name in suite.grid} if best else {}
-        if best:
+        chosen[task, init] = {name: getattr(best, name) for name in suite.grid if uses(init, name)} if best else {}
+        if chosen[task, init]:
             say(f"{task} {init}: selected {_words(chosen[task, init])}, {100 * scores[best]:.1f} % of val200")
     final = suite.final(chosen)
     return {**outcomes, **_run_all(final, out, suite.diagnose, execute, say)}
@@ -185,23 +195,44 @@ def _run_all(
 ) -> dict[RunConfig, Outcome]:
     folders = {config: results.open_folder(out, config) for config in configs}
     outcomes: dict[RunConfig, Outcome] = {}
-    left = list(configs)
-    while left:
-        for config, outcome in execute(left, out, diagnose):
-            if outcome.state == "busy":
-                continue
-            if outcome.state == "unwritable":
-                raise CannotWrite(outcome.reason)
-            outcomes[config] = outcome
-            if outcome.state == "failed":
-                results.write_failure(folders[config], outcome.reason)
-            top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
-            say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
+
+    def note(config: RunConfig, outcome: Outcome) -> None:
+        if outcome.state == "busy":
+            return
+        if outcome.state == "unwritable":
+            raise CannotWrite(outcome.reason)
+        outcomes[config] = outcome
+        if outcome.state == "failed":
+            results.write_failure(folders[config], outcome.reason)
+        top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
+        say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
+
+    while left := [config for config in configs if config not in outcomes]:
+        free = []
+        for config in left:
+            finished = _finished(folders[config], diagnose)
+            if finished:
+                note(config, finished)
+            elif not results.is_locked(folders[config]):
+                free.append(config)
+        for config, outcome in execute(free, out, diagnose):
+            note(config, outcome)
         left = [config for config in configs if config not in outcomes]
         if left:
             say(f"{len(left)} runs are with another process; looking again in {WAIT:.0f} s")
             time.sleep(WAIT)
     return outcomes
+
+
+def _finished(folder: Path, diagnose: bool) -> Outcome | None:
+    """The outcome of a run that has nothing left to do; None otherwise, and for a result that cannot be read."""
+    try:
+        result = results.read_result(folder)
+    except ValueError:
+        return None  # the run itself says what is wrong with it
+    if result is None or result["reference_only"] or (diagnose and not result["information_loss"]):
+        return None
+    return Outcome("done", result["test"]["top1"])
 
 
 def _name(config: RunConfig) -> str:
