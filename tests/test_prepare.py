@@ -4,6 +4,7 @@ Nothing but the download and the parsing of raw files is replaced: the builders 
 """
 
 import json
+import os
 import shutil
 from collections import namedtuple
 
@@ -79,21 +80,33 @@ def test_a_killed_preparation_goes_on(tmp_path, small, readers, generated):
         prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
     left = tmp_path / "dsprites" / "incomplete.ABCDEF_2.0.0"  # what kill -9 leaves behind
     left.mkdir()
+    others = [tmp_path / "downloads" / name for name in ("a.npz.tmp.0123", "extracted/ZIP.incomplete_0123_a")]
+    for other in others:
+        other.mkdir(parents=True)
     assert vtab_tasks.locate("dsprites_loc", tmp_path) == [("rendered", None)]
     generated["after"] = None
     assert prepare(["dsprites_loc"], tmp_path, say=lambda line: None) == [tmp_path / "dsprites" / "2.0.0"]
-    assert not left.exists()
+    assert not left.exists() and not any(other.exists() for other in others)
 
 
 def test_two_do_not_prepare_the_same(tmp_path, small, readers, generated):
-    (tmp_path / "dsprites").mkdir()
-    with module.FileLock(tmp_path / "dsprites" / "prepare.lock"):
-        with pytest.raises(OSError, match="another process is preparing dsprites"):
+    with module.FileLock(tmp_path / "prepare.lock"):
+        with pytest.raises(OSError, match="another process is preparing data sets in"):
             prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
 
 
 def test_prepared_data_of_another_size_are_refused(tmp_path, readers, generated):
     with pytest.raises(ValueError, match="has 30 in 'train'; the official data have 737280"):
+        prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
+    with pytest.raises(
+        ValueError, match=r"2\.0\.0 is there, but of no use: .*737280.*Delete it and run the same again"
+    ):
+        prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
+
+
+def test_a_folder_that_is_not_whole_is_named(tmp_path, small, readers, generated):
+    (tmp_path / "dsprites" / "2.0.0").mkdir(parents=True)
+    with pytest.raises(FileExistsError, match=r"2\.0\.0 is there without dataset_info\.json.*delete it"):
         prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
 
 
@@ -135,17 +148,67 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     assert 'needs no_such_reader (kitti): pip install "abm-lora[prepare]"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("kind", ["DownloadError", "ConnectionError"])
-def test_a_failed_download(tmp_path, small, readers, monkeypatch, kind):
+@pytest.mark.parametrize("kind", ["DownloadError", "ConnectionError", "NonMatchingChecksumError", "ExtractError"])
+def test_a_failed_preparation(tmp_path, small, readers, monkeypatch, capsys, kind):
     tfds = pytest.importorskip("tensorflow_datasets")
     requests = pytest.importorskip("requests")
+    from tensorflow_datasets.core.download import download_manager, extractor
+
+    kinds = {
+        "DownloadError": tfds.download.DownloadError("404"),
+        "ConnectionError": requests.ConnectionError("404"),
+        "NonMatchingChecksumError": download_manager.NonMatchingChecksumError("404", "path"),
+        "ExtractError": extractor.ExtractError("404"),
+    }
 
     def fail(self, *a, **k):
-        raise (tfds.download.DownloadError if kind == "DownloadError" else requests.ConnectionError)("404")
+        raise kinds[kind]
 
     monkeypatch.setattr(tfds.builder_cls("dtd"), "_split_generators", fail)
-    with pytest.raises(OSError, match=r"dtd could not be downloaded \(404\).*run the same again"):
-        prepare(["dtd"], tmp_path, say=lambda line: None)
+    assert main(["prepare", "--task", "dtd", "--data-dir", str(tmp_path)]) == 2
+    assert f"dtd could not be downloaded and prepared ({kind}: " in (err := capsys.readouterr().err)
+    assert "404" in err and "run the same again" in err
+
+
+def test_an_interrupt_while_files_are_unpacked_is_one(tmp_path, small, readers, monkeypatch):
+    tfds = pytest.importorskip("tensorflow_datasets")
+    from tensorflow_datasets.core.download import extractor
+
+    def fail(self, *a, **k):
+        try:
+            raise KeyboardInterrupt
+        except BaseException as error:
+            raise extractor.ExtractError("while unpacking") from error
+
+    monkeypatch.setattr(tfds.builder_cls("dtd"), "_split_generators", fail)
+    assert main(["prepare", "--task", "dtd", "--data-dir", str(tmp_path)]) == 130
+
+
+def test_disk_counts_what_is_there_and_what_came_by_hand(tmp_path, readers):
+    pytest.importorskip("tensorflow_datasets")
+    from tensorflow_datasets.core.download.resource import get_dl_fname
+
+    task = vtab_tasks.get_task("snorb_azim")
+    builder = module._builder(module.source.import_tfds(), task, tmp_path)
+    manual = tmp_path / "downloads" / "manual"
+    before = module._need(builder, task, tmp_path, manual)
+    assert before.disk == 3 * before.download
+    url, info = max(builder.url_infos.items(), key=lambda item: item[1].size)
+    (tmp_path / "downloads").mkdir()
+    (tmp_path / "downloads" / get_dl_fname(url, info.checksum)).write_bytes(b"x" * 1000)
+    after = module._need(builder, task, tmp_path, manual)
+    assert (before.download - after.download, before.disk - after.disk) == (1000, 1000)
+    resisc = vtab_tasks.get_task("resisc45")
+    for name in ("airplane", "wetland"):
+        (manual / "NWPU-RESISC45" / name).mkdir(parents=True)
+        (manual / "NWPU-RESISC45" / name / "1.jpg").write_bytes(b"x" * 50_000_000)
+    assert (
+        module._need(module._builder(module.source.import_tfds(), resisc, tmp_path), resisc, tmp_path, manual).disk
+        >= 1e8
+    )
+    dsprites = vtab_tasks.get_task("dsprites_loc")
+    need = module._need(module._builder(module.source.import_tfds(), dsprites, tmp_path), dsprites, tmp_path, manual)
+    assert need.disk > 7e8  # 737,280 records of some 500 bytes, written twice
 
 
 # ---- image folders -------------------------------------------------------------------------------
@@ -213,11 +276,39 @@ def test_rendered_images_stay_rendered_in_a_folder(tmp_path, small):
     assert data.source == "rendered" and "not the official pixel data" in data.description
 
 
+def test_export_below_its_own_source(norb, tmp_path):
+    """Half an export must not be taken for where its images come from."""
+    export("snorb_azim", norb, data_dir=norb, splits=["val200"], show_progress_bar=False)
+    with pytest.raises(ValueError, match=r"is to be written, and is below data_dir .* too: name another --source"):
+        export("snorb_azim", norb, data_dir=norb, show_progress_bar=False)
+    folder = export("snorb_azim", norb, source="tfds", data_dir=norb, show_progress_bar=False)
+    assert (folder / "test.txt").exists()
+
+
+def test_export_goes_on_from_a_relative_path_and_is_readable_by_others(norb, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    folder = export("snorb_azim", out, source="tfds", data_dir=norb, splits=["val200"], show_progress_bar=False)
+    monkeypatch.chdir(norb.parent)
+    export("snorb_azim", out, source="tfds", data_dir=norb.name, show_progress_bar=False)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert all(p.stat().st_mode & 0o777 == 0o666 & ~umask for p in folder.rglob("*") if p.is_file())
+
+
+def test_export_does_not_mix_two_drawings(tmp_path, small, monkeypatch):
+    export("dsprites_loc", tmp_path, source="rendered", splits=["val200"], show_progress_bar=False)
+    monkeypatch.setattr("vtab_tasks.export.drawing", lambda task: "another")
+    with pytest.raises(ValueError, match="give another folder"):
+        export("dsprites_loc", tmp_path, source="rendered", show_progress_bar=False)
+
+
 def test_a_damaged_origin_is_told(tmp_path, small):
     folder = export("dsprites_loc", tmp_path, source="rendered", splits=["val200"], show_progress_bar=False)
     (folder / "origin.json").write_text("{")
     with pytest.raises(ValueError, match=r"origin\.json does not tell where the images came from"):
         vtab_tasks.load("dsprites_loc", "val200", source="folder", data_dir=tmp_path)
+    with pytest.raises(ValueError, match=r"origin\.json is damaged"):
+        export("dsprites_loc", tmp_path, source="rendered", show_progress_bar=False)
 
 
 @pytest.mark.parametrize(

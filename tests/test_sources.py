@@ -316,6 +316,19 @@ def test_damaged_image_is_named(community, tmp_path, kind):
     assert np.array_equal(data[5][0], picture(5))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_an_image_that_is_cut_short_is_told_before_anything_is_trained(community, tmp_path, kind):
+    stream = io.BytesIO()
+    Image.fromarray(picture(4)).save(stream, kind)
+    path = community / "images/train800/000004.png"
+    path.write_bytes(stream.getvalue() + b"\0" * 100)  # what some writers leave behind the end
+    assert len(load_folder(tmp_path)) == 20
+    for content in (stream.getvalue()[:-20], b"", b"<html>not found</html>"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"train800\.txt:5: .*000004\.png is cut short, or no JPEG or PNG"):
+            load_folder(tmp_path)
+
+
 def test_an_absurdly_large_image_is_refused(community, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="train800.txt:1: .*cannot be read"):

@@ -116,6 +116,16 @@ def test_order_of_fifty_thousand_starts_like_published_outputs():
     assert order.tfds_order("train", range(50_000))[:5].tolist() == [16399, 1680, 47917, 17307, 27051]
 
 
+def test_orders_of_other_data_sets():
+    """Their keys sorted by TFDS's hash begin so; names of files, and names that are given."""
+    clevr = order.tfds_order("train", [f"CLEVR_train_{k:06d}.png" for k in range(70_000)])
+    assert clevr[:3].tolist() == [43876, 33421, 62025]
+    camelyon = order.tfds_order("train", [f"train_{k}" for k in range(262_144)])
+    assert camelyon[:3].tolist() == [251464, 132287, 133786]
+    norb = order.tfds_order("train", range(24_300)), order.tfds_order("test", range(24_300))
+    assert [found[:3].tolist() for found in norb] == [[16399, 1680, 17307], [23018, 16932, 19084]]
+
+
 def test_dsprites_membership(cache):
     rows = order.dsprites_order()
     assert rows.dtype == np.int32 and not rows.flags.writeable

@@ -305,7 +305,7 @@ def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
     config, out = broken_off
     other = data.data_record
     monkeypatch.setattr(SETUP, "data_record", lambda d: {**other(d), "source": "tfds"})
-    with pytest.raises(ValueError, match=r"began with train_data .*'rendered'.*now it is .*'tfds'.*--rerun starts"):
+    with pytest.raises(ValueError, match=r"began with train_data .*'rendered'.*now it is .*'tfds'.*--rerun"):
         run(config, out)
     assert run(config, out, rerun=True)["test"]["count"] == 60
 
@@ -519,6 +519,32 @@ def test_preprocessing_is_the_models_own_and_squashes():
     difference = np.abs(found[0].permute(1, 2, 0).numpy().astype(int) - expected)
     assert difference.max() <= 2 and difference.mean() < 0.1  # Pillow and torchvision round at different places
     torch.testing.assert_close(pre.normalise(found), found / 127.5 - 1)
+
+
+_PRE = data.Preprocessing(8, "bilinear", (0.0,) * 3, (1.0,) * 3)
+
+
+class BrokenItems:
+    """Labels of the images that are asked for alone; the third image cannot be read."""
+
+    def images(self, positions):
+        if 2 in positions:
+            raise ValueError("list.txt:3: image.jpg cannot be read")
+        return [np.zeros((4, 4, 3), np.uint8) for _ in positions]
+
+    def labels(self, positions):
+        assert len(positions) <= data.CHUNK
+        return np.asarray(positions) % 16
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_cannot_be_read_is_one_line(workers):
+    task = vtab_tasks.get_task("dsprites_loc")
+    whole = vtab_tasks.TaskData(task, "test", "folder", None, "", BrokenItems(), np.arange(3, 3 * data.CHUNK))
+    assert sum(len(y) for _, y in data.stream(whole, _PRE, workers)) == 3 * data.CHUNK - 3
+    with pytest.raises(ValueError) as raised:
+        list(data.stream(dataclasses.replace(whole, positions=np.arange(5)), _PRE, workers))
+    assert str(raised.value) == "list.txt:3: image.jpg cannot be read"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -5,14 +5,18 @@ by the official builder classes in their own schema, only smaller: nothing but t
 files is replaced.
 """
 
+import io
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from official import BUILDERS, COLOUR, small_edition, write_official
+from PIL import Image
 
 import vtab_tasks
 from vtab_tasks import labels
+from vtab_tasks.sources.tfds import TfdsItems
 
 # name: group, classes, train800 of, val200 slice, test slice
 EXPECTED = {
@@ -36,6 +40,28 @@ EXPECTED = {
     "snorb_azim": ("structured", 18, "test[0:200]", "test[12150:24300]"),
     "snorb_elev": ("structured", 9, "test[0:200]", "test[12150:24300]"),
 }
+# name: TFDS name, versions that VTAB takes, native (height, width), examples of TFDS's train, validation, test split
+TFDS = {
+    "caltech101": ("caltech101", "3.*.*", None, (3060, None, 6084)),
+    "cifar100": ("cifar100", "3.*.*", (32, 32), (50000, None, 10000)),
+    "dtd": ("dtd", "3.*.*", None, (1880, 1880, 1880)),
+    "flowers102": ("oxford_flowers102", "2.*.*", None, (1020, 1020, 6149)),
+    "pets": ("oxford_iiit_pet", "3.*.* 4.0.*", None, (3680, None, 3669)),
+    "svhn": ("svhn_cropped", "3.*.*", (32, 32), (73257, None, 26032)),
+    "sun397": ("sun397/tfds", "4.*.*", None, (76128, 10875, 21750)),
+    "patch_camelyon": ("patch_camelyon", "2.*.*", (96, 96), (262144, 32768, 32768)),
+    "eurosat": ("eurosat/rgb", "2.*.*", (64, 64), (27000, None, None)),
+    "resisc45": ("resisc45", "3.*.*", (256, 256), (31500, None, None)),
+    "retinopathy": ("diabetic_retinopathy_detection/btgraham-300", "3.*.*", None, (35126, 10906, 42670)),
+    "clevr_count": ("clevr", "3.*.*", (320, 480), (70000, 15000, None)),
+    "clevr_dist": ("clevr", "3.*.*", (320, 480), (70000, 15000, None)),
+    "dmlab": ("dmlab", "2.0.*", (360, 480), (65550, 22628, 22735)),
+    "kitti_dist": ("kitti", "3.*.*", None, (6347, 423, 711)),
+    "dsprites_loc": ("dsprites", "2.*.*", (64, 64), (737280, None, None)),
+    "dsprites_ori": ("dsprites", "2.*.*", (64, 64), (737280, None, None)),
+    "snorb_azim": ("smallnorb", "2.*.*", (96, 96), (24300, None, 24300)),
+    "snorb_elev": ("smallnorb", "2.*.*", (96, 96), (24300, None, 24300)),
+}
 # Lengths of the community's test lists, as vtab1k-pytorch checks them.
 COMMUNITY = {
     "caltech101": 6085, "cifar": 10000, "clevr_count": 15000, "clevr_dist": 15000, "diabetic_retinopathy": 42670,
@@ -54,6 +80,12 @@ def test_row(name):
     assert str(task.parts("train800")[0]) == "train[0:800]"
     assert task.parts("train800val200") == (*task.parts("train800"), *task.parts("val200"))
     assert [task.size(s) for s in ("train800", "val200", "train800val200")] == [800, 200, 1000]
+    tfds_name, versions, side, sizes = TFDS[name]
+    assert (task.tfds_name, task.tfds_versions) == (tfds_name, tuple(versions.split()))
+    assert task.image_size == side
+    there = dict(task.editions[0].sizes)
+    assert all(there[k] == size for k, size in zip(("train", "validation", "test"), sizes, strict=True) if k in there)
+    assert {part.split for part in (*task.parts("train800val200"), *task.parts("test"))} <= set(there)
     assert task.classes and task.citation and task.url.startswith("http")
     for edition in task.editions:
         for part in (edition.train800, edition.val200, edition.test):
@@ -162,6 +194,43 @@ def test_official_data(official, monkeypatch, name):
             # JPEG is not exact; an image is of one colour
             assert np.abs(image.astype(int) - np.array(example[COLOUR])).max() <= 6
             assert label == plain_label(name, example)
+
+
+@pytest.mark.parametrize("damage", ["half info", "no info", "half records", "empty records"])
+def test_damaged_data_are_told_in_one_message(tmp_path, monkeypatch, damage):
+    write_official("smallnorb", tmp_path)
+    monkeypatch.setitem(vtab_tasks.TASKS, "snorb_azim", small_edition(vtab_tasks.get_task("snorb_azim")))
+    folder = tmp_path / "smallnorb" / "2.0.0"
+    kind = "dataset_info.json" if "info" in damage else "*test*record*"
+    (path,) = folder.glob(kind)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if "half" in damage else b"")
+    with pytest.raises(ValueError, match=r"2\.0\.0 is damaged \(.*copy it again, or delete it") as raised:
+        data = vtab_tasks.load("snorb_azim", "test", source="tfds", data_dir=tmp_path)
+        data.labels, data[0]
+    assert "\n" not in str(raised.value)
+
+
+def encoded(image, kind):
+    stream = io.BytesIO()
+    image.save(stream, kind)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(Image.new("RGBA", (3, 2), (10, 200, 30, 100)), "PNG"),
+        encoded(Image.new("RGB", (3, 2), (10, 200, 30)).quantize(2), "PNG"),
+        encoded(Image.new("CMYK", (3, 2), (245, 55, 225, 0)), "JPEG"),
+    ],
+    ids=["alpha", "palette", "cmyk"],
+)
+def test_any_kind_of_file_is_read_as_rgb(content):
+    """Pets 3.2 holds such files."""
+    items = TfdsItems(vtab_tasks.get_task("pets"), Path("pets"), [{"image": content, "label": 0}], grey=False)
+    (image,) = items.images([0])
+    assert image.shape == (2, 3, 3) and np.abs(image.astype(int) - [10, 200, 30]).max() <= 6
 
 
 def test_small_data_are_refused_under_the_official_sizes(official):

@@ -3,15 +3,15 @@
 import io
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 from tqdm import tqdm
 
-from vtab_tasks.data import load
+from vtab_tasks.data import load, locate
 from vtab_tasks.sources.folder import ORIGIN
+from vtab_tasks.sources.rendered import drawing
 from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import SPLITS, get_task
 
@@ -48,8 +48,12 @@ def export(
         FileNotFoundError: The data is not there.
     """
     row = get_task(task)
-    found = {split: load(task, split, source=source, data_dir=data_dir) for split in splits}
     folder = Path(out).expanduser() / "vtab-1k" / row.folders[0]
+    if source in ("auto", "folder"):
+        own = [name for name, place in locate(task, data_dir) if place is not None and _same(place, folder)]
+        if own:
+            raise ValueError(f"{folder} is to be written, and is below data_dir {data_dir} too: name another --source")
+    found = {split: load(task, split, source=source, data_dir=data_dir) for split in splits}
     _claim(folder, next(iter(found.values())))
     for split, data in found.items():
         _write_split(folder, split, data, show_progress_bar)
@@ -58,7 +62,14 @@ def export(
 
 def _claim(folder: Path, data: TaskData) -> None:
     """Record where the images come from, or make sure that those there came from the same place."""
-    origin = {"task": data.task.name, "source": data.source, "location": data.location, "format": "png"}
+    origin = {
+        "task": data.task.name,
+        "source": data.source,
+        "location": data.location and str(Path(data.location).resolve()),
+        "format": "png",
+        # Which drawing: images of two versions must not mix.
+        **({"description": data.description, "code": drawing(data.task)} if data.source == "rendered" else {}),
+    }
     folder.mkdir(parents=True, exist_ok=True)
     if not any(not path.name.startswith(".") for path in folder.iterdir()):  # but for what a killed export left
         _write(folder / ORIGIN, json.dumps(origin, indent=2).encode())
@@ -67,8 +78,14 @@ def _claim(folder: Path, data: TaskData) -> None:
         there = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = "of unknown origin"
+    except ValueError as error:
+        raise ValueError(f"{folder / ORIGIN} is damaged ({error}): give another folder, or delete this one") from error
     if there != origin:
         raise ValueError(f"{folder} holds images {there}, these are {origin}: give another folder")
+
+
+def _same(place: str, folder: Path) -> bool:
+    return Path(place).resolve() == folder.resolve()
 
 
 def _write_split(folder: Path, split: str, data: TaskData, show_progress_bar: bool) -> None:
@@ -93,11 +110,9 @@ def _write_split(folder: Path, split: str, data: TaskData, show_progress_bar: bo
 
 def _write(path: Path, content: bytes) -> None:
     """Write beside, and rename: a killed process leaves no half file."""
-    descriptor, beside = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
+        beside.write_bytes(content)
         os.replace(beside, path)
-    except BaseException:
-        os.unlink(beside)
-        raise
+    finally:
+        beside.unlink(missing_ok=True)

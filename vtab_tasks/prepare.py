@@ -1,13 +1,15 @@
 """Fetching and preparing the official data sets with tensorflow-datasets (TFDS), once, before anything is trained.
 
-TensorFlow is needed here and nowhere else. TFDS keeps what it has downloaded and renames a data set's folder when it is
-whole, so that an interrupted preparation goes on, and is never taken for a finished one.
+TensorFlow is needed here and nowhere else. TFDS keeps the files that it has downloaded whole and renames a data set's
+folder when it is whole, so that an interrupted preparation goes on, and is never taken for a finished one. A file that
+was on its way starts over.
 """
 
 import importlib.util
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from vtab_tasks.tasks import SPLITS, Task, get_task
 GB = 1e9
 # The archive, its unpacked files, and the prepared records, each of about the size of the download.
 DISK_PER_DOWNLOAD = 3
+# A record at the least, in bytes: small images are wrapped in more than themselves. TFDS writes records twice.
+DISK_PER_EXAMPLE = 2 * 500
 # What the builders import to read raw files, by package.
 _READERS = {
     "cv2": "opencv-python-headless (kitti, sun397, diabetic_retinopathy_detection)",
@@ -58,17 +62,29 @@ def prepare(
     place = source.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
     manual = place / "downloads" / "manual" if manual_dir is None else Path(manual_dir).expanduser()
     missing = [row for row in rows if source.find(row, place) is None]
+    for row in rows:
+        if row not in missing:
+            _check_usable(row, place)
+            say(f"{row.tfds_name}: there, {source.find(row, place)}")
     if missing:
         tfds = _import_tfds()
         _check_manual(missing, manual)
         builders = {row.tfds_name: _builder(tfds, row, place) for row in missing}
-        _check_disk(place, {name: _download_size(builder) for name, builder in builders.items()}, say)
-    for row in rows:
-        if row in missing:
+        _check_disk(place, [_need(builders[row.tfds_name], row, place, manual) for row in missing], say)
+        for row in missing:
             _prepare(tfds, builders[row.tfds_name], row, place, manual, say)
-        else:
-            say(f"{row.tfds_name}: there, {source.find(row, place)}")
     return [source.find(row, place) for row in rows]
+
+
+def _check_usable(task: Task, place: Path) -> None:
+    """Raise unless every split can be read from what is there; the message names the folder that is in the way."""
+    try:
+        for split in SPLITS:
+            source.load(task, split, place)
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(
+            f"{source.find(task, place)} is there, but of no use: {error}. Delete it and run the same again"
+        ) from error
 
 
 def _import_tfds() -> Any:
@@ -83,7 +99,12 @@ def _import_tfds() -> Any:
 
 
 def _builder(tfds: Any, task: Task, place: Path) -> Any:
-    return tfds.builder(task.tfds_name, data_dir=place, file_format="array_record")
+    builder = tfds.builder(task.tfds_name, data_dir=place, file_format="array_record")
+    if Path(builder.data_dir).exists():  # TFDS would take it for prepared
+        raise FileExistsError(
+            f"{builder.data_dir} is there without dataset_info.json, so it is not whole: delete it, and run this again"
+        )
+    return builder
 
 
 def _check_manual(tasks: Sequence[Task], manual: Path) -> None:
@@ -100,15 +121,37 @@ def _check_manual(tasks: Sequence[Task], manual: Path) -> None:
         )
 
 
-def _download_size(builder: Any) -> int:
-    """Bytes, as TFDS has recorded them with the checksums of the files."""
-    return sum(info.size or 0 for info in builder.url_infos.values())
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a data set is still to be downloaded, and those of disk that its preparation still takes."""
+
+    name: str
+    download: int
+    disk: int
 
 
-def _check_disk(place: Path, downloads: dict[str, int], say: Callable[[str], None]) -> None:
+def _need(builder: Any, task: Task, place: Path, manual: Path) -> Need:
+    """After the sizes that TFDS has recorded with the checksums of the files, less those that are there."""
+    from tensorflow_datasets.core.download.resource import get_dl_fname
+
+    infos = builder.url_infos
+    whole = sum(info.size or 0 for info in infos.values())
+    names = (get_dl_fname(url, info.checksum) for url, info in infos.items())
+    there = sum(path.stat().st_size for name in names if (path := place / "downloads" / name).is_file())
+    by_hand = sum(_size(path) for pattern in task.manual_files for path in manual.glob(pattern))
+    records = max(whole + by_hand, DISK_PER_EXAMPLE * sum(size for _, size in task.editions[0].sizes))
+    return Need(task.tfds_name, max(0, whole - there), (DISK_PER_DOWNLOAD - 1) * whole + records - there)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder."""
+    return sum(p.stat().st_size for p in (path, *path.rglob("*")) if p.is_file())
+
+
+def _check_disk(place: Path, needs: Sequence[Need], say: Callable[[str], None]) -> None:
     existing = next(p for p in (place, *place.absolute().parents) if p.exists())
-    free, needed = shutil.disk_usage(existing).free, DISK_PER_DOWNLOAD * sum(downloads.values())
-    sizes = ", ".join(f"{name} {size / GB:.2f} GB" for name, size in downloads.items())
+    free, needed = shutil.disk_usage(existing).free, sum(need.disk for need in needs)
+    sizes = ", ".join(f"{need.name} {need.download / GB:.2f} GB" for need in needs)
     summary = f"to download: {sizes}; disk needed about {needed / GB:.1f} GB, free {free / GB:.1f} GB in {place}"
     if free < needed:
         raise OSError(f"too little disk space. {summary}. Give another data_dir, or fewer tasks at a time")
@@ -116,25 +159,35 @@ def _check_disk(place: Path, downloads: dict[str, int], say: Callable[[str], Non
 
 
 def _prepare(tfds: Any, builder: Any, task: Task, place: Path, manual: Path, say: Callable[[str], None]) -> None:
-    import requests  # comes with TFDS
-
     data_set = place / task.tfds_name
     data_set.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(data_set / "prepare.lock", timeout=0):
-            for rest in data_set.glob("incomplete.*"):  # of a preparation that was killed
-                shutil.rmtree(rest)
+        with FileLock(place / "prepare.lock", timeout=0):
+            _clear_leftovers(place, data_set)
             say(f"{task.tfds_name}: preparing in {data_set}")
             settings = tfds.download.DownloadConfig(manual_dir=manual if task.manual else None)
             try:
                 builder.download_and_prepare(download_config=settings)
-            except (tfds.download.DownloadError, requests.RequestException) as error:
+            except Exception as error:  # TFDS's downloader, its unpacker and its builders raise of all kinds
+                if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # as the unpacker wraps it
+                    raise KeyboardInterrupt from error
                 raise OSError(
-                    f"{task.tfds_name} could not be downloaded ({error}). What has come is kept: run the same again, "
-                    f"or put the file into {place / 'downloads'} as TFDS names it; the data set's home is {task.url}"
+                    f"{task.tfds_name} could not be downloaded and prepared ({type(error).__name__}: {error}). Files "
+                    "that have come whole are kept: run the same again, or put the file into "
+                    f"{place / 'downloads'} as TFDS names it; the data set's home is {task.url}"
                 ) from error
     except Timeout:
-        raise OSError(f"another process is preparing {task.tfds_name} in {data_set}: wait for it to end") from None
+        raise OSError(f"another process is preparing data sets in {place}: wait for it to end") from None
     for split in SPLITS:
         source.load(task, split, place)
     say(f"{task.tfds_name}: ready, {source.find(task, place)}")
+
+
+def _clear_leftovers(place: Path, data_set: Path) -> None:
+    """What killed preparations have left: TFDS begins files and folders under new names every time."""
+    downloads = place / "downloads"
+    for rest in (*data_set.glob("incomplete.*"), *downloads.glob("*.tmp.*"), *downloads.glob("extracted/*incomplete*")):
+        if rest.is_dir():
+            shutil.rmtree(rest)
+        else:
+            rest.unlink()

@@ -77,14 +77,25 @@ class _Chunks(Dataset):
     def __len__(self) -> int:
         return len(self.parts)
 
-    def __getitem__(self, k: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, k: int) -> tuple[Tensor, Tensor] | Exception:
         indices = self.parts[k]
-        return self.preprocessing.resize(self.data.images(indices)), torch.from_numpy(self.data.labels[indices])
+        try:
+            labels = self.data.items.labels(self.data.positions[indices])  # of these alone: every process has its part
+            return self.preprocessing.resize(self.data.images(indices)), torch.from_numpy(labels)
+        except (ValueError, OSError) as error:  # torch would wrap one of another process into its traceback
+            return error
 
 
 def stream(data: TaskData, preprocessing: Preprocessing, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Chunks of (uint8 images (n, 3, size, size), int64 labels (n,)) in order, never the whole set at once."""
-    return iter(DataLoader(_Chunks(data, preprocessing), batch_size=None, num_workers=workers))
+    """Chunks of (uint8 images (n, 3, size, size), int64 labels (n,)) in order, never the whole set at once.
+
+    Raises:
+        ValueError, OSError: an image cannot be read.
+    """
+    for chunk in DataLoader(_Chunks(data, preprocessing), batch_size=None, num_workers=workers):
+        if isinstance(chunk, Exception):
+            raise chunk
+        yield chunk
 
 
 def load_all(data: TaskData, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:

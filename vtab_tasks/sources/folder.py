@@ -19,6 +19,7 @@ from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import SPLITS, Task
 
 ORIGIN = "origin.json"  # written beside the lists by `vtab_tasks.export`
+_TAIL = 1024  # bytes: some writers leave a few behind the end of an image
 _LINE = re.compile(r"(?P<path>\S+) (?P<label>\S+)")
 # What Pillow raises on files that are no image, are cut short, damaged, or claim an absurd size.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
@@ -66,7 +67,7 @@ def find(task: Task, data_dir: str | os.PathLike[str] | None) -> Path | None:
 
 
 def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> TaskData:
-    """The split from the task's folder. All is checked here, except that the images can be decoded.
+    """The split from the task's folder, checked: length, labels, and that every image is there and not cut short.
 
     Raises:
         ValueError: No `data_dir`; or the list is not the one of this task and split.
@@ -106,7 +107,7 @@ def _origin(folder: Path) -> tuple[str, str]:
             f"{folder / ORIGIN} does not tell where the images came from ({error}): export again"
         ) from error
     if came_from == "rendered":
-        return "rendered", f"rendered: drawn offline and written to {folder}; not the official pixel data"
+        return "rendered", f"{origin['description']}; written to {folder}"
     return "folder", f"{description}, written as PNG from {came_from} {origin.get('location') or ''}".rstrip()
 
 
@@ -125,7 +126,19 @@ def _entries(task: Task, list_file: Path) -> Iterator[tuple[str, int]]:
         image = list_file.parent / path
         if not os.path.isfile(image):
             raise FileNotFoundError(f"{where}: there is no {image}: fetch the missing image")
+        if not _is_whole(image):
+            raise ValueError(f"{where}: {image} is cut short, or no JPEG or PNG: fetch this file again")
         yield path, _label(task, match["label"], where)
+
+
+def _is_whole(image: Path) -> bool:
+    """Whether a JPEG or PNG file begins and ends as such; what lies between is seen when it is decoded."""
+    with image.open("rb") as file:
+        start = file.read(8)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+        tail = file.read()
+    ends = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND"}
+    return any(start.startswith(head) and end in tail for head, end in ends.items())
 
 
 def _label(task: Task, text: str, where: str) -> int:

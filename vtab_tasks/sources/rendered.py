@@ -76,8 +76,7 @@ class SurrogateItems:
     places: tuple[tuple[str, int], ...]
 
     def images(self, positions: NDArray[np.int64]) -> Sequence[NDArray[np.uint8]]:
-        name, surrogate = self.task.tfds_name, _SURROGATES[self.task.tfds_name]
-        cached, images = f"{name}-{code_hash(*surrogate.code, *_SCENES)}", []
+        surrogate, cached, images = _SURROGATES[self.task.tfds_name], f"{self.task.tfds_name}-{drawing(self.task)}", []
         for split, inside in _runs([self.places[position] for position in positions]):
             images.extend(drawn(cached, split, inside, partial(surrogate.draw, split)))
         return images
@@ -152,6 +151,12 @@ _MAKERS: dict[str, Callable[[Task, str], Items]] = {
 def can_draw(task: Task) -> bool:
     """Whether the task has a rendered form."""
     return task.tfds_name in _MAKERS
+
+
+def drawing(task: Task) -> str:
+    """Names the code that draws the task's pictures and chooses their scenes."""
+    surrogate = _SURROGATES.get(task.tfds_name)
+    return code_hash(*(surrogate.code if surrogate else ("dsprites",)), *_SCENES)
 
 
 def _describe(task: Task) -> str:

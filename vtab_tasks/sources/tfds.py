@@ -1,7 +1,10 @@
 """Data sets that tensorflow-datasets (TFDS) has prepared, read without TensorFlow."""
 
+import io
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -9,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import Edition, Task
@@ -16,28 +20,49 @@ from vtab_tasks.tasks import Edition, Task
 
 @dataclass(frozen=True, eq=False)
 class TfdsItems:
-    """Two views on the same records: with the image decoded, and with all images left as they are."""
+    """Records whose images are left as they are.
+
+    They are decoded by Pillow: TFDS takes OpenCV where it is installed, and leaves an alpha channel or a palette in.
+    """
 
     task: Task
-    decoded: Any
-    undecoded: Any
+    directory: Path
+    records: Any
+    grey: bool
 
     def images(self, positions: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
         return [self._image(position) for position in positions]
 
     def labels(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        labels = [self.task.label_fn(self.undecoded[int(position)]) for position in positions]
-        return np.array(labels, dtype=np.int64)
+        with _intact(self.directory):
+            found = [self.task.label_fn(self.records[int(position)]) for position in positions]
+        return np.array(found, dtype=np.int64)
 
     def _image(self, position: int) -> NDArray[np.uint8]:
         """uint8 (H, W, 3); grey images are replicated."""
-        image = self.decoded[int(position)]["image"]
+        with _intact(self.directory), Image.open(io.BytesIO(self.records[int(position)]["image"])) as encoded:
+            image = np.asarray(encoded.convert("L" if self.grey else "RGB"))
+        image = image.reshape(*image.shape[:2], -1)
         if self.task.pixel_scale > 1 and image.max() > 255 // self.task.pixel_scale:
             raise ValueError(
                 f"a pixel of {self.task.tfds_name} is {image.max()}, but the official data go up to "
                 f"{255 // self.task.pixel_scale}: this is another data set, prepare the official one"
             )
         return np.broadcast_to(image * np.uint8(self.task.pixel_scale), (*image.shape[:2], 3))
+
+
+@contextmanager
+def _intact(directory: Path) -> Iterator[None]:
+    """TFDS, and what it reads with, raise whatever a damaged file makes them stumble over: here it is one message."""
+    try:
+        yield
+    except NotImplementedError:  # TFDS's word for a file format without random access
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{directory} is damaged ({type(error).__name__}: {' '.join(str(error).split())}): copy it again, or "
+            "delete it and prepare the data set again"
+        ) from error
 
 
 def default_data_dir() -> Path:
@@ -77,21 +102,21 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
     if directory is None:
         raise FileNotFoundError(_not_prepared(task, _data_set_dir(task, data_dir)))
     tfds = import_tfds()
-    builder = tfds.builder_from_directory(directory)
+    with _intact(directory):
+        builder = tfds.builder_from_directory(directory)
     edition = _edition(task, split, builder)
     spec = "+".join(str(part) for part in edition.parts(split))
-    skip = {
-        n: tfds.decode.SkipDecoding() for n, f in builder.info.features.items() if isinstance(f, tfds.features.Image)
-    }
-    others = {name: how for name, how in skip.items() if name != "image"}
+    features = builder.info.features
+    skip = {name: tfds.decode.SkipDecoding() for name, f in features.items() if isinstance(f, tfds.features.Image)}
     try:
-        decoded = builder.as_data_source(spec, decoders=others or None)
-        items = TfdsItems(task, decoded, builder.as_data_source(spec, decoders=skip))
-    except NotImplementedError as error:  # TFDS's word for a file format without random access
+        with _intact(directory):
+            records = builder.as_data_source(spec, decoders=skip)
+    except NotImplementedError as error:
         raise ValueError(
             f"{directory} was prepared as {builder.info.file_format.value}, which only TensorFlow reads: "
             f"{_how_to_prepare(task)}, in another data_dir or after deleting this one"
         ) from error
+    items = TfdsItems(task, directory, records, features["image"].shape[-1] == 1)
     description = f"tfds: official {task.tfds_name} {directory.name} in {directory}"
     return TaskData(task, split, "tfds", str(directory), description, items, np.arange(edition.size(split)))
 
