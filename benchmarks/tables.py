@@ -200,7 +200,7 @@ def sweep() -> str:
                 _over_seeds(map(area, runs), 3),
                 _over_seeds((100 * r["test"]["top1"] for r in runs), 1),
             ]
-            for settings, runs in found.items()
+            for settings, runs in sorted(found.items())
         ]
         head = ["start", "settings", "lr", "seeds", "training loss, mean over steps", "test top-1 (%)"]
         parts.append(f"{task}, rendered; 4 epochs:\n\n{table(head, rows)}")
