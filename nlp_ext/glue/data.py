@@ -24,7 +24,7 @@ def read(task: GlueTask, split: str, data: str | os.PathLike[str] | None = None)
         task: one of `TASKS`.
         split: one of `task.sizes`.
         data: None for `nyu-mll/glue` on the hub, "synthetic", or a folder with a file for every split in GLUE's
-            columns: `train.jsonl` and so on (.json, .jsonl, .csv, .parquet), there or below a folder of the task's name.
+            columns, `train.jsonl` and so on (.json, .jsonl, .csv, .parquet), also below a folder of the task's name.
 
     Raises:
         ValueError: an unknown split, an empty file, a column that is missing, or a label that the task does not have.
