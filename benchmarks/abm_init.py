@@ -56,7 +56,7 @@ SAMPLES, MARGIN = 100, 0.5
 # 20 steps of 5: as many sample passes.
 OURS = ABMConfig(margin=MARGIN, samples=SAMPLES, steps=20, batch_size=5, learning_rate=1e-3)
 LOCAL = ABMConfig(margin=MARGIN, samples=SAMPLES, fit="local")
-VARIANTS = ("reference", "ours", "local", "aligned")
+VARIANTS = ("reference", "ours", "defaults", "local", "aligned")
 
 
 def adapted(seed: int, device: torch.device, precision: str, merged: bool) -> tuple[PeftModel, Images, Images]:
@@ -112,6 +112,8 @@ def ours(model: PeftModel, images: Images, seed: int, variant: str) -> None:
     with autocast(images.pixels.device, args.precision):
         if variant == "aligned":
             initialize_lora_aligned_weights(model, images.batches(32, seed, 0))
+        elif variant == "defaults":  # 128 samples, 20 steps of 16
+            initialize_lora_abm_weights(model, images.batches(64, seed, 0), show_progress_bar=False)
         elif variant == "local":
             initialize_lora_abm_weights(model, images.batches(SAMPLES, seed, 0), LOCAL, show_progress_bar=False)
         else:

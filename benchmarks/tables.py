@@ -55,7 +55,8 @@ def abm_init() -> str:
     rows = []
     names = {
         "reference": "reference procedure",
-        "ours": "`initialize_lora_abm_weights`",
+        "ours": "`initialize_lora_abm_weights`, as many passes",
+        "defaults": "`...`, its defaults",
         "local": '`... (fit="local")`',
         "aligned": "`initialize_lora_aligned_weights`",
     }
