@@ -24,7 +24,7 @@ ALIGNED: tuple[dict[str, Any], ...] = tuple(
     for norm, lr in itertools.product((1.0, 2.0, 4.0), (5e-4, 1e-3, 2e-3))
 )
 PLAIN = {"init": "kaiming"}
-BASE = {"init": "abm", "abm_lr": 3e-3, "abm_steps": 50}  # what the others are changed from
+BASE = {"init": "abm", "abm_lr": 3e-3, "abm_steps": 50, "abm_batch_size": 16}  # what the others are changed from
 MATCHED: tuple[dict[str, Any], ...] = (
     {},
     {"abm_margin": 0.1},

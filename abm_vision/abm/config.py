@@ -36,7 +36,7 @@ class ABMConfig:
     steps: int = 20
     learning_rate: float = 1e-3
     samples: int = 128
-    batch_size: int = 16
+    batch_size: int = 8
     layers: str | int | Sequence[str] = "all"
     layer_weights: str = "quadratic"
     fit: str = "end_to_end"

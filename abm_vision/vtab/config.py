@@ -62,7 +62,7 @@ class RunConfig:
     abm_lr: float = _flag(1e-3, "learning rate of the matching")
     abm_steps: int = _flag(20, "optimiser steps of the matching")
     abm_samples: int = _flag(128, "calibration images, the first of the shuffled training set")
-    abm_batch_size: int = _flag(16, "images in a step of the matching")
+    abm_batch_size: int = _flag(8, "images in a step of the matching")
     abm_layers: str = _flag("all", "all, the number of last layers to match, or activation modules with commas between")
     abm_layer_weights: str = _flag("quadratic", "weight of a layer by its depth", choices=("quadratic", "uniform"))
     abm_fit: str = _flag("end_to_end", "all layers together by AdamW, or each on its own in closed form", choices=FITS)
