@@ -277,13 +277,23 @@ def _no_autocast(model: PeftModel) -> AbstractContextManager[None]:
 def _eva(given: Ingredients) -> None:
     config = EvaConfig()
     layers = adapted_layers(given.model, given.adapter_name)
-    for name, shape in _input_shapes(given, min(given.batches, key=batch_size)).items():
-        tokens, wanted = shape[:-1].numel(), round(config.rho * layers[name].r[given.adapter_name])
+    smallest = min(given.batches, key=batch_size)
+    for name, shape in _input_shapes(given, smallest).items():
+        mask = given.backbone.input_mask(smallest, name)
+        tokens = shape[:-1].numel() if mask is None else int(mask.sum())
+        wanted = round(config.rho * layers[name].r[given.adapter_name])
         if tokens < wanted:  # peft would wait for a larger batch for ever
             raise ValueError(
                 f"eva looks for {wanted} directions, {name} sees {tokens} tokens in a batch: give larger batches, or "
                 "a lower rank"
             )
+    names = {id(layer): name for name, layer in layers.items()}
+
+    def counted(layer_input: Any, batch: Any, peft_name: str) -> Tensor:
+        x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
+        mask = given.backbone.input_mask(batch, names[id(given.model.get_submodule(peft_name))])
+        return x.flatten(0, -2) if mask is None else x[mask]
+
     _restart(given, "eva", eva_config=config)
     with _no_autocast(given.model):
         initialize_lora_eva_weights(
@@ -292,7 +302,7 @@ def _eva(given: Ingredients) -> None:
             # peft itself calls eval() alone
             forward_fn=lambda model, batch: given.forward_fn(evaluate(model), batch),
             prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=None,
+            prepare_layer_inputs_fn=counted,
             adapter_name=given.adapter_name,
             show_progress_bar=given.progress,
         )

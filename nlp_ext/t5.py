@@ -30,6 +30,12 @@ def _no_fused_qkv(model: nn.Module) -> list[str]:
     return []
 
 
+def _input_stack(name: str) -> str:
+    """Cross-attention takes its keys and values from the encoder."""
+    from_encoder = ".decoder." not in f".{name}" or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+    return "encoder" if from_encoder else "decoder"
+
+
 def _nothing_to_prepare(model: nn.Module, adapted: list[str]) -> None:
     return None
 
@@ -79,4 +85,5 @@ T5 = Backbone(
     forward_fn=_forward,
     loss_fn=batches.loss,
     token_mask_fn=_real_tokens,
+    input_stack=_input_stack,
 )

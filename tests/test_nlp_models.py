@@ -3,6 +3,7 @@
 import copy
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -255,6 +256,37 @@ def test_what_is_missing_in_a_batch_is_told():
         answer_tokens(batch)
     with pytest.raises(ValueError, match="its answers were cut off, or are empty"):
         answer_tokens({**batch, "labels": torch.full_like(labels, -100)})
+
+
+@pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
+def test_padding_gives_eva_no_directions(make, batch):
+    """Whatever the padded tokens are, the start is the same; it would be another one if they counted."""
+    found = []
+    for filler, counts in ((PAD, False), (7, False), (7, True)):
+        batches = [batch(seed) for seed in range(4)]
+        for b in batches:
+            b["input_ids"][b["attention_mask"] == 0] = filler
+        torch.manual_seed(1)
+        model = add_lora(make(), 2, 2)
+        backbone = find_backbone(model)
+        if counts:
+            backbone = replace(backbone, token_mask_fn=lambda batch, stack: None)
+        nlp_ext.initialize_lora(model, "eva", batches, backbone=backbone, show_progress_bar=False)
+        found.append({n: p for n, p in model.named_parameters() if "lora_A" in n})
+    first, second, third = found
+    assert all(torch.allclose(first[n], second[n], atol=1e-5) for n in first)
+    assert not all(first[n].shape == third[n].shape and torch.allclose(first[n], third[n], atol=1e-2) for n in first)
+
+
+def test_cross_attention_reads_the_encoder():
+    block = "decoder.block.0.layer.1.EncDecAttention"
+    stacks = {f"{block}.k": "encoder", f"{block}.v": "encoder", f"{block}.q": "decoder", f"{block}.o": "decoder"}
+    stacks |= {
+        "encoder.block.0.layer.1.DenseReluDense.wi": "encoder",
+        "decoder.block.1.layer.0.SelfAttention.k": "decoder",
+    }
+    assert {name: T5.input_stack(name) for name in stacks} == stacks
+    assert T5.input_stack("transformer.decoder.block.1.layer.2.DenseReluDense.wo") == "decoder"
 
 
 # How models are run

@@ -28,6 +28,7 @@ class Backbone:
         forward_fn: runs the model on one batch as the user's loader yields it.
         loss_fn: (model, batch) to the scalar mean loss of a labelled batch; raises a ValueError without labels.
         token_mask_fn: (batch, stack) to a boolean (batch, tokens) mask of the tokens that count, or None for all.
+        input_stack: the name of an adapted layer to the stack whose tokens it reads; not needed with one stack.
     """
 
     name: str
@@ -41,6 +42,12 @@ class Backbone:
     forward_fn: Callable[[nn.Module, Any], Any]
     loss_fn: Callable[[nn.Module, Any], Tensor]
     token_mask_fn: Callable[[Any, str], Tensor | None]
+    input_stack: Callable[[str], str] | None = None
+
+    def input_mask(self, batch: Any, name: str) -> Tensor | None:
+        """The tokens that count of what goes into an adapted layer: boolean (batch, tokens), or None for all."""
+        stack = next(iter(self.boundary_modules)) if self.input_stack is None else self.input_stack(name)
+        return self.token_mask_fn(batch, stack)
 
     def find_targets(self, model: nn.Module) -> dict[str, list[str]]:
         """Kind of projection to the names of its linear layers, in the model's order."""
