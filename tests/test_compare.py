@@ -11,7 +11,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from test_cli import FLAGS, refused, start
-from test_vtab import tiny
+from test_vtab import TINY
 
 from abm_vision.vtab import compare as module
 from abm_vision.vtab import make_config, run
@@ -187,7 +187,7 @@ def test_what_else_is_refused():
 
 
 def test_run_all_reuses_and_records_what_diverged(tmp_path, monkeypatch):
-    settings = {k: v for k, v in dataclasses.asdict(tiny(epochs=1)).items() if k not in ("task", "init", "lr", "seed")}
+    settings = {k: v for k, v in TINY.items() if not k.startswith("abm_")} | {"epochs": 1, "source": "rendered"}
     arguments = (["dsprites_loc"], ["kaiming", "gaussian"], 1, [1e-3], settings, tmp_path)
     found, diverged = run_all(*arguments)
     assert [r["config"]["init"] for r in found] == ["kaiming", "gaussian"] and not diverged
@@ -204,6 +204,8 @@ def test_run_all_reuses_and_records_what_diverged(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "run", diverge)
     found, diverged = run_all(*arguments)
     assert len(found) == 1 and [c.init for c in diverged] == ["gaussian"]
+    with pytest.raises(ValueError, match="abm_steps is given, but init kaiming, gaussian has no use for it"):
+        run_all(*arguments[:4], {**settings, "abm_steps": 2}, tmp_path)
 
 
 def test_the_real_command(tmp_path):

