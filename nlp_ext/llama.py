@@ -44,10 +44,6 @@ def _fused_qkv(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if re.fullmatch(rf"{_BLOCK}\.self_attn\.qkv_proj", name)]
 
 
-def _nothing_to_prepare(model: nn.Module, adapted: list[str]) -> None:
-    return None
-
-
 LLAMA = Backbone(
     name="LLaMA",
     matches=_matches,
@@ -60,7 +56,7 @@ LLAMA = Backbone(
     key_modules=r".*\.k_proj",
     fused_qkv=_fused_qkv,
     head_modules=_heads,
-    prepare=_nothing_to_prepare,
+    prepare=batches.nothing_to_prepare,
     forward_fn=batches.forward,
     loss_fn=batches.loss,
     token_mask_fn=batches.real_tokens,

@@ -36,10 +36,6 @@ def _input_stack(name: str) -> str:
     return "encoder" if from_encoder else "decoder"
 
 
-def _nothing_to_prepare(model: nn.Module, adapted: list[str]) -> None:
-    return None
-
-
 def _forward(model: nn.Module, batch: Any) -> Any:
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(batch, Mapping) and hasattr(bare, "decoder") and not batch.keys() & _DECODER_INPUTS:
@@ -81,7 +77,7 @@ T5 = Backbone(
     key_modules=r".*\.k",
     fused_qkv=_no_fused_qkv,
     head_modules=_heads,
-    prepare=_nothing_to_prepare,
+    prepare=batches.nothing_to_prepare,
     forward_fn=_forward,
     loss_fn=batches.loss,
     token_mask_fn=_real_tokens,

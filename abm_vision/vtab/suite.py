@@ -217,9 +217,8 @@ def _run_all(
                 free.append(config)
         for config, outcome in execute(free, out, diagnose):
             note(config, outcome)
-        left = [config for config in configs if config not in outcomes]
-        if left:
-            say(f"{len(left)} runs are with another process; looking again in {WAIT:.0f} s")
+        if waiting := len(configs) - len(outcomes):
+            say(f"{waiting} runs are with another process; looking again in {WAIT:.0f} s")
             time.sleep(WAIT)
     return outcomes
 
