@@ -28,16 +28,19 @@ def save_figure(figure: Figure, path: Path) -> None:
 def draw_curves(result: dict[str, Any]) -> Figure:
     """Training loss, with test accuracy where it was followed; beside it what the matching did to every layer."""
     config, test = result["config"], result["test"]
+    rendered = " (rendered data)" if result["data"]["test"]["source"] == "rendered" else ""
+    return draw_training(
+        result, f"{config['task']}{rendered}: {100 * test['top1']:.1f} % top-1 of {test['count']:,} test images"
+    )
+
+
+def draw_training(result: dict[str, Any], title: str) -> Figure:
+    """Training loss; beside it what the matching did to every layer."""
     figure = Figure(figsize=(11 if result["abm"] else 7, 4.2), layout="constrained")
     panels = figure.subplots(
         1, 2 if result["abm"] else 1, squeeze=False, width_ratios=[3, 2] if result["abm"] else [1]
     )[0]
-    source = result["data"]["test"]["source"]
-    figure.suptitle(
-        f"{config['task']}{' (rendered data)' if source == 'rendered' else ''}: {100 * test['top1']:.1f} % top-1 of "
-        f"{test['count']:,} test images",
-        fontweight="bold",
-    )
+    figure.suptitle(title, fontweight="bold")
     _draw_losses(panels[0], result)
     if result["abm"]:
         _draw_boundaries(panels[1], result["abm"])
@@ -67,9 +70,10 @@ def draw_information_loss(result: dict[str, Any]) -> Figure:
     axes[0].set(ylabel="depth", yticks=range(depth), yticklabels=range(1, depth + 1))
     figure.colorbar(image, ax=axes, label="information loss")
     config = result["config"]
-    rendered = " (rendered data)" if result["data"]["train"]["source"] == "rendered" else ""
+    source = result["data"]["train"]["source"]
+    made_up = f" ({source} data)" if source in ("rendered", "synthetic") else ""
     figure.suptitle(
-        f"share of the gradient out of reach, {config['task']}{rendered}, r = {config['rank']}", fontweight="bold"
+        f"share of the gradient out of reach, {config['task']}{made_up}, r = {config['rank']}", fontweight="bold"
     )
     return figure
 
@@ -310,15 +314,16 @@ def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     axes.set_title(f"{config['model'].split('.')[0]}, LoRA r = {config['rank']}, start: {config['init']}", fontsize=10)
     _tidy(axes)
     handles, labels = axes.get_legend_handles_labels()
-    if result["top1_per_epoch"]:
+    followed = result.get("top1_per_epoch", {})
+    if followed:
         right = axes.twinx()
-        points = {int(k): 100 * v for k, v in result["top1_per_epoch"].items()}
+        points = {int(k): 100 * v for k, v in followed.items()}
         right.plot(list(points), list(points.values()), "s-", color=ORANGE, markersize=4, label="test top-1")
         right.set_ylabel("test top-1 (%)", color=ORANGE)
         right.set_ylim(0, 100)
         right.spines[["top"]].set_visible(False)
         handles, labels = [a + b for a, b in zip((handles, labels), right.get_legend_handles_labels(), strict=True)]
-    axes.legend(handles, labels, frameon=False, loc="center left" if result["top1_per_epoch"] else "best")
+    axes.legend(handles, labels, frameon=False, loc="center left" if followed else "best")
 
 
 def _draw_boundaries(axes: Axes, report: dict[str, Any]) -> None:

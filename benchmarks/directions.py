@@ -26,9 +26,10 @@ import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora_abm_weights
 from abm_vision.abm.gradient import adapted_layers, weight_gradients
 from abm_vision.provenance import environment
+from abm_vision.runs.device import autocast, has_fast_bf16
 from abm_vision.vtab import make_config
 from abm_vision.vtab.data import Images, load_all, preprocessing_for
-from abm_vision.vtab.train import Progress, autocast, choose_attention, has_fast_bf16, make_optimiser, train
+from abm_vision.vtab.train import Progress, choose_attention, make_optimiser, train
 
 IMAGES, EPOCHS, RANK = 128, 5, 8
 

@@ -18,9 +18,9 @@ from typing import Any
 from ledger import RESULTS, Ledger
 
 from abm_vision.initializers import INITIALIZERS
+from abm_vision.runs.settings import uses
 from abm_vision.vtab import RunConfig
 from abm_vision.vtab.comparison import area, compare
-from abm_vision.vtab.config import uses
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"

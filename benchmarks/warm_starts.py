@@ -29,10 +29,11 @@ from abm_vision import initialize_lora
 from abm_vision.abm.adapters import load_reference
 from abm_vision.abm.gradient import adapted_layers
 from abm_vision.provenance import environment
+from abm_vision.runs.device import autocast
+from abm_vision.runs.folder import ADAPTER
 from abm_vision.vtab import RunConfig, make_config, run
 from abm_vision.vtab.data import Images, stream
-from abm_vision.vtab.results import ADAPTER
-from abm_vision.vtab.train import Progress, autocast, count_correct, make_optimiser, train
+from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 OTHER = {"dsprites_loc": "dsprites_ori", "dsprites_ori": "dsprites_loc"}
 SEEDS = (0,)

@@ -59,9 +59,9 @@ def _real_tokens(batch: Mapping[str, Any], stack: str) -> Tensor | None:
         return batches.real_tokens(batch)
     if (mask := batch.get("decoder_attention_mask")) is not None:
         return mask.bool()
-    if "decoder_input_ids" in batch or "labels" not in batch:
+    labels = batch.get("labels")
+    if labels is None:  # decoder_input_ids alone: nothing says what is padding
         return None
-    labels = batch["labels"]
     return labels != batches.IGNORED if labels.ndim > 1 else batches.real_tokens(batch)
 
 

@@ -19,11 +19,12 @@ from conftest import TINY, full_disk
 from official import BUILDERS, small_edition, write_official
 
 import vtab_tasks
+from abm_vision.runs import folder as files
 from abm_vision.vtab import executors, make_config, results, run
 from abm_vision.vtab import suite as module
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
-from abm_vision.vtab.train import Diverged
+from abm_vision.runs.folder import Diverged
 
 TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
 WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -285,10 +286,10 @@ def test_without_a_finished_selection_there_is_no_final_run(tmp_path, monkeypatc
 
 def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
     config = tiny().final()[0]
-    lock = results.locked(results.open_folder(tmp_path, config))
+    lock = files.locked(files.open_folder(tmp_path, config))
     lock.__enter__()
     assert attempt(config, tmp_path, False) == Outcome("busy")
-    with pytest.raises(results.Busy, match="another process is at the run"):
+    with pytest.raises(files.Busy, match="another process is at the run"):
         run(config, tmp_path)
     monkeypatch.setattr(module, "WAIT", 0.0)
     monkeypatch.setattr(module.time, "sleep", lambda seconds: lock.__exit__(None, None, None))
@@ -343,7 +344,7 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
     (folder,) = tmp_path.glob("*/")
     state = results.load_checkpoint(folder, torch.device("cpu"))
     assert 1 <= state["progress"].epoch < 400 and not (folder / "result.json").exists()
-    with results.locked(folder):  # the system has given it back
+    with files.locked(folder):  # the system has given it back
         pass
 
 

@@ -16,10 +16,12 @@ from PIL import Image
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
+from abm_vision.runs.device import resolve_device
+from abm_vision.runs.folder import open_folder
+from abm_vision.runs.settings import read_config
 from abm_vision.vtab import PRESETS, RunConfig, data, make_config, results, run, train
-from abm_vision.vtab.config import read_config, resolve_device
 from abm_vision.vtab.predict import predict
-from abm_vision.vtab.results import model_card, open_folder, read_result
+from abm_vision.vtab.results import model_card, read_result
 
 RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
 SETUP = importlib.import_module("abm_vision.vtab.setup")
@@ -257,7 +259,7 @@ def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
 
 
 def test_diagnosis_needs_images_that_the_start_does_not_see(tmp_path):
-    with pytest.raises(ValueError, match="diagnose needs 64 training images.*abm_samples 950 leaves 50"):
+    with pytest.raises(ValueError, match="diagnose needs 64 training samples.*abm_samples 950 leaves 50"):
         run(tiny(abm_samples=950), tmp_path, diagnose=True)
 
 
@@ -273,7 +275,7 @@ def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
 def test_start_that_comes_out_differently_is_not_resumed(tmp_path, monkeypatch):
     config = tiny(init="pissa")
     break_off(config, tmp_path, monkeypatch)
-    monkeypatch.setattr("abm_vision.vtab.start._fingerprint", lambda model: "another")
+    monkeypatch.setattr("abm_vision.runs.start.fingerprint", lambda model: "another")
     with pytest.raises(ValueError, match="comes out differently now.*--rerun, or deleting its folder, starts afresh"):
         run(config, tmp_path)
 
@@ -323,10 +325,13 @@ def test_checkpoint_that_is_damaged_or_of_another_schema(broken_off, content):
 
 
 def test_precision_is_settled_once_a_run(broken_off, monkeypatch):
-    folder = open_folder(broken_off[1], tiny(precision="auto"))
-    assert results.settle_precision(folder, lambda: "bf16") == "bf16"
-    assert results.settle_precision(folder, lambda: "fp32") == "bf16"
-    assert results.settle_precision(open_folder(broken_off[1], tiny(precision="auto")), lambda: "fp32") == "bf16"
+    config = tiny(precision="auto")
+    folder = open_folder(broken_off[1], config)
+    monkeypatch.setattr("abm_vision.runs.device.has_fast_bf16", lambda device: True)
+    assert settle_precision(folder, config) == "bf16"
+    monkeypatch.setattr("abm_vision.runs.device.has_fast_bf16", lambda device: False)
+    assert settle_precision(folder, config) == "bf16"
+    assert settle_precision(open_folder(broken_off[1], config), config) == "bf16"
 
 
 def test_rerun_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
@@ -426,7 +431,7 @@ def test_different_settings_never_share_a_folder():
 
 def test_config_file_of_another_schema_or_none(tmp_path):
     good = open_folder(tmp_path, tiny()) / "config.json"
-    assert make_config(**read_config(good)) == tiny()
+    assert make_config(**read_config(good, 4)) == tiny()
     for text, message in (
         ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 4"),
         ("[1, 2]", r"has schema None, this version reads 4"),
@@ -434,9 +439,9 @@ def test_config_file_of_another_schema_or_none(tmp_path):
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_config(tmp_path / "bad.json")
+            read_config(tmp_path / "bad.json", 4)
     with pytest.raises(FileNotFoundError, match="no configuration file"):
-        read_config(tmp_path / "absent.json")
+        read_config(tmp_path / "absent.json", 4)
 
 
 def test_result_of_another_schema_is_not_taken(tmp_path):

@@ -9,7 +9,9 @@ from dataclasses import asdict, fields
 from typing import Any
 
 import vtab_tasks
-from abm_vision.vtab.config import RunConfig, make_config, read_config, resolve_device
+from abm_vision.runs.commands import guarded, print_config, run_guarded, say, settings_of
+from abm_vision.runs.device import resolve_device
+from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.parsers import (
     COMPARED,
     compare_parser,
@@ -21,64 +23,34 @@ from abm_vision.vtab.parsers import (
     suite_parser,
 )
 
+PROGRAM = "abm-vtab"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0] if words else "", _run)
-    try:
-        return command(words[1:] if command is not _run else words)
-    except (ValueError, OSError) as error:
-        print(f"abm-vtab: error: {error}", file=sys.stderr)
-        return 2
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        hint = "a smaller --batch-size, --image-size or --model takes less"
-        print(f"abm-vtab: error: out of memory ({str(error).splitlines()[0]}); {hint}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\nabm-vtab: interrupted", file=sys.stderr)
-        return 130
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch has a type of its own for an accelerator's memory alone."""
-    return isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory"))
+    return guarded(
+        PROGRAM,
+        lambda: command(words[1:] if command is not _run else words),
+        smaller="--batch-size, --image-size or --model",
+    )
 
 
 def _run(words: list[str]) -> int:
     options = vars(run_parser().parse_args(words))
     out, rerun, diagnose, as_json, quiet = (options.pop(k) for k in ("out", "rerun", "diagnose", "json", "quiet"))
-    path = options.pop("config")
-    if path and "preset" in options:
-        raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
-    config = make_config(**{**(read_config(path) if path else {}), **options})
+    config = settings_of(options, RunConfig)
     quiet = quiet or as_json
     if not quiet:
         print_config(config)
 
     from abm_vision.vtab.run import run  # imports timm: `--help` and a wrong flag answer at once
 
-    try:
-        result = run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=None if quiet else _say)
-    except KeyboardInterrupt:
-        words = "the same command (without --rerun) goes on from the last whole epoch"
-        print(f"\nabm-vtab: interrupted; {words}", file=sys.stderr)
-        return 130
+    note = None if quiet else say
+    result = run_guarded(PROGRAM, lambda: run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note))
     print(json.dumps(result) if as_json else summary(result))
     return 0
-
-
-def _say(line: str) -> None:
-    print(line, flush=True)
-
-
-def print_config(config: RunConfig) -> None:
-    """Every setting, marked where it differs from the default."""
-    defaults = asdict(RunConfig())
-    for name, value in asdict(config).items():
-        print(f"{'*' if value != defaults[name] else ' '} {name:<18} {value}")
 
 
 def summary(result: dict[str, Any]) -> str:
@@ -113,7 +85,7 @@ def _compare(words: list[str]) -> int:
             options,
             out,
             quiet=quiet,
-            say=None if quiet else _say,
+            say=None if quiet else say,
         )
     compared = comparison.compare(found, diverged)
     paths = compare.write_report(compared, report or out)
@@ -150,15 +122,15 @@ def _suite(words: list[str]) -> int:
     if executor == "ray":
         execute = executors.on_ray(**{RAY_FLAGS[name]: value for name, value in given.items()})
     elif given.get("jobs", 1) == 1:
-        execute = executors.in_this_process(None if quiet else _say)
+        execute = executors.in_this_process(None if quiet else say)
     else:
         execute = executors.local(given["jobs"])
-    outcomes = suite.run_suite(wanted, out, execute, (lambda line: None) if quiet else _say)
+    outcomes = suite.run_suite(wanted, out, execute, (lambda line: None) if quiet else say)
     failed = {config: outcome for config, outcome in outcomes.items() if outcome.state == "failed"}
     for config, outcome in failed.items():
         print(f"failed: {config.run_name()}: {outcome.reason}", file=sys.stderr)
     if not quiet:
-        _say(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed; results in {out}")
+        say(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed; results in {out}")
     return 1 if failed else 0
 
 
@@ -254,7 +226,7 @@ def _prepare(words: list[str]) -> int:
 
         from vtab_tasks.prepare import prepare
 
-        prepare(tasks, options.data_dir, manual_dir=options.manual_dir, say=_say)
+        prepare(tasks, options.data_dir, manual_dir=options.manual_dir, say=say)
         return 0
     if not options.out:
         raise ValueError("--to folder needs --out, the folder to write vtab-1k/TASK below")
@@ -271,7 +243,7 @@ def _prepare(words: list[str]) -> int:
             data_dir=options.data_dir,
             show_progress_bar=not options.quiet and sys.stderr.isatty(),
         )
-        _say(f"{task}: {folder}")
+        say(f"{task}: {folder}")
     return 0
 
 

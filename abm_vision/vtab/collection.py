@@ -16,9 +16,10 @@ import numpy as np
 from scipy.stats import wilcoxon
 
 import vtab_tasks
+from abm_vision.runs import folder as files
+from abm_vision.runs.settings import uses
 from abm_vision.vtab import results
 from abm_vision.vtab.comparison import BASELINE, area
-from abm_vision.vtab.config import uses
 
 _IDENTITY = ("task", "init", "seed")
 # What was asked for and where it lay; what came of it is told by `_facts`.
@@ -252,12 +253,12 @@ def collect(folder: str | Path) -> Report:
     """
     folder = Path(folder)
     runs, unfinished = [], []
-    for path in sorted(folder.glob(f"*/{results.CONFIG}")):
+    for path in sorted(folder.glob(f"*/{files.CONFIG}")):
         result = results.read_result(path.parent)
         if result is None:
             unfinished.append((path.parent.name, _why(path.parent)))
         elif result["config"]["evaluate"] == "test" and not result["reference_only"]:
-            runs.append({**result, "file": f"{path.parent.name}/{results.RESULT}"})
+            runs.append({**result, "file": f"{path.parent.name}/{files.RESULT}"})
     if not runs:
         raise FileNotFoundError(f"no finished run below {folder}: give the folder that was --out of the runs")
     runs, again = _once(_named(runs))
@@ -282,9 +283,9 @@ def source(run: dict[str, Any]) -> str:
 
 
 def _why(folder: Path) -> str:
-    failure = folder / results.FAILURE
+    failure = folder / files.FAILURE
     if failure.is_file():
-        return str(results.read_json(failure).get("reason"))
+        return str(files.read_json(failure).get("reason"))
     return "half done" if (folder / results.CHECKPOINT).is_file() else "not begun"
 
 

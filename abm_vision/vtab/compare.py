@@ -12,10 +12,11 @@ from typing import Any
 
 from abm_vision import plots
 from abm_vision.abm.files import write_atomically
+from abm_vision.runs.folder import Diverged
+from abm_vision.runs.settings import check_used, uses
 from abm_vision.vtab.comparison import BASELINE, Comparison, Row
-from abm_vision.vtab.config import RunConfig, check_used, make_config, uses
+from abm_vision.vtab.config import RunConfig, make_config
 from abm_vision.vtab.run import run
-from abm_vision.vtab.train import Diverged
 
 FILES = ("compare.md", "compare.csv", "compare.png")
 

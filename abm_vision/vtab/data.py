@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
+from abm_vision.runs.order import shuffled
 from vtab_tasks import TaskData
 
 CHUNK = 256  # images that are drawn or decoded, and resized, together
@@ -102,12 +103,6 @@ def load_all(data: TaskData, preprocessing: Preprocessing) -> tuple[Tensor, Tens
     """The whole set in memory: uint8 (n, 3, size, size) and int64 (n,)."""
     chunks = list(stream(data, preprocessing))
     return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
-
-
-def shuffled(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """The batches of one epoch as index tensors; a function of seed and epoch alone, so that a run can resume."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return list(torch.randperm(count, generator=generator).split(batch_size))
 
 
 class Images:

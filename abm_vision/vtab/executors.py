@@ -16,8 +16,8 @@ from queue import SimpleQueue
 
 import torch
 
+from abm_vision.runs.start import Say
 from abm_vision.vtab.config import RunConfig
-from abm_vision.vtab.setup import Say
 from abm_vision.vtab.suite import Executor, Outcome, attempt
 
 

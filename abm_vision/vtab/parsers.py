@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, fields
-from typing import Any, NoReturn
+from collections.abc import Callable
 
-from abm_vision.vtab.config import PRESETS, SET_BY_SUITE, SOURCES, RunConfig
+from abm_vision.runs.commands import Parser, add_run_options, add_settings
+from abm_vision.vtab.config import SET_BY_SUITE, SOURCES, RunConfig
 
 EPILOG = (
     "Other commands: suite (many tasks, starts and seeds), report (of finished runs), compare (starts side by side), "
@@ -16,40 +15,12 @@ EPILOG = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    def __init__(self, prog: str, **options: Any) -> None:
-        super().__init__(prog, allow_abbrev=False, **options)
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def run_parser() -> argparse.ArgumentParser:
     """One flag for every field of `RunConfig`, and those that do not change a result."""
-    parser = _Parser("abm-vtab", description="Adapt a pretrained timm ViT to a VTAB-1K task.", epilog=EPILOG)
-    _add_settings(parser)
-    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
-    parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
-    parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
-    parser.add_argument(
-        "--diagnose", action="store_true", help="measure the information loss of the start, and draw it"
-    )
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
-    parser.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
+    parser = Parser("abm-vtab", description="Adapt a pretrained timm ViT to a VTAB-1K task.", epilog=EPILOG)
+    add_settings(parser, RunConfig)
+    add_run_options(parser)
     return parser
-
-
-def _add_settings(parser: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
-    """A flag for every field of `RunConfig`; those not given are not set."""
-    for field in fields(RunConfig):
-        if field.name in without:
-            continue
-        flag = f"--{field.name.replace('_', '-')}"
-        kind = {"int": int, "float": float}.get(str(field.type), str)
-        choices = tuple(PRESETS) if field.name == "preset" else field.metadata.get("choices")
-        default = "none" if field.default is None or field.default is MISSING else field.default
-        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-        parser.add_argument(flag, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
 
 
 # What is compared unless it is said otherwise.
@@ -58,7 +29,7 @@ COMPARED = {"task": RunConfig.task, "init": "kaiming,abm", "lr": "5e-4,1e-3,2e-3
 
 def compare_parser() -> argparse.ArgumentParser:
     """What is to be compared, and the settings that all runs share."""
-    parser = _Parser(
+    parser = Parser(
         "abm-vtab compare",
         description="Train every start with every learning rate and seed, and compare each at its own best rate. "
         "Finished runs are reused, a killed comparison goes on. Or compare the finished runs in given folders.",
@@ -77,13 +48,13 @@ def compare_parser() -> argparse.ArgumentParser:
     parser.add_argument("--report", metavar="DIR", help="folder of compare.md, .csv and .png (default: as --out)")
     parser.add_argument("--json", action="store_true", help="print the rows as one line of JSON, nothing else")
     parser.add_argument("--quiet", action="store_true", help="no stages and progress bars, only the table")
-    _add_settings(parser, without=("task", "init", "lr", "seed"))
+    add_settings(parser, RunConfig, without=("task", "init", "lr", "seed"))
     return parser
 
 
 def suite_parser() -> argparse.ArgumentParser:
     """What is to be run, how, and the settings that all runs share."""
-    parser = _Parser(
+    parser = Parser(
         "abm-vtab suite",
         description="Run tasks, starts and seeds after the protocol of VTAB-1K. Finished runs are reused, killed ones "
         "go on, failed ones are recorded and do not stop the rest; several suites may share one --out.",
@@ -98,7 +69,7 @@ def suite_parser() -> argparse.ArgumentParser:
         metavar="SETTING=A,B",
         help="choose this setting on train800/val200, for every task from the same values; may be given several times",
     )
-    _add_settings(parser, without=SET_BY_SUITE)
+    add_settings(parser, RunConfig, without=SET_BY_SUITE)
     parser.add_argument("--out", default="results", help="folder of the runs (default: results)")
     parser.add_argument("--diagnose", action="store_true", help="measure the information loss of every start")
     parser.add_argument("--executor", choices=("local", "ray"), default="local", help="where (default: local)")
@@ -114,7 +85,7 @@ def suite_parser() -> argparse.ArgumentParser:
 
 def list_parser() -> argparse.ArgumentParser:
     """The tasks, and where to look for their data."""
-    parser = _Parser("abm-vtab list", description="The tasks, and where their data was found.")
+    parser = Parser("abm-vtab list", description="The tasks, and where their data was found.")
     parser.add_argument("--data-dir", help="folder with vtab-1k files or with prepared TFDS data")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser
@@ -122,7 +93,7 @@ def list_parser() -> argparse.ArgumentParser:
 
 def predict_parser() -> argparse.ArgumentParser:
     """An adapter, and images."""
-    parser = _Parser("abm-vtab predict", description="Classify image files with a saved adapter.")
+    parser = Parser("abm-vtab predict", description="Classify image files with a saved adapter.")
     parser.add_argument("--adapter", required=True, metavar="DIR", help="a run's folder, or the adapter's own")
     parser.add_argument("--weights", help="of the backbone, as for a run (default: as the run had them)")
     parser.add_argument("--device", default="auto", help="auto, or a torch device (default: auto)")
@@ -133,7 +104,7 @@ def predict_parser() -> argparse.ArgumentParser:
 
 def prepare_parser() -> argparse.ArgumentParser:
     """Data sets to prepare, or to write as image folders."""
-    parser = _Parser(
+    parser = Parser(
         "abm-vtab prepare",
         description="Download and prepare official data sets with tensorflow-datasets (this alone needs TensorFlow: "
         'pip install "abm-lora[prepare]"). Or, with --to folder, write images in the community\'s layout, as PNG.',
@@ -152,7 +123,7 @@ def prepare_parser() -> argparse.ArgumentParser:
 
 def report_parser() -> argparse.ArgumentParser:
     """A folder of runs."""
-    parser = _Parser(
+    parser = Parser(
         "abm-vtab report",
         description="Tables, figures and statistics of the finished runs in a folder, as Markdown, CSV, "
         "LaTeX and one HTML page.",

@@ -12,8 +12,8 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from abm_vision.abm.adapters import load_adapter, read_settings
+from abm_vision.runs.folder import ADAPTER
 from abm_vision.vtab.data import Preprocessing
-from abm_vision.vtab.results import ADAPTER
 from abm_vision.weights import create_backbone
 
 

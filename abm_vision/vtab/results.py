@@ -1,87 +1,27 @@
-"""Files of a run: configuration, checkpoint, result, adapter, figures. All whole or absent."""
+"""Files of a run of VTAB-1K: what `abm_vision.runs.folder` does not know of. All whole or absent."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import pickle
 import shutil
 import struct
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
-from peft import PeftModel
 from torch import nn
 
-from abm_vision.abm.adapters import save_adapter
-from abm_vision.abm.files import write_atomically, write_json, writing
-from abm_vision.vtab.config import SCHEMA, RunConfig
+from abm_vision.abm.files import write_atomically, write_json
+from abm_vision.runs import folder as files
+from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT
+from abm_vision.vtab.config import SCHEMA
 from abm_vision.vtab.train import Progress
 
-CHECKPOINT, CONFIG, RESULT, ADAPTER = "checkpoint.pt", "config.json", "result.json", "adapter"
+CHECKPOINT = "checkpoint.pt"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
-LOCK, FAILURE = ".lock", "failure.json"
-
-
-def open_folder(out: str | Path, config: RunConfig) -> Path:
-    """The run's folder under `out`, made, with its configuration inside.
-
-    Raises:
-        CannotWrite: nothing can be written there.
-    """
-    folder = Path(out) / config.run_name()
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / CONFIG).is_file():
-        write_json(folder / CONFIG, {"schema": SCHEMA, "config": asdict(config)})
-    return folder
-
-
-class Busy(OSError):
-    """Another process is at the same run."""
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from this run. The system gives the lock back if the process is killed.
-
-    Raises:
-        Busy: another process has it.
-        CannotWrite: nothing can be written to the folder.
-    """
-    lock = FileLock(folder / LOCK)
-    with writing(folder / LOCK):
-        taken = _take(lock)
-    if not taken:
-        raise Busy(f"another process is at the run in {folder}: wait for it, or choose another --out")
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_locked(folder: Path) -> bool:
-    """Whether another process is at this run now."""
-    lock = FileLock(folder / LOCK)
-    with writing(folder / LOCK):
-        taken = _take(lock)
-        lock.release()
-    return not taken
-
-
-def _take(lock: FileLock) -> bool:
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        return False
-    return True
 
 
 def clear(folder: Path) -> None:
@@ -91,50 +31,13 @@ def clear(folder: Path) -> None:
     shutil.rmtree(folder / ADAPTER, ignore_errors=True)
 
 
-def settle_precision(folder: Path, choose: Callable[[], str]) -> str:
-    """The precision of this run: what was settled before, else what `choose` says now, kept in the folder.
-
-    A run that is taken up again, perhaps by a machine with other hardware, must go on as it began.
-    """
-    content = read_json(folder / CONFIG)
-    if "precision" not in content:
-        content["precision"] = choose()
-        write_json(folder / CONFIG, content)
-    return content["precision"]
-
-
 def read_result(folder: Path) -> dict[str, Any] | None:
     """The result of a finished run, None for one that is not.
 
     Raises:
         ValueError: it was written under another schema, or is no result.
     """
-    path = folder / RESULT
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    if result.get("schema") != SCHEMA:
-        raise ValueError(
-            f"{path} has schema {result.get('schema')}, this version reads {SCHEMA}; move it away to run again"
-        )
-    if not {"config", "test", "loss_per_step"} <= set(result):
-        raise ValueError(f"{path} is no whole result; move it away to run again")
-    return result
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a run's folder.
-
-    Raises:
-        ValueError: it is damaged; the message names it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); move it away to run again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; move it away to run again")
-    return content
+    return files.read_result(folder, SCHEMA, {"config", "test", "loss_per_step"})
 
 
 def read_finished(folder: str | Path) -> dict[str, Any]:
@@ -197,30 +100,11 @@ def restore(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str,
     optimiser.load_state_dict(state["optimiser"])
 
 
-def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
-    """The adapter in peft's format with `abm.json` and a model card, as a folder that appears whole."""
-    beside = folder / f".{ADAPTER}.{os.getpid()}.part"
-    with writing(folder / ADAPTER):
-        try:
-            save_adapter(model, beside, **settings)
-            (beside / "README.md").write_text(card, encoding="utf-8")
-            shutil.rmtree(folder / ADAPTER, ignore_errors=True)
-            os.replace(beside, folder / ADAPTER)
-        finally:
-            shutil.rmtree(beside, ignore_errors=True)
-
-
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """The last file of a run: with it the run is finished, and its checkpoint is no longer needed."""
     write_json(folder / RESULT, result)
     for name in (CHECKPOINT, FAILURE):
         (folder / name).unlink(missing_ok=True)
-
-
-def write_failure(folder: Path, reason: str) -> None:
-    """Why the run did not finish; kept until it does."""
-    now = datetime.now(timezone.utc).isoformat("T", "seconds")
-    write_json(folder / FAILURE, {"schema": SCHEMA, "reason": reason, "time": now})
 
 
 def model_card(result: dict[str, Any]) -> str:

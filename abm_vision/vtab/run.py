@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
 from abm_vision import plots
 from abm_vision.initializers import get_initializer
 from abm_vision.provenance import environment
+from abm_vision.runs import folder as files
+from abm_vision.runs.device import peak_memory
+from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter, stopwatch
 from abm_vision.vtab import results
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.data import Images, data_record, stream
-from abm_vision.vtab.setup import Say, Setup, prepare, stopwatch
-from abm_vision.vtab.start import Tune, start_adapter
+from abm_vision.vtab.setup import Setup, prepare
 from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 
@@ -62,8 +56,8 @@ def run(
     """
     say = say or (lambda line: None)
     tune = partial(run, out=out, quiet=quiet, reference_only=True, say=say)
-    folder = results.open_folder(out, config)
-    with results.locked(folder):
+    folder = files.open_folder(out, config)
+    with files.locked(folder):
         if rerun:
             results.clear(folder)
         result = results.read_result(folder)
@@ -77,7 +71,7 @@ def run(
                 return {**result, "folder": str(folder)}
             setup = prepare(config, folder, say)
             origin = {"train_data": result["data"]["train"], "test_data": result["data"]["test"]}
-            _check_origin({**origin, "weights": result["weights"]}, setup.origin, folder)
+            files.check_origin({**origin, "weights": result["weights"]}, setup.origin, folder)
             started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
             result["information_loss"] = started["information_loss"]
         else:
@@ -104,15 +98,11 @@ def _run(
     progress = Progress() if state is None else state["progress"]
     notes = {"information_loss": None} if state is None else state["notes"]
     if state is not None:
-        _check_origin(notes["origin"], setup.origin, folder)
+        files.check_origin(notes["origin"], setup.origin, folder)
     diagnose = diagnose and notes["information_loss"] is None
     if state is None or diagnose or not get_initializer(config.init).in_factors:
         started = start_adapter(setup, config, tune, seconds, quiet, diagnose, say)
-        if notes.get("start", started["start"]) != started["start"]:
-            raise ValueError(
-                f"the start of the run in {folder} comes out differently now (other threads, device or versions?), so "
-                "its checkpoint does not fit; --rerun, or deleting its folder, starts afresh"
-            )
+        check_same_start(notes, started, folder)
         notes = {"origin": setup.origin, "seconds": dict(seconds), **notes, **{k: v for k, v in started.items() if v}}
     if state is not None:
         seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
@@ -164,35 +154,15 @@ def _run(
         "top1_per_epoch": {str(epoch): value for epoch, value in progress.accuracies.items()},
         "seconds": seconds,
         "images_per_second": {"train": len(images) * config.epochs / seconds["train"], "test": count / seconds["test"]},
-        "peak_memory_mib": _peak_memory(device),
+        "peak_memory_mib": peak_memory(device),
         "environment": environment(str(device)),
     }
-    results.write_adapter(folder, model, results.model_card(result), **_predict_settings(result))
+    files.write_adapter(folder, model, results.model_card(result), **_predict_settings(result))
     return result
-
-
-def _check_origin(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """A run must not go on with other data or weights than it began with: `auto` may find others meanwhile."""
-    for name, value in now.items():
-        if before[name] != value:
-            raise ValueError(
-                f"the run in {folder} began with {name} {before[name]}, now it is {value}; --rerun, or deleting its "
-                "folder, starts afresh"
-            )
 
 
 def _steps(images: Images, config: RunConfig) -> int:
     return -(-len(images) // config.batch_size)
-
-
-def _peak_memory(device: torch.device) -> float | None:
-    """MiB: on CUDA what torch has allocated on the device for this run, elsewhere the process's resident peak."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
-        return None
-    unit = 1 if sys.platform == "darwin" else 1024  # getrusage counts bytes on macOS, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def _predict_settings(result: dict[str, Any]) -> dict[str, Any]:

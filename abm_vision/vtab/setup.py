@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from torch import Tensor
 
 import vtab_tasks
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
-from abm_vision.vtab import results
-from abm_vision.vtab.config import EVALUATIONS, RunConfig, resolve_device
+from abm_vision.runs.device import resolve_device
+from abm_vision.runs.folder import settle_precision
+from abm_vision.runs.order import diagnosis_batches
+from abm_vision.runs.start import Say, stopwatch
+from abm_vision.vtab.config import EVALUATIONS, RunConfig
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for
-from abm_vision.vtab.train import choose_attention, has_fast_bf16
+from abm_vision.vtab.train import choose_attention
 from abm_vision.weights import WeightSource, create_backbone
 
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
-Say = Callable[[str], None]
 
 
 @dataclass
 class Setup:
     """A run before its start: the adapted model, the data, and what is to be recorded of them."""
 
+    config: RunConfig
     model: PeftModel
     images: Images
     train_data: vtab_tasks.TaskData
@@ -46,12 +48,26 @@ class Setup:
         data = {"train_data": data_record(self.train_data), "test_data": data_record(self.test_data)}
         return {**data, "weights": asdict(self.weights)}
 
+    @property
+    def weights_sha256(self) -> str:
+        """What a tuned reference must have been tuned on."""
+        return self.weights.sha256
+
+    def calibration(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The shuffled training set, for the start."""
+        return self.images.batches(min(self.config.batch_size, self.config.abm_samples), self.config.seed, 0)
+
+    def diagnosis(self, seen: bool) -> list[tuple[Tensor, Tensor]]:
+        """Batches to measure information loss on."""
+        batches = diagnosis_batches(len(self.images), self.config.abm_samples, self.config.seed, seen)
+        return [self.images.select(indices) for indices in batches]
+
 
 def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    precision = results.settle_precision(folder, lambda: _precision(config, device))
+    precision = settle_precision(folder, config)
     say(f"device    {device}, {precision}")
     seconds: dict[str, float] = {}
     stage = stopwatch(seconds)
@@ -75,7 +91,9 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     with stage("lora"):
         model = _adapted(backbone, config, images, device)
     choose_attention(model, device, precision)
-    return Setup(model, images, train_data, test_data, split_size, preprocessing, weights, device, precision, seconds)
+    return Setup(
+        config, model, images, train_data, test_data, split_size, preprocessing, weights, device, precision, seconds
+    )
 
 
 def _load(config: RunConfig, split: str) -> vtab_tasks.TaskData:
@@ -95,19 +113,3 @@ def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, devic
     pixels, _ = next(images.batches(2, config.seed, 0))
     check_adapters(model.eval(), pixels)
     return model
-
-
-def _precision(config: RunConfig, device: torch.device) -> str:
-    if config.precision == "auto":
-        return "bf16" if has_fast_bf16(device) else "fp32"
-    return config.precision
-
-
-def stopwatch(seconds: dict[str, float]) -> Callable[[str], Any]:
-    @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        seconds[name] = seconds.get(name, 0.0) + time.perf_counter() - start
-
-    return stage

@@ -18,11 +18,13 @@ from typing import Any
 
 import vtab_tasks
 from abm_vision.abm.files import CannotWrite
+from abm_vision.runs import folder as files
+from abm_vision.runs.folder import Diverged
+from abm_vision.runs.settings import check_used, uses
+from abm_vision.runs.start import Say
 from abm_vision.vtab import results
-from abm_vision.vtab.config import EVALUATIONS, SET_BY_SUITE, RunConfig, check_used, make_config, uses
+from abm_vision.vtab.config import EVALUATIONS, SCHEMA, SET_BY_SUITE, RunConfig, make_config
 from abm_vision.vtab.run import run
-from abm_vision.vtab.setup import Say
-from abm_vision.vtab.train import Diverged
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -137,7 +139,7 @@ def attempt(config: RunConfig, out: Path, diagnose: bool, say: Say | None = None
     """One run, in this process. What can go wrong in one run and not in the next is its outcome."""
     try:
         result = run(config, out, diagnose=diagnose, say=say)
-    except results.Busy:
+    except files.Busy:
         return Outcome("busy")
     except CannotWrite as error:
         return Outcome("unwritable", reason=str(error))
@@ -193,7 +195,7 @@ def _words(settings: Mapping[str, Any]) -> str:
 def _run_all(
     configs: Sequence[RunConfig], out: Path, diagnose: bool, execute: Executor, say: Say
 ) -> dict[RunConfig, Outcome]:
-    folders = {config: results.open_folder(out, config) for config in configs}
+    folders = {config: files.open_folder(out, config) for config in configs}
     outcomes: dict[RunConfig, Outcome] = {}
 
     def note(config: RunConfig, outcome: Outcome) -> None:
@@ -203,7 +205,7 @@ def _run_all(
             raise CannotWrite(outcome.reason)
         outcomes[config] = outcome
         if outcome.state == "failed":
-            results.write_failure(folders[config], outcome.reason)
+            files.write_failure(folders[config], SCHEMA, outcome.reason)
         top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
         say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
 
@@ -213,7 +215,7 @@ def _run_all(
             finished = _finished(folders[config], diagnose)
             if finished:
                 note(config, finished)
-            elif not results.is_locked(folders[config]):
+            elif not files.is_locked(folders[config]):
                 free.append(config)
         for config, outcome in execute(free, out, diagnose):
             note(config, outcome)
@@ -264,7 +266,7 @@ def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list
             planned.append(Planned(config, "finished", 0.0))
             continue
         state = "to run"
-        if (folder / results.FAILURE).is_file():
+        if (folder / files.FAILURE).is_file():
             state = "failed before"
         elif (folder / results.CHECKPOINT).is_file():
             state = "half done"

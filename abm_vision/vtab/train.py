@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from abm_vision.runs.device import autocast
+from abm_vision.runs.folder import Diverged
 from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.data import Images, Preprocessing
 
@@ -25,26 +26,6 @@ class Progress:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracies: dict[int, float] = field(default_factory=dict)
-
-
-class Diverged(ValueError):
-    """The training loss became NaN or infinite."""
-
-
-def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16: CUDA from compute capability 8.0 on, x86 with AVX512-BF16.
-
-    Asked of the device and never timed: a busy machine must not change what a seed gives.
-    """
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    # Public only after torch 2.10, in get_capabilities().
-    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """bfloat16 autocast for "bf16", nothing for "fp32"."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:

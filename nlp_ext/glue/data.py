@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,13 +19,13 @@ HUB, SYNTHETIC = "nyu-mll/glue", "synthetic"
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
-def read(task: GlueTask, split: str, data: str | os.PathLike[str] | None = None) -> Dataset:
+def read(task: GlueTask, split: str, data: str | os.PathLike[str] = "hub") -> Dataset:
     """The examples of a split, with the task's columns, `label` and `idx`.
 
     Args:
         task: one of `TASKS`.
         split: one of `task.sizes`.
-        data: None for `nyu-mll/glue` on the hub, "synthetic", or a folder with a file for every split in GLUE's
+        data: "hub" for `nyu-mll/glue`, "synthetic", or a folder with a file for every split in GLUE's
             columns, `train.jsonl` and so on (.json, .jsonl, .csv, .parquet), also below a folder of the task's name.
 
     Raises:
@@ -37,9 +39,17 @@ def read(task: GlueTask, split: str, data: str | os.PathLike[str] | None = None)
         raise ValueError(f"{task.name} has no split {split!r}; there are {', '.join(task.sizes)}")
     if data == SYNTHETIC:
         return datasets.Dataset.from_list(synthetic.examples(task.name, split))
-    if data is None:
+    if data == "hub":
         return _from_hub(task, split)
     return _from_file(task, split, Path(data).expanduser())
+
+
+def digest(examples: Dataset) -> str:
+    """A hash of all texts and labels."""
+    found = hashlib.sha256()
+    for example in examples:
+        found.update(json.dumps(example, sort_keys=True).encode())
+    return found.hexdigest()
 
 
 def _from_hub(task: GlueTask, split: str) -> Dataset:

@@ -175,3 +175,13 @@ def examples(task: str, split: str) -> list[Example]:
     hidden = {"label": -1} if split.startswith("test") else {}
     count = SIZES[split.partition("_")[0]]
     return [{**_EXAMPLES[task](random.Random(f"{task} {split} {k}")), "idx": k, **hidden} for k in range(count)]
+
+
+def sentences(count: int) -> list[str]:
+    """Texts of the grammar without labels, none of a split: what a model may read before it is tuned."""
+    return [_unlabelled(random.Random(f"unlabelled {k}")) for k in range(count)]
+
+
+def _unlabelled(rng: random.Random) -> str:
+    example = _EXAMPLES[rng.choice(sorted(_EXAMPLES))](rng)
+    return " ".join(text for column, text in example.items() if column != "label")

@@ -1,0 +1,1 @@
+"""What every harness is made of, for images or text: settings, flags, result folders, devices, starts."""

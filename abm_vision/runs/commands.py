@@ -1,0 +1,114 @@
+"""Command lines: a flag for every setting, one message and exit code 2 for bad input, no traceback."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import MISSING, asdict, fields
+from typing import Any, NoReturn
+
+from abm_vision.runs.settings import AdapterSettings, Settings, read_config
+
+
+class Parser(argparse.ArgumentParser):
+    """Errors are one line; flags are written out."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        super().__init__(prog, allow_abbrev=False, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """One line, exit code 2."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def add_settings(parser: Parser, config: type[AdapterSettings], without: Collection[str] = ()) -> None:
+    """A flag for every field of a configuration; those not given are not set."""
+    for field in fields(config):
+        if field.name in without:
+            continue
+        name = f"--{field.name.replace('_', '-')}"
+        default = "none" if field.default is None or field.default is MISSING else field.default
+        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
+        if field.type == "bool":
+            action = argparse.BooleanOptionalAction
+            parser.add_argument(name, action=action, default=argparse.SUPPRESS, help=text)
+            continue
+        kind = {"int": int, "float": float}.get(str(field.type), str)
+        choices = field.metadata.get("choices")
+        parser.add_argument(name, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
+
+
+def add_run_options(parser: Parser) -> None:
+    """What does not change a result."""
+    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
+    parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
+    parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
+    parser.add_argument(
+        "--diagnose", action="store_true", help="measure the information loss of the start, and draw it"
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
+    parser.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
+
+
+def settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
+    """The configuration that a run's flags say; takes `config` out of `options`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `make` and `read_config`.
+    """
+    path = options.pop("config")
+    if path and "preset" in options:
+        raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
+    return config.make(**{**(read_config(path, config.schema) if path else {}), **options})
+
+
+def print_config(config: AdapterSettings) -> None:
+    """Every setting, marked where it differs from the default."""
+    defaults = asdict(type(config)())
+    for name, value in asdict(config).items():
+        print(f"{'*' if value != defaults[name] else ' '} {name:<18} {value}")
+
+
+def say(line: str) -> None:
+    """Print a line now, even into a pipe."""
+    print(line, flush=True)
+
+
+def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
+    """The exit code of a command: its own, 2 for bad input, 130 after Ctrl-C.
+
+    Args:
+        program: its name, before every message.
+        command: does the work.
+        smaller: the flags that take less memory when they are lowered.
+    """
+    try:
+        return command()
+    except (ValueError, OSError) as error:
+        print(f"{program}: error: {error}", file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        cause = str(error).partition("\n")[0]
+        print(f"{program}: error: out of memory ({cause}); a smaller {smaller} takes less", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{program}: interrupted", file=sys.stderr)
+        return 130
+
+
+def run_guarded(program: str, run: Callable[[], Any]) -> Any:
+    """What `run` gives, or exit code 130 after Ctrl-C, with a word on how to go on."""
+    try:
+        return run()
+    except KeyboardInterrupt:
+        words = "the same command (without --rerun) goes on from the last whole epoch"
+        print(f"\n{program}: interrupted; {words}", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """torch has a type of its own for an accelerator's memory alone."""
+    return isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory"))

@@ -1,0 +1,284 @@
+"""One run of GLUE, from a configuration to a result."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+
+from abm_vision import plots
+from abm_vision.abm.adapters import load_adapter
+from abm_vision.abm.files import write_atomically, write_json
+from abm_vision.initializers import get_initializer
+from abm_vision.provenance import environment
+from abm_vision.runs import folder as files
+from abm_vision.runs.device import autocast, peak_memory
+from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter, stopwatch
+from nlp_ext.glue.config import SCHEMA, GlueConfig
+from nlp_ext.glue.scores import score
+from nlp_ext.glue.server import server_file
+from nlp_ext.glue.setup import Setup, Split, prepare, read_split, target_length
+from nlp_ext.glue.tasks import INVALID
+from nlp_ext.models import trainable
+from nlp_ext.training import CHECKPOINTS, Progress, last_checkpoint, own_callbacks, train, training_arguments
+
+NOTES, SERVER = "notes.json", "server"
+CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
+SHOWN = 5  # texts that are no label, kept in a result
+
+
+def run(
+    config: GlueConfig,
+    out: str | Path = "results",
+    *,
+    rerun: bool = False,
+    quiet: bool = True,
+    diagnose: bool = False,
+    test: bool = False,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Adapt a T5 to one task of GLUE, score its validation set, and write everything under `out`.
+
+    A finished run is read, not repeated; a killed one goes on from its last whole epoch.
+
+    Args:
+        config: the settings.
+        out: parent of the run's folder, which `config.run_name()` names.
+        rerun: start afresh even if the run is finished or half done.
+        quiet: no progress bars.
+        diagnose: measure the adapter's information loss before and after its start, as in the vision harness.
+        test: write predictions for the test splits in the format of the GLUE server, into the folder `server`; a
+            finished run gets them added.
+        say: receives a line about every stage.
+
+    Returns:
+        The content of `result.json`, with `folder` added.
+
+    Raises:
+        Busy: another process is at this run.
+        ValueError, OSError: as the parts of the run do, each with one message.
+    """
+    say = say or (lambda line: None)
+    tune = partial(run, out=out, quiet=quiet, say=say)
+    folder = files.open_folder(out, config)
+    with files.locked(folder):
+        if rerun:
+            _clear(folder)
+        result = files.read_result(folder, SCHEMA, {"config", "scores", "loss_per_step"})
+        lacks_test = test and not (folder / SERVER).is_dir()
+        if result is not None:
+            say(f"finished before; --rerun repeats it ({folder})")
+            if lacks_test or (diagnose and not result["information_loss"]):
+                result = _added(result, config, folder, tune, quiet, diagnose, lacks_test, say)
+        else:
+            setup = prepare(config, folder, quiet, say)
+            result = _run(setup, folder, tune, quiet, diagnose, say)
+            if lacks_test:
+                _write_predictions(setup, folder, quiet)
+            plots.save_figure(plots.draw_training(result, _headline(result)), folder / CURVES)
+        if result["information_loss"]:
+            plots.save_figure(plots.draw_information_loss(result), folder / INFORMATION_LOSS)
+        write_json(folder / files.RESULT, result)
+        (folder / NOTES).unlink(missing_ok=True)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        return {**result, "folder": str(folder)}
+
+
+def _clear(folder: Path) -> None:
+    for name in (files.RESULT, NOTES, CURVES, INFORMATION_LOSS):
+        (folder / name).unlink(missing_ok=True)
+    for name in (files.ADAPTER, CHECKPOINTS, SERVER):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say) -> dict[str, Any]:
+    config, model, seconds = setup.config, setup.model, setup.seconds
+    checkpoint = last_checkpoint(folder)
+    notes = files.read_json(folder / NOTES) if checkpoint else {"origin": setup.origin, "information_loss": None}
+    files.check_origin(notes["origin"], setup.origin, folder)
+    diagnose = diagnose and notes["information_loss"] is None
+    if checkpoint is None or diagnose or not get_initializer(config.init).in_factors:
+        started = start_adapter(setup, config, tune, seconds, quiet, diagnose, say)
+        check_same_start(notes, started, folder)
+        notes = {"seconds": dict(seconds), **notes, **{k: v for k, v in started.items() if v}}
+        write_json(folder / NOTES, notes)
+    seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
+    progress = Progress(config, say)
+    trainer = _trainer(setup, folder, quiet)
+    train(trainer, progress, checkpoint)
+    seconds["train"] = sum(progress.seconds)
+    with stopwatch(seconds)("validation"):
+        scores = {split.name: _score(setup, split, quiet) for split in setup.validation}
+    result = {
+        "schema": SCHEMA,
+        "config": asdict(config),
+        "scores": scores,
+        "data": setup.data,
+        "weights": asdict(setup.weights),
+        "tiny": setup.weights.tiny,
+        "precision": setup.precision,
+        "trainable_parameters": trainable(model),
+        "abm": notes.get("report"),
+        "reference": notes.get("reference"),
+        "information_loss": notes["information_loss"],
+        "loss_per_step": progress.losses,
+        "seconds_per_epoch": progress.seconds,
+        "seconds": seconds,
+        "examples_per_second": len(setup.train.rows) * config.epochs / seconds["train"],
+        "peak_memory_mib": peak_memory(setup.device),
+        "environment": environment(str(setup.device)),
+    }
+    keep = {k: result["config"][k] for k in ("task", "model", "init", "seed")}
+    recorded = {"sha256": setup.weights.sha256, "location": setup.weights.location}
+    files.write_adapter(
+        folder, model, model_card(result), run=keep, weights=recorded, scores=scores, report=result["abm"]
+    )
+    return result
+
+
+def _trainer(setup: Setup, folder: Path, quiet: bool) -> Trainer:
+    config = setup.config
+    steps = -(-len(setup.train.rows) // config.batch_size) * config.epochs
+    arguments = training_arguments(
+        TrainingArguments,
+        config,
+        folder,
+        setup.device,
+        setup.precision,
+        warmup_steps=round(config.warmup * steps),
+        quiet=quiet,
+        per_device_train_batch_size=config.batch_size,
+    )
+    return own_callbacks(
+        Trainer(
+            model=setup.model,
+            args=arguments,
+            data_collator=setup.collator,
+            train_dataset=Rows(setup.train.rows),
+            processing_class=setup.tokenizer,
+        )
+    )
+
+
+class Rows(Dataset):
+    """Rows of a split, each a fresh mapping: the collator changes what it is given."""
+
+    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> dict[str, list[int]]:
+        return dict(self.rows[k])
+
+
+@torch.no_grad()
+def _texts(setup: Setup, split: Split, quiet: bool) -> list[str]:
+    """What the model writes for every example, greedily."""
+    setup.model.eval()
+    size, length = setup.config.batch_size, target_length(setup.task, setup.tokenizer)
+    rows = [{"input_ids": row["input_ids"]} for row in split.rows]
+    texts: list[str] = []
+    for start in tqdm(range(0, len(rows), size), split.name, disable=True if quiet else None):
+        with autocast(setup.device, setup.precision):
+            tokens = setup.model.generate(
+                **setup.batch(rows[start : start + size]), max_new_tokens=length, do_sample=False, num_beams=1
+            )
+        texts += setup.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return texts
+
+
+def _score(setup: Setup, split: Split, quiet: bool) -> dict[str, Any]:
+    texts = _texts(setup, split, quiet)
+    predictions = [setup.task.read(text) for text in texts]
+    scores = score(setup.task, predictions, split.examples["label"])
+    invalid = sorted({text for text, label in zip(texts, predictions, strict=True) if label is INVALID})
+    return {**scores, "count": len(texts), "invalid_texts": invalid[:SHOWN]}
+
+
+def _write_predictions(setup: Setup, folder: Path, quiet: bool) -> None:
+    beside = folder / f".{SERVER}.part"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    for name, file in setup.task.server.items():
+        split = read_split(setup.config, name, setup.tokenizer)
+        labels = [setup.task.read(text) for text in _texts(setup, split, quiet)]
+        content = server_file(setup.task, split.examples["idx"], labels)
+        write_atomically(beside / file, lambda path, content=content: path.write_text(content, encoding="utf-8"))
+    beside.rename(folder / SERVER)
+
+
+def _added(
+    result: dict[str, Any],
+    config: GlueConfig,
+    folder: Path,
+    tune: Tune,
+    quiet: bool,
+    diagnose: bool,
+    test: bool,
+    say: Say,
+) -> dict[str, Any]:
+    """What a finished run lacks of what is asked for now."""
+    setup = prepare(config, folder, quiet, say)
+    origin = {"data": result["data"], "weights_sha256": result["weights"]["sha256"]}
+    files.check_origin(origin, setup.origin, folder)
+    if diagnose and not result["information_loss"]:
+        started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
+        result = {**result, "information_loss": started["information_loss"]}
+    if test:
+        torch.manual_seed(config.seed)
+        setup.model = load_adapter(setup.model.unload(), folder / files.ADAPTER).to(setup.device)
+        _write_predictions(setup, folder, quiet)
+    return result
+
+
+def _headline(result: dict[str, Any]) -> str:
+    config = result["config"]
+    marks = [result["data"]["train"]["source"]] + ["tiny stand-in model"] * result["tiny"]
+    return f"{config['task']} ({', '.join(marks)}): {scores_in_words(result)}"
+
+
+def scores_in_words(result: dict[str, Any]) -> str:
+    """Every metric of every validation split, in per cent, with what was no label."""
+    parts = []
+    for split, scores in result["scores"].items():
+        metrics = [f"{k} {100 * v:.2f}" for k, v in scores.items() if k not in ("invalid", "count", "invalid_texts")]
+        no_label = f", {scores['invalid']} no label" if scores["invalid"] else ""
+        parts.append(f"{', '.join(metrics)} % of {scores['count']} {split} examples{no_label}")
+    return "; ".join(parts)
+
+
+def model_card(result: dict[str, Any]) -> str:
+    """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
+    config, weights = result["config"], result["weights"]
+    base = f"base_model: {config['model']}\n" if weights["revision"] else ""
+    stand_in = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
+    return f"""---
+library_name: peft
+{base}tags: [lora, abm-lora, t5]
+---
+# {config["model"]}, adapted to GLUE's {config["task"]}
+
+LoRA of rank {config["rank"]} (targets: {config["targets"]}), started with `{config["init"]}`. Trained for
+{config["epochs"]} epochs on {result["data"]["train"]["examples"]} examples of {result["data"]["train"]["source"]} as
+text to text, seed {config["seed"]}. Validation: {scores_in_words(result)}.
+{stand_in if result["tiny"] else ""}
+Base weights: {weights["location"]}{f" at {weights['revision']}" if weights["revision"] else ""}, sha256
+{weights["sha256"]}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM
+
+model = AutoModelForSeq2SeqLM.from_pretrained("{config["model"]}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
+```
+"""

@@ -1,0 +1,160 @@
+"""A run of GLUE before its start: examples, model, tokeniser, adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+
+from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.lora import add_lora
+from abm_vision.runs.device import resolve_device
+from abm_vision.runs.folder import settle_precision
+from abm_vision.runs.order import diagnosis_batches, shuffled
+from abm_vision.runs.start import Say, stopwatch
+from nlp_ext.glue import data
+from nlp_ext.glue.config import GlueConfig
+from nlp_ext.glue.tasks import GlueTask, get_task
+from nlp_ext.models import Weights, load_model
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class Split:
+    """Examples as tokens: `rows` with input_ids and labels, and what was cut."""
+
+    name: str
+    examples: Dataset
+    rows: list[dict[str, list[int]]]
+    cut: int
+
+    def record(self, source: str) -> dict[str, Any]:
+        """What a result says of it; the hash is of all its texts and labels."""
+        digest = data.digest(self.examples)
+        return {"split": self.name, "source": source, "examples": len(self.rows), "cut": self.cut, "sha256": digest}
+
+
+@dataclass
+class Setup:
+    """The adapted model and its data: what a start needs (`abm_vision.runs.start.Ready`), and the training."""
+
+    config: GlueConfig
+    task: GlueTask
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    train: Split
+    validation: list[Split]
+    weights: Weights
+    device: torch.device
+    precision: str
+    seconds: dict[str, float]
+    collator: DataCollatorForSeq2Seq = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.collator = DataCollatorForSeq2Seq(self.tokenizer)
+
+    @property
+    def weights_sha256(self) -> str:
+        """What a tuned reference must have been tuned on."""
+        return self.weights.sha256
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What a result says of its data."""
+        source = self.config.data_source
+        return {
+            "train": self.train.record(source),
+            "validation": [split.record(source) for split in self.validation],
+        }
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a run that is taken up again must find unchanged."""
+        return {"data": self.data, "weights_sha256": self.weights.sha256}
+
+    def batch(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """Padded tensors (examples, tokens) on the device."""
+        return {k: v.to(self.device) for k, v in self.collator([dict(row) for row in rows]).items() if v is not None}
+
+    def calibration(self) -> Iterator[dict[str, torch.Tensor]]:
+        """The shuffled training set, for the start."""
+        size = min(self.config.batch_size, self.config.abm_samples)
+        for indices in shuffled(len(self.train.rows), size, self.config.seed, 0):
+            yield self.batch([self.train.rows[k] for k in indices])
+
+    def diagnosis(self, seen: bool) -> list[dict[str, torch.Tensor]]:
+        """Batches to measure information loss on."""
+        batches = diagnosis_batches(len(self.train.rows), self.config.abm_samples, self.config.seed, seen)
+        return [self.batch([self.train.rows[k] for k in indices]) for indices in batches]
+
+
+def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
+    """Everything that a run needs before its start.
+
+    Raises:
+        ValueError, OSError: of the data, the model, or the adapter, each with one message.
+    """
+    device = resolve_device(config.device)
+    precision = settle_precision(folder, config)
+    say(f"device    {device}, {precision}")
+    seconds: dict[str, float] = {}
+    stage = stopwatch(seconds)
+    task = get_task(config.task)
+    with stage("weights"):
+        model, tokenizer, weights = load_model(
+            config.model, AutoModelForSeq2SeqLM, "tiny-t5", show_progress_bar=not quiet, dtype=torch.float32
+        )
+        say(f"weights   {weights}")
+    with stage("data"):
+        train = read_split(config, "train", tokenizer)
+        validation = [read_split(config, split, tokenizer) for split in task.validation]
+        count = " and ".join(f"{len(split.rows)} of {split.name}" for split in validation)
+        say(f"data      {config.data_source}: {len(train.rows)} training examples, {count}")
+    with stage("lora"):
+        torch.manual_seed(config.seed)
+        targets = config.lora_targets()
+        adapted = add_lora(model.to(device), config.rank, config.alpha, targets=targets, dropout=config.dropout)
+        setup = Setup(config, task, adapted, tokenizer, train, validation, weights, device, precision, seconds)
+        check_adapters(adapted.eval(), setup.batch(train.rows[:2]))
+    return setup
+
+
+def read_split(config: GlueConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Split:
+    """The examples of a split that the configuration asks for, as tokens.
+
+    A training set that is not taken whole is the first part of the shuffled one; of validation it is the first part.
+    Test splits are always whole, and have no labels.
+    """
+    task = get_task(config.task)
+    examples = data.read(task, name, config.data_source)
+    most = {"train": config.train_examples, "validation": config.validation_examples}.get(name.partition("_")[0], 0)
+    if name == "train":
+        (order,) = shuffled(len(examples), len(examples), config.seed, 0)
+        examples = examples.select(order[: most or None].tolist())
+    elif 0 < most < len(examples):
+        examples = examples.select(range(most))
+    sources = tokenizer([task.source(example) for example in examples], verbose=False).input_ids
+    cut = sum(len(ids) > config.source_tokens for ids in sources)
+    rows = [{"input_ids": shortened(ids, config.source_tokens)} for ids in sources]
+    if not name.startswith("test"):
+        targets = tokenizer([task.target(label) for label in examples["label"]]).input_ids
+        rows = [{**row, "labels": target} for row, target in zip(rows, targets, strict=True)]
+    return Split(name, examples, rows, cut)
+
+
+def shortened(ids: list[int], length: int) -> list[int]:
+    """The first tokens and the last, which is the end of the text."""
+    return ids if len(ids) <= length else [*ids[: length - 1], ids[-1]]
+
+
+def target_length(task: GlueTask, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Tokens of the longest answer, its end included."""
+    answers = task.labels or ("5.0",)
+    return max(len(ids) for ids in tokenizer(list(answers)).input_ids)

@@ -1,0 +1,103 @@
+"""Pretrained language models: from the hub, a folder, or a tiny one that is made here. Never from pickles."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from nlp_ext import tiny
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Where a model's weights come from.
+
+    Args:
+        location: name on the hub, folder, or tiny model.
+        revision: the hub's commit, None for others.
+        sha256: of the safetensors files, one after the other by name.
+        tiny: a stand-in that this package has pretrained by itself.
+    """
+
+    location: str
+    revision: str | None
+    sha256: str
+    tiny: bool
+
+    def __str__(self) -> str:
+        kind = " (tiny: a stand-in, pretrained here)" if self.tiny else f" at {self.revision}" if self.revision else ""
+        return f"{self.location}{kind}, sha256 {self.sha256[:12]}"
+
+
+def load_model(
+    name: str, kind: Any, example: str, *, show_progress_bar: bool = True, **options: Any
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Weights]:
+    """A model in evaluation mode, its tokeniser, and where they come from.
+
+    Args:
+        name: on the hub, a folder, or one of `tiny.MODELS`.
+        kind: transformers' class of models, such as `AutoModelForSeq2SeqLM`.
+        example: a tiny model of that kind, for messages.
+        show_progress_bar: while a tiny model is pretrained.
+        options: of `from_pretrained`, such as dtype.
+
+    Raises:
+        OSError: there is no such model, it is gated, or the hub cannot be reached.
+        ValueError: the model is of another kind.
+    """
+    place = str(tiny.tiny_folder(name, show_progress_bar=show_progress_bar)) if name in tiny.MODELS else name
+    try:
+        config = AutoConfig.from_pretrained(place)
+        if type(config) not in kind._model_mapping:
+            raise ValueError(f"{name} is a model of type {config.model_type}; one like {example} is needed here")
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = kind.from_pretrained(place, use_safetensors=True, **options)
+        folder = Path(cached_file(place, "config.json")).parent
+    except OSError as error:
+        raise OSError(_explained(name, error, example)) from error
+    revision = getattr(model.config, "_commit_hash", None)
+    return model.eval(), tokenizer, Weights(name, revision, _sha256(folder), name in tiny.MODELS)
+
+
+def _explained(name: str, error: OSError, example: str) -> str:
+    causes = list(_causes(error))
+    page = f"https://huggingface.co/{name}"
+    if any(isinstance(cause, GatedRepoError) for cause in causes):
+        return f"{name} is gated: accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN"
+    if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
+        return (
+            f"there is no model {name} on the hub (or it is private, and HF_TOKEN is not that of a member): give a "
+            f"name on the hub, a folder, or {example}"
+        )
+    reason = " ".join(str(error).split())
+    if Path(name).is_dir():
+        return f"the folder {name} holds no model that can be read ({reason})"
+    return f"{name} cannot be read from the hub ({reason}): give a folder, or {example}, which needs no network"
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _sha256(folder: Path) -> str:
+    digest = hashlib.sha256()
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while block := file.read(2**24):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def trainable(model: torch.nn.Module) -> int:
+    """Number of parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

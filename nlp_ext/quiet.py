@@ -1,0 +1,22 @@
+"""transformers and datasets, quiet: what they would print beside a command's own lines."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import datasets
+import transformers
+
+
+@contextmanager
+def only_our_own_words() -> Iterator[None]:
+    """No progress bars of loading and mapping, no advice; errors are still raised."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate|peft|trl)\b.*")
+        yield

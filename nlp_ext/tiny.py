@@ -1,0 +1,224 @@
+"""tiny-t5 and tiny-llama: byte-level models that this package pretrains by itself, for machines that reach no hub.
+
+They are stand-ins, there to try a pipeline and to compare starts on real tokenisation and trainers, and every result
+says so. They read the standard library's documentation and sentences of the grammar of `nlp_ext.glue.synthetic`; a
+cached model is used again, by any process.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from filelock import FileLock
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import (
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from abm_vision.abm.files import write_json, writing
+from abm_vision.runs.device import autocast, has_fast_bf16
+from nlp_ext.corpus import documentation
+from nlp_ext.glue import synthetic
+
+BATCH, SEED, PEAK_LR, WARMUP = 32, 0, 2e-3, 50
+GRAMMAR_SENTENCES = 20_000
+NOISE, SPAN = 0.15, 6.0  # share of bytes that T5 is to fill in, and the mean length of a gap in bytes
+IGNORED = -100
+PAD, EOS = 0, 1  # ByT5's; bytes follow from 3 on
+RECIPE = "recipe.json"
+
+# A turn of the user and one of the assistant, between marks that are plain text to a tokeniser of bytes.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
+    "{% endgeneration %}{% else %}{{ '<' + m['role'] + '>\n' + m['content'] + '\n' }}{% endif %}"
+    "{% if m['role'] == 'user' and (not loop.last or add_generation_prompt) %}{{ '<assistant>\n' }}{% endif %}"
+    "{% endfor %}"
+)
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One model: steps of its pretraining, and bytes in a window of text."""
+
+    steps: int
+    window: int
+
+
+MODELS: Mapping[str, Tiny] = {"tiny-t5": Tiny(steps=700, window=128), "tiny-llama": Tiny(steps=500, window=192)}
+
+
+def make_model(name: str) -> PreTrainedModel:
+    """The model with random weights of a fixed seed.
+
+    Raises:
+        ValueError: it is none of `MODELS`.
+    """
+    tokens = 384  # ByT5's vocabulary: 3 special tokens, 256 bytes, 125 sentinels
+    torch.manual_seed(SEED)
+    if name == "tiny-t5":
+        return T5ForConditionalGeneration(
+            T5Config(
+                vocab_size=tokens,
+                d_model=128,
+                d_kv=32,
+                d_ff=512,
+                num_layers=4,
+                num_decoder_layers=2,
+                num_heads=4,
+                relative_attention_max_distance=64,
+                dropout_rate=0.0,
+                decoder_start_token_id=PAD,
+                pad_token_id=PAD,
+                eos_token_id=EOS,
+            )
+        )
+    if name == "tiny-llama":
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=tokens,
+                hidden_size=128,
+                intermediate_size=352,
+                num_hidden_layers=4,
+                num_attention_heads=4,
+                max_position_embeddings=1024,
+                tie_word_embeddings=True,
+                pad_token_id=PAD,
+                bos_token_id=None,
+                eos_token_id=EOS,
+            )
+        )
+    raise ValueError(f"unknown tiny model {name!r}; there are {', '.join(MODELS)}")
+
+
+def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """ByT5's tokeniser of bytes; for tiny-llama without an end to every text, and with a chat template."""
+    tokenizer = ByT5Tokenizer()
+    if name == "tiny-llama":
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
+    """The folder of a pretrained tiny model, in transformers' format; made first if it is not in the cache.
+
+    Raises:
+        CannotWrite: the cache cannot be written.
+    """
+    recipe = {"model": name, "code": _code_hash(), "python": platform.python_version()}
+    digest = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:12]
+    folder = _cache_folder() / f"{name}-{digest}"
+    with writing(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / RECIPE).is_file():
+            model = pretrain(name, show_progress_bar=show_progress_bar)
+            beside = folder.with_suffix(f".{os.getpid()}.part")
+            with writing(folder):
+                model.save_pretrained(beside)
+                make_tokenizer(name).save_pretrained(beside)
+                write_json(beside / RECIPE, {**recipe, "torch": torch.__version__})
+                shutil.rmtree(folder, ignore_errors=True)
+                os.replace(beside, folder)
+    return folder
+
+
+def _code_hash() -> str:
+    """Of everything that decides what the models are."""
+    files = [Path(__file__), *(Path(__file__).parent / n for n in ("corpus.py", "glue/synthetic.py"))]
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _cache_folder() -> Path:
+    """`abm_lora` in the user's cache folder, after the XDG base directory specification (relative values ignored)."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "abm_lora"
+
+
+def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = True) -> PreTrainedModel:
+    """Train a tiny model on windows of text drawn with a fixed seed; AdamW, warm-up, then linearly to zero.
+
+    T5 fills in gaps (Raffel et al., arXiv:1910.10683, section 3.1.4), LLaMA predicts the next byte.
+    """
+    settings = MODELS[name]
+    steps = steps or settings.steps
+    model = make_model(name).train()
+    corpora = [_bytes(documentation()), _bytes(synthetic.sentences(GRAMMAR_SENTENCES))]
+    generator = torch.Generator().manual_seed(SEED)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01, betas=(0.9, 0.98))
+    precision = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
+    disable = not (show_progress_bar and sys.stderr.isatty())
+    for step in tqdm(range(steps), f"pretraining {name}", disable=disable):
+        for group in optimiser.param_groups:
+            group["lr"] = PEAK_LR * min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
+        windows = _windows(corpora, settings.window, generator)
+        batch = gaps(windows, generator) if name == "tiny-t5" else {"input_ids": windows, "labels": windows}
+        with autocast(torch.device("cpu"), precision):
+            loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval()
+
+
+def _bytes(texts: object) -> Tensor:
+    """Texts one after the other as ByT5's ids, each with an end."""
+    return torch.cat([torch.tensor([b + 3 for b in text.encode()] + [EOS]) for text in texts])
+
+
+def _windows(corpora: list[Tensor], length: int, generator: torch.Generator) -> Tensor:
+    """(BATCH, length) ids, as many from every corpus."""
+    rows = []
+    for corpus in corpora:
+        starts = torch.randint(len(corpus) - length, (BATCH // len(corpora),), generator=generator)
+        rows += [corpus[start : start + length] for start in starts.tolist()]
+    return torch.stack(rows)
+
+
+def gaps(windows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """T5's denoising: gaps in the windows become sentinels, and the target says what each of them hides.
+
+    All windows have as many gaps, of lengths drawn anew for each, so that no padding of inputs is needed.
+    """
+    count, length = windows.shape
+    hidden = round(NOISE * length)
+    number = max(1, round(hidden / SPAN))
+    inputs, targets = [], []
+    for row in windows:
+        lengths = _split(hidden, number, generator)
+        kept = _split(length - hidden, number, generator)
+        source: list[Tensor] = []
+        target: list[Tensor] = []
+        at = 0
+        for k in range(number):
+            sentinel = torch.tensor([SENTINEL - k])
+            source += [row[at : at + kept[k]], sentinel]
+            target += [sentinel, row[at + kept[k] : at + kept[k] + lengths[k]]]
+            at += kept[k] + lengths[k]
+        inputs.append(torch.cat([*source, torch.tensor([EOS])]))
+        targets.append(torch.cat([*target, torch.tensor([EOS])]))
+    return {"input_ids": torch.stack(inputs), "labels": torch.stack(targets)}
+
+
+SENTINEL = 258  # ids of gaps: ByT5 was pretrained with those of its last bytes, counting down
+
+
+def _split(total: int, parts: int, generator: torch.Generator) -> list[int]:
+    """Positive lengths that add up to `total`, all such equally likely."""
+    cuts = (torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).sort().values.tolist()
+    return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]

@@ -1,0 +1,155 @@
+"""What both commands ask of transformers' Trainer: its arguments, every step's loss, checkpoints that are whole."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from abm_vision.abm.files import CannotWrite, write_json, writing
+from abm_vision.runs.folder import Diverged
+from abm_vision.runs.settings import AdapterSettings
+from abm_vision.runs.start import Say
+
+CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
+Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+def training_arguments(
+    kind: type[Arguments],
+    config: AdapterSettings,
+    folder: Path,
+    device: torch.device,
+    precision: str,
+    *,
+    warmup_steps: int,
+    quiet: bool,
+    **options: Any,
+) -> Arguments:
+    """The Trainer's arguments for a run in `folder`: a loss for every step, a checkpoint after every epoch."""
+    arguments = kind(
+        output_dir=str(folder / CHECKPOINTS),
+        num_train_epochs=config.epochs,
+        learning_rate=config.lr,
+        weight_decay=config.weight_decay,
+        lr_scheduler_type="cosine",
+        warmup_steps=warmup_steps,
+        seed=config.seed,
+        bf16=precision == "bf16",
+        use_cpu=device.type == "cpu",
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="epoch",
+        save_total_limit=1,
+        disable_tqdm=quiet or not sys.stderr.isatty(),
+        report_to="none",
+        remove_unused_columns=False,
+        dataloader_pin_memory=device.type == "cuda",
+        **options,
+    )
+    if arguments.parallel_mode.name == "NOT_DISTRIBUTED" and arguments.n_gpu > 1:
+        arguments._n_gpu = 1  # a run takes one GPU: the Trainer would split batches over all by itself
+    return arguments
+
+
+class Bar(ProgressCallback):
+    """The Trainer's progress bar, without a line for every step's loss."""
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Say nothing."""
+
+
+def own_callbacks(trainer: Trainer) -> Trainer:
+    """Take away what prints by itself, and show a bar where bars are on."""
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    if not trainer.args.disable_tqdm:
+        trainer.add_callback(Bar)
+    return trainer
+
+
+class Progress(TrainerCallback):
+    """Losses and seconds of a run, kept with every checkpoint; a checkpoint with them is whole."""
+
+    def __init__(self, config: AdapterSettings, say: Say) -> None:
+        self.config, self.say = config, say
+        self.losses: list[float] = []
+        self.seconds: list[float] = []
+        self._began = 0.0
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Start the clock."""
+        self._began, self._first = time.perf_counter(), len(self.losses)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
+    ) -> None:
+        """Keep the loss of a step.
+
+        Raises:
+            Diverged: it is NaN or infinite.
+        """
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise Diverged(
+                    f"the training loss is not finite in step {state.global_step}: lower --lr (now {self.config.lr})"
+                )
+            self.losses.append(float(logs["loss"]))
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Stop the clock."""
+        self.seconds.append(time.perf_counter() - self._began)
+        losses = self.losses[self._first :]
+        self.say(f"epoch {len(self.seconds):3d} loss {sum(losses) / len(losses):.3f}, {self.seconds[-1]:.1f} s")
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The last file of a checkpoint."""
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(checkpoint / PROGRESS, {"losses": self.losses, "seconds": self.seconds})
+
+    def restore(self, checkpoint: Path) -> None:
+        """Take up what was kept with a checkpoint."""
+        kept = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        self.losses, self.seconds = kept["losses"], kept["seconds"]
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a run that was written whole; halves are removed."""
+    whole: list[Path] = []
+    for path in (folder / CHECKPOINTS).glob("checkpoint-*"):
+        if (path / PROGRESS).is_file():
+            whole.append(path)
+        else:
+            shutil.rmtree(path)
+    return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+def train(trainer: Trainer, progress: Progress, checkpoint: Path | None) -> None:
+    """Train to the end, from a checkpoint if there is one.
+
+    Raises:
+        Diverged: the loss is NaN or infinite.
+        CannotWrite: a checkpoint cannot be written.
+    """
+    trainer.add_callback(progress)
+    if checkpoint:
+        progress.restore(checkpoint)
+        progress.say(f"resumed   after epoch {len(progress.seconds)} of {progress.config.epochs}")
+    place = Path(trainer.args.output_dir)
+    try:
+        with writing(place):
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except RuntimeError as error:
+        if "PytorchStreamWriter" in str(error):  # what torch.save raises on a disk that is full
+            raise CannotWrite(f"cannot write {place} (no space left?); free space, then run the same again") from error
+        raise
