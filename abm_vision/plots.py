@@ -73,7 +73,8 @@ def draw_information_loss(result: dict[str, Any]) -> Figure:
     source = result["data"]["train"]["source"]
     made_up = f" ({source} data)" if source in ("rendered", "synthetic") else ""
     figure.suptitle(
-        f"share of the gradient out of reach, {config['task']}{made_up}, r = {config['rank']}", fontweight="bold"
+        f"share of the gradient out of reach, {config.get('task', 'instructions')}{made_up}, r = {config['rank']}",
+        fontweight="bold",
     )
     return figure
 

@@ -25,7 +25,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -38,17 +37,8 @@ from nlp_ext.glue import synthetic
 BATCH, SEED, PEAK_LR, WARMUP = 32, 0, 2e-3, 50
 GRAMMAR_SENTENCES = 20_000
 NOISE, SPAN = 0.15, 6.0  # share of bytes that T5 is to fill in, and the mean length of a gap in bytes
-IGNORED = -100
 PAD, EOS = 0, 1  # ByT5's; bytes follow from 3 on
 RECIPE = "recipe.json"
-
-# A turn of the user and one of the assistant, between marks that are plain text to a tokeniser of bytes.
-CHAT_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] + eos_token }}"
-    "{% endgeneration %}{% else %}{{ '<' + m['role'] + '>\n' + m['content'] + '\n' }}{% endif %}"
-    "{% if m['role'] == 'user' and (not loop.last or add_generation_prompt) %}{{ '<assistant>\n' }}{% endif %}"
-    "{% endfor %}"
-)
 
 
 @dataclass(frozen=True)
@@ -105,14 +95,6 @@ def make_model(name: str) -> PreTrainedModel:
     raise ValueError(f"unknown tiny model {name!r}; there are {', '.join(MODELS)}")
 
 
-def make_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """ByT5's tokeniser of bytes; for tiny-llama without an end to every text, and with a chat template."""
-    tokenizer = ByT5Tokenizer()
-    if name == "tiny-llama":
-        tokenizer.chat_template = CHAT_TEMPLATE
-    return tokenizer
-
-
 def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
     """The folder of a pretrained tiny model, in transformers' format; made first if it is not in the cache.
 
@@ -130,7 +112,7 @@ def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
             beside = folder.with_suffix(f".{os.getpid()}.part")
             with writing(folder):
                 model.save_pretrained(beside)
-                make_tokenizer(name).save_pretrained(beside)
+                ByT5Tokenizer().save_pretrained(beside)
                 write_json(beside / RECIPE, {**recipe, "torch": torch.__version__})
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(beside, folder)

@@ -8,18 +8,20 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abm_vision.abm.files import CannotWrite, write_json, writing
-from abm_vision.runs.folder import Diverged
+from abm_vision.initializers import get_initializer
+from abm_vision.runs.folder import Diverged, check_origin, read_json
 from abm_vision.runs.settings import AdapterSettings
-from abm_vision.runs.start import Say
+from abm_vision.runs.start import Ready, Say, Tune, check_same_start, start_adapter
+from nlp_ext.ranks import same_on_all_ranks
 
-CHECKPOINTS, PROGRESS = "checkpoints", "progress.json"
+CHECKPOINTS, PROGRESS, NOTES = "checkpoints", "progress.json", "notes.json"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
@@ -30,7 +32,8 @@ def training_arguments(
     device: torch.device,
     precision: str,
     *,
-    warmup_steps: int,
+    warmup: float,
+    steps_per_epoch: int,
     quiet: bool,
     **options: Any,
 ) -> Arguments:
@@ -41,7 +44,7 @@ def training_arguments(
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
-        warmup_steps=warmup_steps,
+        warmup_steps=round(warmup * steps_per_epoch * config.epochs),
         seed=config.seed,
         bf16=precision == "bf16",
         use_cpu=device.type == "cpu",
@@ -132,6 +135,40 @@ def last_checkpoint(folder: Path) -> Path | None:
         else:
             shutil.rmtree(path)
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+
+class Start(Ready, Protocol):
+    """What `begin` needs of a run beside its start."""
+
+    config: AdapterSettings
+    seconds: dict[str, float]
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What a run that is taken up again must find unchanged."""
+
+
+def begin(
+    setup: Start, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say
+) -> tuple[dict[str, Any], Path | None]:
+    """Apply the start, or leave it to the checkpoint that holds all of it. Returns the run's notes and the checkpoint.
+
+    Notes are the report, reference, information loss, seconds and fingerprint of the start, kept in the folder.
+
+    Raises:
+        ValueError: the run began with other data or weights, or its start comes out differently now.
+    """
+    checkpoint = last_checkpoint(folder)
+    notes = read_json(folder / NOTES) if checkpoint else {"origin": setup.origin, "information_loss": None}
+    check_origin(notes["origin"], setup.origin, folder)
+    diagnose = diagnose and notes["information_loss"] is None
+    if checkpoint is None or diagnose or not get_initializer(setup.config.init).in_factors:
+        started = start_adapter(setup, setup.config, tune, setup.seconds, quiet, diagnose, say)
+        check_same_start(notes, started, folder)
+        notes = {"seconds": dict(setup.seconds), **notes, **{k: v for k, v in started.items() if v}}
+    same_on_all_ranks(setup.model)
+    setup.seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
+    return notes, checkpoint
 
 
 def train(trainer: Trainer, progress: Progress, checkpoint: Path | None) -> None:

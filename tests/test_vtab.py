@@ -17,7 +17,7 @@ from PIL import Image
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
 from abm_vision.runs.device import resolve_device
-from abm_vision.runs.folder import open_folder
+from abm_vision.runs.folder import open_folder, settle_precision
 from abm_vision.runs.settings import read_config
 from abm_vision.vtab import PRESETS, RunConfig, data, make_config, results, run, train
 from abm_vision.vtab.predict import predict

@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from abm_vision.abm.adapters import ABM_FILE, load_reference, read_settings
-from abm_vision.abm.backbone import find_backbone
+from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.gradient import adapted_layers
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import get_initializer, initialize_lora
@@ -33,7 +33,14 @@ class Ready(Protocol):
     model: PeftModel
     device: torch.device
     precision: str
-    weights_sha256: str | None
+
+    @property
+    def weights_sha256(self) -> str:
+        """What a tuned reference must have been tuned on."""
+
+    @property
+    def backbone(self) -> Backbone:
+        """The record of the model's family."""
 
     def calibration(self) -> Iterable[Any]:
         """Labelled batches on the device, of the shuffled training set from its beginning."""
@@ -63,6 +70,7 @@ def start_adapter(
                 config=config.abm(),
                 align=config.align(),
                 reference=REFERENCE if reference else None,
+                backbone=ready.backbone,
                 show_progress_bar=not quiet and sys.stderr.isatty(),
             )
     if report:
@@ -125,7 +133,7 @@ def _information_loss(ready: Ready, targets: list[str], seen: bool) -> Informati
         return information_loss(
             ready.model,
             batches,
-            find_backbone(ready.model).loss_fn,
+            ready.backbone.loss_fn,
             unadapted=[name for name in targets if name not in adapted],  # EVA may give a layer rank 0
         )
 

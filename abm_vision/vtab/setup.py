@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 import vtab_tasks
+from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.device import resolve_device
@@ -52,6 +53,11 @@ class Setup:
     def weights_sha256(self) -> str:
         """What a tuned reference must have been tuned on."""
         return self.weights.sha256
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model's record."""
+        return find_backbone(self.model)
 
     def calibration(self) -> Iterator[tuple[Tensor, Tensor]]:
         """The shuffled training set, for the start."""

@@ -16,20 +16,19 @@ from transformers import Trainer, TrainingArguments
 from abm_vision import plots
 from abm_vision.abm.adapters import load_adapter
 from abm_vision.abm.files import write_atomically, write_json
-from abm_vision.initializers import get_initializer
 from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
 from abm_vision.runs.device import autocast, peak_memory
-from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter, stopwatch
+from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.glue.config import SCHEMA, GlueConfig
 from nlp_ext.glue.scores import score
 from nlp_ext.glue.server import server_file
 from nlp_ext.glue.setup import Setup, Split, prepare, read_split, target_length
 from nlp_ext.glue.tasks import INVALID
 from nlp_ext.models import trainable
-from nlp_ext.training import CHECKPOINTS, Progress, last_checkpoint, own_callbacks, train, training_arguments
+from nlp_ext.training import CHECKPOINTS, NOTES, Progress, begin, own_callbacks, train, training_arguments
 
-NOTES, SERVER = "notes.json", "server"
+SERVER = "server"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
 SHOWN = 5  # texts that are no label, kept in a result
 
@@ -100,16 +99,8 @@ def _clear(folder: Path) -> None:
 
 def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say) -> dict[str, Any]:
     config, model, seconds = setup.config, setup.model, setup.seconds
-    checkpoint = last_checkpoint(folder)
-    notes = files.read_json(folder / NOTES) if checkpoint else {"origin": setup.origin, "information_loss": None}
-    files.check_origin(notes["origin"], setup.origin, folder)
-    diagnose = diagnose and notes["information_loss"] is None
-    if checkpoint is None or diagnose or not get_initializer(config.init).in_factors:
-        started = start_adapter(setup, config, tune, seconds, quiet, diagnose, say)
-        check_same_start(notes, started, folder)
-        notes = {"seconds": dict(seconds), **notes, **{k: v for k, v in started.items() if v}}
-        write_json(folder / NOTES, notes)
-    seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
+    notes, checkpoint = begin(setup, folder, tune, quiet, diagnose, say)
+    write_json(folder / NOTES, notes)
     progress = Progress(config, say)
     trainer = _trainer(setup, folder, quiet)
     train(trainer, progress, checkpoint)
@@ -145,14 +136,14 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
 
 def _trainer(setup: Setup, folder: Path, quiet: bool) -> Trainer:
     config = setup.config
-    steps = -(-len(setup.train.rows) // config.batch_size) * config.epochs
     arguments = training_arguments(
         TrainingArguments,
         config,
         folder,
         setup.device,
         setup.precision,
-        warmup_steps=round(config.warmup * steps),
+        warmup=config.warmup,
+        steps_per_epoch=-(-len(setup.train.rows) // config.batch_size),
         quiet=quiet,
         per_device_train_batch_size=config.batch_size,
     )

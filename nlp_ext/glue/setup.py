@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
+from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.device import resolve_device
@@ -64,6 +65,11 @@ class Setup:
     def weights_sha256(self) -> str:
         """What a tuned reference must have been tuned on."""
         return self.weights.sha256
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model's record."""
+        return find_backbone(self.model)
 
     @property
     def data(self) -> dict[str, Any]:

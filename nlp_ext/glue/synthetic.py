@@ -61,7 +61,8 @@ ROLES = ("trait", "subject", "verb", "object", "place")
 Example = dict[str, Any]
 
 
-def _scene(rng: random.Random) -> Scene:
+def draw_scene(rng: random.Random) -> Scene:
+    """Any scene of the grammar."""
     subject, thing = rng.sample(range(len(NOUNS)), 2)
     trait, verb, place = (rng.randrange(len(table)) for table in (TRAITS, VERBS, PLACES))
     return Scene(trait, subject, verb, thing, place)
@@ -69,7 +70,7 @@ def _scene(rng: random.Random) -> Scene:
 
 def _cola(rng: random.Random) -> Example:
     """Two neighbouring words of one sentence in two have changed places."""
-    words = _scene(rng).say(rng).split()
+    words = draw_scene(rng).say(rng).split()
     label = rng.randrange(2)
     if not label:
         k = rng.randrange(4)  # up to verb and article: never two words of one kind
@@ -88,7 +89,7 @@ def _sst2(rng: random.Random) -> Example:
 
 def _same(rng: random.Random) -> tuple[str, str, int]:
     """Two sentences, and whether they mean the same: in other words or turned round, or with another word or roles."""
-    scene, label = _scene(rng), rng.randrange(2)
+    scene, label = draw_scene(rng), rng.randrange(2)
     other = scene if label else rng.choice([scene.swapped(), scene.changed(rng, rng.choice(ROLES))])
     return scene.say(rng), other.say(rng, passive=rng.random() < 0.5), label
 
@@ -103,7 +104,7 @@ def _pairs(first: str, second: str) -> Callable[[random.Random], Example]:
 
 def _stsb(rng: random.Random) -> Example:
     """A point for each of the five roles that agree."""
-    scene = other = _scene(rng)
+    scene = other = draw_scene(rng)
     for role in (differing := rng.sample(ROLES, rng.randrange(6))):
         other = other.changed(rng, role)
     return {"sentence1": scene.say(rng), "sentence2": other.say(rng), "label": float(5 - len(differing))}
@@ -111,7 +112,7 @@ def _stsb(rng: random.Random) -> Example:
 
 def _entailed(rng: random.Random) -> tuple[str, str, int]:
     """Premise, hypothesis, and 0: it follows, 1: it may be so, 2: it contradicts."""
-    scene, label = _scene(rng), rng.randrange(3)
+    scene, label = draw_scene(rng), rng.randrange(3)
     if label == 0:
         return scene.say(rng), scene.say(rng, passive=rng.random() < 0.5, trait=rng.random() < 0.5, place=False), 0
     if label == 1:
@@ -133,7 +134,7 @@ def _rte(rng: random.Random) -> Example:
 
 def _qnli(rng: random.Random) -> Example:
     """Whether the sentence answers the question: 0, it does."""
-    scene, label = _scene(rng), rng.randrange(2)
+    scene, label = draw_scene(rng), rng.randrange(2)
     question = f"who {rng.choice(VERBS[scene.verb])} the {rng.choice(NOUNS[scene.object])} ?"
     told = scene if not label else rng.choice([scene.swapped(), scene.changed(rng, rng.choice(["verb", "object"]))])
     return {"question": question, "sentence": told.say(rng, passive=rng.random() < 0.5), "label": label}
@@ -141,7 +142,7 @@ def _qnli(rng: random.Random) -> Example:
 
 def _wnli(rng: random.Random) -> Example:
     """Whom "it" means, by what would make one act or be acted on."""
-    scene, label = _scene(rng), rng.randrange(2)
+    scene, label = draw_scene(rng), rng.randrange(2)
     state, whose = rng.choice(STATES)
     other = "object" if whose == "subject" else "subject"
     named = NOUNS[getattr(scene, whose if label else other)][0]

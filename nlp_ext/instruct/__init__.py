@@ -1,0 +1,1 @@
+"""The LLaMA setting of the paper: instruction tuning."""

@@ -1,0 +1,164 @@
+"""The command line: `python -m nlp_ext.instruct` or `abm-instruct`. The only place that prints."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from abm_vision.runs.commands import (
+    Parser,
+    add_run_options,
+    add_settings,
+    guarded,
+    print_config,
+    run_guarded,
+    say,
+    settings_of,
+)
+from abm_vision.runs.device import resolve_device
+from nlp_ext.instruct.config import InstructConfig
+
+PROGRAM = "abm-instruct"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    command = COMMANDS.get(words[0] if words else "", _run)
+    return guarded(
+        PROGRAM,
+        lambda: command(words[1:] if command is not _run else words),
+        smaller="--batch-size, --length or --model (or --checkpointing)",
+    )
+
+
+def parser() -> Parser:
+    """One flag for every field of `InstructConfig`, and those that do not change a result."""
+    flags = Parser(
+        PROGRAM,
+        description="Tune a LLaMA or a relative on instructions. Several GPUs: accelerate launch -m nlp_ext.instruct.",
+        epilog="Other commands: chat (talk to an adapter), mt-bench (answer its questions).",
+    )
+    add_settings(flags, InstructConfig)
+    add_run_options(flags)
+    return flags
+
+
+def _talk_parser(name: str, description: str) -> Parser:
+    flags = Parser(f"{PROGRAM} {name}", description=description)
+    flags.add_argument("--adapter", required=True, metavar="DIR", help="a run's folder, or the adapter's own")
+    flags.add_argument("--model", help="the base model (default: as the run had it)")
+    flags.add_argument("--device", default="auto", help="auto, or a torch device (default: auto)")
+    flags.add_argument("--new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
+    return flags
+
+
+def chat_parser() -> Parser:
+    """An adapter, and how to draw its answers."""
+    flags = _talk_parser("chat", "Talk to an adapter; an empty line or Ctrl-D ends.")
+    flags.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (default: 0)")
+    return flags
+
+
+def mt_bench_parser() -> Parser:
+    """An adapter, questions, and where the answers go."""
+    flags = _talk_parser("mt-bench", "Answer MT-Bench's questions, as FastChat's judge reads them.")
+    flags.add_argument("--questions", required=True, metavar="FILE", help="FastChat's question.jsonl")
+    flags.add_argument("--out", default=".", metavar="DIR", help="writes DIR/model_answer/NAME.jsonl (default: here)")
+    flags.add_argument("--name", default="abm-lora", help="the name that the judge shows (default: abm-lora)")
+    flags.add_argument("--seed", type=int, default=0, help="of answers that are drawn (default: 0)")
+    flags.add_argument("--quiet", action="store_true", help="no progress bar")
+    return flags
+
+
+def _run(words: list[str]) -> int:
+    options = vars(parser().parse_args(words))
+    keys = ("out", "rerun", "diagnose", "json", "quiet")
+    out, rerun, diagnose, as_json, quiet = (options.pop(key) for key in keys)
+    config = settings_of(options, InstructConfig)
+    quiet = quiet or as_json
+
+    from nlp_ext.instruct import run as module  # imports the trainer: `--help` and a wrong flag answer sooner
+    from nlp_ext.quiet import only_our_own_words
+    from nlp_ext.ranks import join
+
+    first = join(cpu=resolve_device(config.device).type == "cpu").is_main_process
+    if first and not quiet:
+        print_config(config)
+    note = None if quiet else say
+    with only_our_own_words():
+        result = run_guarded(
+            PROGRAM, lambda: module.run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note)
+        )
+    if first:
+        print(json.dumps(result) if as_json else summary(result))
+    return 0
+
+
+def summary(result: dict[str, Any]) -> str:
+    """The run in one line, with what kind of data and model it is about, and where its files are."""
+    from nlp_ext.instruct.run import perplexity_in_words
+
+    config = result["config"]
+    tiny = ", tiny stand-in model" if result["tiny"] else ""
+    return (
+        f"instruct [{result['data']['train']['source']}{tiny}]  {perplexity_in_words(result)}  init {config['init']}  "
+        f"seed {config['seed']}  {sum(result['seconds'].values()):.0f} s  {result['folder']}"
+    )
+
+
+def _assistant(options: Any) -> Any:
+    if options.new_tokens < 1:
+        raise ValueError(f"new_tokens is {options.new_tokens}; it must be 1 or more")
+
+    from nlp_ext.instruct.talk import Assistant
+
+    return Assistant(options.adapter, options.model, resolve_device(options.device), options.new_tokens)
+
+
+def _chat(words: list[str]) -> int:
+    from nlp_ext.quiet import only_our_own_words
+
+    options = chat_parser().parse_args(words)
+    if options.temperature < 0:
+        raise ValueError(f"temperature is {options.temperature}; it must be 0 or more")
+    with only_our_own_words():
+        assistant = _assistant(options)
+        turns: list[dict[str, str]] = []
+        while True:
+            try:
+                line = input("you> " if sys.stdin.isatty() else "")
+            except EOFError:
+                return 0
+            if not line.strip():
+                return 0
+            turns.append({"role": "user", "content": line})
+            turns.append({"role": "assistant", "content": assistant.reply(turns, options.temperature)})
+            say(turns[-1]["content"])
+
+
+def _mt_bench(words: list[str]) -> int:
+    from nlp_ext.instruct.talk import mt_bench
+    from nlp_ext.quiet import only_our_own_words
+
+    options = mt_bench_parser().parse_args(words)
+    with only_our_own_words():
+        path = mt_bench(
+            _assistant(options),
+            Path(options.questions),
+            Path(options.out),
+            options.name,
+            options.seed,
+            show_bar=not options.quiet,
+        )
+    say(str(path))
+    return 0
+
+
+COMMANDS = {"chat": _chat, "mt-bench": _mt_bench}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""Answers, and the perplexity of given ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from abm_vision.runs.device import autocast
+from nlp_ext.batches import IGNORED, forward
+from nlp_ext.instruct.data import Conversation, prompt
+from nlp_ext.instruct.setup import Setup
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    turns: Conversation,
+    new_tokens: int,
+    temperature: float = 0.0,
+) -> str:
+    """The assistant's next turn: the likeliest tokens at temperature 0, else drawn (torch's seed decides)."""
+    inputs = tokenizer(prompt(tokenizer, turns), add_special_tokens=False, return_tensors="pt").to(model.device)
+    drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    tokens = model.generate(
+        input_ids=inputs.input_ids,
+        attention_mask=inputs.attention_mask,
+        max_new_tokens=new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+        **drawn,
+    )
+    return tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+@torch.no_grad()
+def perplexity(setup: Setup, model: nn.Module) -> float:
+    """exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
+    model.eval()
+    total, count = 0.0, 0
+    rows, size = setup.held_out.rows, setup.config.batch_size
+    for batch in (setup.batch(chunk) for chunk in _chunks(rows, size)):
+        with autocast(setup.device, setup.precision):
+            loss = forward(model, batch).loss
+        tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
+        total += loss.item() * tokens
+        count += tokens
+    return math.exp(total / count)
+
+
+def _chunks(rows: Sequence[dict[str, list[int]]], size: int) -> list[Sequence[dict[str, list[int]]]]:
+    return [rows[k : k + size] for k in range(0, len(rows), size)]

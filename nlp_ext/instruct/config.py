@@ -1,0 +1,99 @@
+"""InstructConfig: the settings of instruction tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from abm_vision.runs.settings import AdapterSettings, at_least, check_share, flag
+from nlp_ext import tiny
+from nlp_ext.instruct.data import SYNTHETIC, WIZARD
+
+SCHEMA = "instruct-1"
+BASES = ("fp32", "bf16", "4bit")
+# What a preset sets beyond the defaults. ABM-LoRA's paper names model and data set of its dialogue setting; the numbers
+# of `paper` are those of LoRA-GA (arXiv:2407.05000), which tunes the same model on the same data.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "quick": {},
+    "paper": {
+        "model": "meta-llama/Llama-2-7b-hf",
+        "base": "bf16",
+        "alpha": 16.0,
+        "abm_batch_size": 1,
+        "epochs": 1,
+        "batch_size": 4,
+        "accumulation": 8,
+        "lr": 2e-5,
+        "weight_decay": 0.0,
+        "warmup": 0.03,
+        "length": 1024,
+        "checkpointing": True,
+    },
+}
+
+
+@dataclass(frozen=True)
+class _First:
+    """The fields that help and listings begin with."""
+
+    preset: str = flag(
+        "quick", "quick (minutes on two CPU cores) or paper (LLaMA-2-7B on WizardLM)", choices=tuple(PRESETS)
+    )
+    model: str = flag(
+        "tiny-llama", "LLaMA or a relative on the hub, such as meta-llama/Llama-2-7b-hf, a folder, or tiny-llama"
+    )
+    data: str = flag(
+        "auto",
+        f"name on the hub, a file (.json, .jsonl, .parquet) with instruction, input and output or with messages, or "
+        f"{SYNTHETIC} (a small grammar); auto: {SYNTHETIC} for tiny-llama, else {WIZARD}",
+    )
+    base: str = flag("fp32", "how the frozen weights are kept; 4bit needs bitsandbytes (QLoRA)", choices=BASES)
+
+
+@dataclass(frozen=True)
+class InstructConfig(AdapterSettings, _First):
+    """The settings of one run. Every field is a flag of the command line; the defaults are the `quick` preset.
+
+    Raises:
+        ValueError: a field is out of its range.
+    """
+
+    schema: ClassVar[str] = SCHEMA
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
+
+    abm_tokens: str = flag(
+        "all", "tokens whose boundaries are matched: all, or the answers'", choices=("all", "answers")
+    )
+    epochs: int = flag(3, "training epochs")
+    batch_size: int = flag(16, "sequences that a process takes at a time")
+    accumulation: int = flag(1, "batches in a training step")
+    warmup: float = flag(0.1, "share of the steps in which the learning rate rises; it falls as a cosine then")
+    length: int = flag(512, "longest sequence in tokens; longer ones are cut, and counted in the result")
+    packing: bool = flag(False, "fill sequences with several conversations, which do not see one another")
+    checkpointing: bool = flag(False, "compute activations twice, to keep fewer in memory")
+    held_out: int = flag(200, "conversations kept for the perplexity, the last of the shuffled set")
+    train_examples: int = flag(0, "training conversations, the first of the shuffled set; 0: all but the held-out ones")
+    samples: int = flag(4, "held-out prompts that are answered")
+    new_tokens: int = flag(128, "longest answer in tokens")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("accumulation held_out new_tokens".split(), self, 1)
+        at_least("train_examples samples".split(), self, 0)
+        at_least(["length"], self, 8)
+        check_share("warmup", self.warmup)
+        if self.samples > self.held_out:
+            raise ValueError(f"samples is {self.samples}; at most the {self.held_out} held-out prompts can be answered")
+
+    @property
+    def subject(self) -> str:
+        """There is one task."""
+        return "instruct"
+
+    @property
+    def data_source(self) -> str:
+        """`data`, decided."""
+        if self.data != "auto":
+            return self.data
+        return SYNTHETIC if self.model in tiny.MODELS else WIZARD

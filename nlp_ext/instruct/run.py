@@ -1,0 +1,246 @@
+"""One run of instruction tuning, from a configuration to a result."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+from trl import SFTConfig, SFTTrainer
+
+from abm_vision import plots
+from abm_vision.abm.files import write_atomically, write_json
+from abm_vision.provenance import environment
+from abm_vision.runs import folder as files
+from abm_vision.runs.device import autocast, peak_memory, resolve_device
+from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
+from nlp_ext.instruct.answer import answer, perplexity
+from nlp_ext.instruct.config import SCHEMA, InstructConfig
+from nlp_ext.instruct.setup import Setup, prepare
+from nlp_ext.models import trainable
+from nlp_ext.ranks import join
+from nlp_ext.training import CHECKPOINTS, NOTES, Progress, begin, own_callbacks, train, training_arguments
+
+CURVES, INFORMATION_LOSS, SAMPLES = "curves.png", "information_loss.png", "samples.jsonl"
+
+
+def run(
+    config: InstructConfig,
+    out: str | Path = "results",
+    *,
+    rerun: bool = False,
+    quiet: bool = True,
+    diagnose: bool = False,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Tune a LLaMA (or a relative) on instructions, loss on the answers only, and write everything under `out`.
+
+    A finished run is read, not repeated; a killed one goes on from its last whole epoch. Under `accelerate launch`
+    every process applies the start, all begin with the adapter of the first, and only that one writes.
+
+    Args:
+        config: the settings.
+        out: parent of the run's folder, which `config.run_name()` names.
+        rerun: start afresh even if the run is finished or half done.
+        quiet: no progress bars.
+        diagnose: measure the adapter's information loss before and after its start, as in the vision harness.
+        say: receives a line about every stage, in the first process.
+
+    Returns:
+        The content of `result.json`, with `folder` added.
+
+    Raises:
+        Busy: another process is at this run.
+        ValueError, OSError: as the parts of the run do, each with one message.
+    """
+    state = join(cpu=resolve_device(config.device).type == "cpu")
+    say = say if say and state.is_main_process else lambda line: None
+    tune = partial(run, out=out, quiet=quiet, say=say)
+    folder = Path(out) / config.run_name()
+    with ExitStack() as stack:
+        if state.is_main_process:
+            files.open_folder(out, config)
+            stack.enter_context(files.locked(folder))
+            if rerun:
+                _clear(folder)
+            files.settle_precision(folder, config)
+        state.wait_for_everyone()
+        result = files.read_result(folder, SCHEMA, {"config", "perplexity", "loss_per_step"})
+        if result is not None:
+            say(f"finished before; --rerun repeats it ({folder})")
+        if result is None or (diagnose and not result["information_loss"]):
+            setup = prepare(config, folder, quiet, say)
+            if result is None:
+                result = _run(setup, folder, tune, quiet, diagnose, say, state.is_main_process)
+            else:
+                _check_finished(result, setup, folder)
+                started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
+                result = {**result, "information_loss": started["information_loss"]}
+        if state.is_main_process:
+            _finish(result, folder)
+        state.wait_for_everyone()
+        return {**result, "folder": str(folder)}
+
+
+def _clear(folder: Path) -> None:
+    for name in (files.RESULT, NOTES, CURVES, INFORMATION_LOSS, SAMPLES):
+        (folder / name).unlink(missing_ok=True)
+    for name in (files.ADAPTER, CHECKPOINTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _check_finished(result: dict[str, Any], setup: Setup, folder: Path) -> None:
+    origin = {"data": result["data"], "weights_sha256": result["weights"]["sha256"]}
+    files.check_origin(origin, setup.origin, folder)
+
+
+def _finish(result: dict[str, Any], folder: Path) -> None:
+    if not (folder / CURVES).is_file():
+        plots.save_figure(plots.draw_training(result, _headline(result)), folder / CURVES)
+    if result["information_loss"]:
+        plots.save_figure(plots.draw_information_loss(result), folder / INFORMATION_LOSS)
+    write_json(folder / files.RESULT, result)
+    (folder / NOTES).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+
+
+def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say, main: bool) -> dict[str, Any]:
+    config, seconds = setup.config, setup.seconds
+    stage = stopwatch(seconds)
+    with stage("perplexity"), setup.model.disable_adapter():
+        before = perplexity(setup, setup.model)
+    notes, checkpoint = begin(setup, folder, tune, quiet, diagnose, say)
+    if main:
+        write_json(folder / NOTES, notes)
+    progress = Progress(config, say)
+    trainer = _trainer(setup, folder, quiet)
+    train(trainer, progress, checkpoint)
+    seconds["train"] = sum(progress.seconds)
+    with stage("perplexity"):
+        after = perplexity(setup, trainer.model_wrapped)
+    say(f"perplexity of held-out answers {before:.2f} before, {after:.2f} after")
+    with stage("samples"):
+        samples = _samples(setup) if main else []
+    result = {
+        "schema": SCHEMA,
+        "config": asdict(config),
+        "perplexity": {"before": before, "after": after, "conversations": len(setup.held_out.rows)},
+        "data": setup.data,
+        "weights": asdict(setup.weights),
+        "tiny": setup.weights.tiny,
+        "precision": setup.precision,
+        "processes": trainer.args.world_size,
+        "trainable_parameters": trainable(setup.model),
+        "abm": notes.get("report"),
+        "reference": notes.get("reference"),
+        "information_loss": notes["information_loss"],
+        "loss_per_step": progress.losses,
+        "seconds_per_epoch": progress.seconds,
+        "seconds": seconds,
+        "peak_memory_mib": peak_memory(setup.device),
+        "environment": environment(str(setup.device)),
+    }
+    if main:
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_atomically(folder / SAMPLES, lambda path: path.write_text(lines, encoding="utf-8"))
+        _write_adapter(setup, result, folder)
+    return result
+
+
+def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
+    config = setup.config
+    a_step = config.batch_size * config.accumulation
+    arguments = training_arguments(
+        SFTConfig,
+        config,
+        folder,
+        setup.device,
+        setup.precision,
+        warmup=config.warmup,
+        steps_per_epoch=-(-len(setup.train.rows) // a_step),
+        quiet=quiet,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.checkpointing,
+        max_length=config.length,
+        packing=config.packing,
+    )
+    trainer = SFTTrainer(
+        model=setup.model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(setup.train.rows),
+        processing_class=setup.tokenizer,
+    )
+    return own_callbacks(trainer)
+
+
+def _samples(setup: Setup) -> list[dict[str, Any]]:
+    setup.model.eval()
+    with autocast(setup.device, setup.precision):
+        return [
+            {"prompt": turns, "answer": answer(setup.model, setup.tokenizer, turns, setup.config.new_tokens)}
+            for turns in setup.prompts
+        ]
+
+
+def _write_adapter(setup: Setup, result: dict[str, Any], folder: Path) -> None:
+    keep = {k: result["config"][k] for k in ("model", "base", "init", "seed")}
+    recorded = {"sha256": setup.weights.sha256, "location": setup.weights.location}
+    files.write_adapter(
+        folder,
+        setup.model,
+        model_card(result),
+        run=keep,
+        weights=recorded,
+        perplexity=result["perplexity"],
+        report=result["abm"],
+    )
+
+
+def _headline(result: dict[str, Any]) -> str:
+    marks = [result["data"]["train"]["source"]] + ["tiny stand-in model"] * result["tiny"]
+    return f"instructions ({', '.join(marks)}): {perplexity_in_words(result)}"
+
+
+def perplexity_in_words(result: dict[str, Any]) -> str:
+    """Before and after, and of how many conversations."""
+    found = result["perplexity"]
+    return (
+        f"perplexity {found['before']:.2f} before, {found['after']:.2f} after, on the answers of "
+        f"{found['conversations']} held-out conversations"
+    )
+
+
+def model_card(result: dict[str, Any]) -> str:
+    """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
+    config, weights, train = result["config"], result["weights"], result["data"]["train"]
+    base = f"base_model: {config['model']}\n" if weights["revision"] else ""
+    stand_in = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
+    return f"""---
+library_name: peft
+{base}tags: [lora, abm-lora, instruction-tuning]
+---
+# {config["model"]}, tuned on instructions
+
+LoRA of rank {config["rank"]} (targets: {config["targets"]}), started with `{config["init"]}`. Trained for
+{config["epochs"]} epochs on {train["conversations"]} conversations of {train["source"]}, loss on the answers only, seed
+{config["seed"]}. Held-out {perplexity_in_words(result)}.
+{stand_in if result["tiny"] else ""}
+Base weights: {weights["location"]}{f" at {weights['revision']}" if weights["revision"] else ""} in {config["base"]},
+sha256 {weights["sha256"]}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{config["model"]}")
+model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
+```
+
+`python -m nlp_ext.instruct chat --adapter path/to/this/folder` talks to it.
+"""

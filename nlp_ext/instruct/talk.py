@@ -1,0 +1,121 @@
+"""A tuned model to talk to, and its answers to MT-Bench's questions."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from tqdm.auto import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+
+from abm_vision.abm.adapters import ABM_FILE, load_adapter, read_settings
+from abm_vision.abm.files import write_atomically
+from abm_vision.runs.folder import ADAPTER
+from nlp_ext.instruct.answer import answer
+from nlp_ext.instruct.data import Conversation
+from nlp_ext.models import load_model
+
+# How boldly each kind of question is answered (Zheng et al., arXiv:2306.05685); the others' temperature is 0.7.
+TEMPERATURES = {
+    "writing": 0.7,
+    "roleplay": 0.7,
+    "extraction": 0.0,
+    "math": 0.0,
+    "coding": 0.0,
+    "reasoning": 0.0,
+    "stem": 0.1,
+    "humanities": 0.1,
+}
+OTHER = 0.7
+
+
+class Assistant:
+    """A base model with a saved adapter.
+
+    Args:
+        adapter: a run's folder, or the adapter's own.
+        model: the base; None: as the run had it.
+        device: where to run.
+        new_tokens: longest answer.
+
+    Raises:
+        FileNotFoundError, ValueError, OSError: no adapter there, no base named, or the base cannot be loaded.
+    """
+
+    def __init__(self, adapter: str | Path, model: str | None, device: torch.device, new_tokens: int) -> None:
+        folder = Path(adapter) / ADAPTER if (Path(adapter) / ADAPTER).is_dir() else Path(adapter)
+        recorded = read_settings(folder).get("run", {}) if (folder / ABM_FILE).is_file() else {}
+        name = model or recorded.get("model")
+        if name is None:
+            raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
+        base, tokenizer, _ = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=torch.float32)
+        self.model: PeftModel = load_adapter(base.to(device), folder).eval()
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.new_tokens = new_tokens
+
+    def reply(self, turns: Conversation, temperature: float = 0.0) -> str:
+        """The next turn."""
+        return answer(self.model, self.tokenizer, turns, self.new_tokens, temperature)
+
+
+def mt_bench(assistant: Assistant, questions: Path, out: Path, model_id: str, seed: int, show_bar: bool) -> Path:
+    """Answer MT-Bench's questions, both turns, in the layout that FastChat's judge reads.
+
+    Args:
+        assistant: who answers.
+        questions: FastChat's `question.jsonl`: question_id, category and turns.
+        out: writes OUT/model_answer/MODEL_ID.jsonl.
+        model_id: the name that the judge shows.
+        seed: of the drawn answers.
+        show_bar: a bar over the questions.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no questions, or not in that form.
+        CannotWrite: the answers cannot be written.
+    """
+    lines = []
+    for question in tqdm(list(_questions(questions)), "MT-Bench", disable=None if show_bar else True):
+        torch.manual_seed(seed)
+        temperature = TEMPERATURES.get(question.get("category"), OTHER)
+        turns: Conversation = []
+        for text in question["turns"]:
+            turns.append({"role": "user", "content": text})
+            turns.append({"role": "assistant", "content": assistant.reply(turns, temperature)})
+        answers = [turn["content"] for turn in turns if turn["role"] == "assistant"]
+        lines.append(
+            {
+                "question_id": question["question_id"],
+                "answer_id": uuid.uuid4().hex,
+                "model_id": model_id,
+                "choices": [{"index": 0, "turns": answers}],
+                "tstamp": time.time(),
+            }
+        )
+    path = out / "model_answer" / f"{model_id}.jsonl"
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+    return path
+
+
+def _questions(path: Path) -> Iterator[dict[str, Any]]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no file {path}: it is question.jsonl of FastChat's MT-Bench") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            question = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
+        if not isinstance(question, dict) or "question_id" not in question or not question.get("turns"):
+            raise ValueError(f"{path}, line {number}: a question has question_id and turns")
+        yield question
+    if not lines:
+        raise ValueError(f"{path} is empty")
