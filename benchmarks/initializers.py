@@ -23,9 +23,9 @@ from typing import Any
 from ledger import Ledger, parse
 
 from abm_vision.initializers import INITIALIZERS
+from abm_vision.runs.folder import Diverged
 from abm_vision.runs.settings import uses
 from abm_vision.vtab import RunConfig, make_config, run
-from abm_vision.runs.folder import Diverged
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)

@@ -237,6 +237,44 @@ def warm_starts() -> str:
     return f"{table(head, rows)}\n\nRendered data, 4 epochs, seed 0, lr {found[TASKS[0]][rows[0][0]]['lr']:g}."
 
 
+def suite() -> str:
+    """Test top-1 of the suite's runs on the rendered tasks, a linear probe beside them."""
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for path in sorted((RESULTS / "suite").glob("*/result.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        config = result["config"]
+        found.setdefault(config["task"], {}).setdefault(config["init"], []).append(result)
+    probe = {row["task"]: row["top1"] for row in read("linear_probe")["rows"]}
+    starts = ["kaiming", "abm", "abm_aligned"]
+    top1 = {task: [[100 * r["test"]["top1"] for r in runs[s]] for s in starts] for task, runs in found.items()}
+    rows = [
+        [task, f"{100 * probe[task]:.1f}", *(_with_spread(values) for values in columns)]
+        for task, columns in top1.items()
+    ]
+    means = [statistics.mean(statistics.mean(columns[k]) for columns in top1.values()) for k in range(len(starts))]
+    rows.append(
+        [
+            f"mean of these {len(top1)}",
+            f"{100 * statistics.mean(probe[task] for task in top1):.1f}",
+            *(f"{mean:.1f}" for mean in means),
+        ]
+    )
+    runs = [r for columns in found.values() for several in columns.values() for r in several]
+    rates = {s: sorted({f"{r['config']['lr']:g}" for r in runs if r["config"]["init"] == s}) for s in starts}
+    head = ["rendered task", "linear probe", *(f"`{s}`, lr {' or '.join(rates[s])}" for s in starts)]
+    seeds = len({r["config"]["seed"] for r in runs})
+    note = (
+        f"Test top-1 (%), mean and standard deviation over {seeds} seeds; quick preset, {runs[0]['config']['epochs']} "
+        f"epochs; {runs[0]['environment']['device']}. Rendered surrogates: not VTAB-1K."
+    )
+    return f"{table(head, rows)}\n\n{note}"
+
+
+def _with_spread(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.1f}{spread}"
+
+
 def rendering() -> str:
     content = read("rendering")
     rows = [[r["task"], f"{r['drawn']:.1f} s", f"{r['again']:.2f} s"] for r in content["rows"]]
@@ -298,7 +336,7 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
 
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
-    README: (training_step, abm_init, attention, families, starts, confirmation),
+    README: (training_step, abm_init, attention, families, starts, confirmation, suite),
     BENCHMARKS: (screening, sweep, directions, warm_starts, information_loss, rendering, data_path),
 }
 

@@ -55,7 +55,10 @@ def load_model(
     """
     place = str(tiny.tiny_folder(name, show_progress_bar=show_progress_bar)) if name in tiny.MODELS else name
     try:
-        config = AutoConfig.from_pretrained(place)
+        try:
+            config = AutoConfig.from_pretrained(place)
+        except ValueError as error:  # files that are there, but of no known model
+            raise OSError(*error.args) from error
         if type(config) not in kind._model_mapping:
             raise ValueError(f"{name} is a model of type {config.model_type}; one like {example} is needed here")
         tokenizer = AutoTokenizer.from_pretrained(place)

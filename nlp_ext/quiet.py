@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import datasets
+import huggingface_hub
 import transformers
 
 
@@ -16,6 +17,7 @@ def only_our_own_words() -> Iterator[None]:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()
+    huggingface_hub.utils.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|torch|accelerate|peft|trl)\b.*")

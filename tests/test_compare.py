@@ -13,11 +13,11 @@ import pytest
 from test_cli import FLAGS, refused, start
 from test_vtab import TINY
 
+from abm_vision.runs.folder import Diverged
 from abm_vision.vtab import compare as module
 from abm_vision.vtab import make_config, run
 from abm_vision.vtab.compare import run_all, to_csv, to_markdown, to_text
 from abm_vision.vtab.comparison import bootstrap, compare, timed_area
-from abm_vision.runs.folder import Diverged
 
 
 def record(

@@ -10,7 +10,7 @@ from nlp_ext.glue.tasks import TASKS, get_task
 # Sizes of the splits as the paper of GLUE and its data set card give them: train, validation, test.
 SIZES = {
     "cola": (8551, 1043, 1063),
-    "mnli": (392702, 9815, 9832, 9796, 9847),
+    "mnli": (392702, 9815, 9832, 9796, 9847, 1104),  # the last: AX
     "mrpc": (3668, 408, 1725),
     "qnli": (104743, 5463, 5463),
     "qqp": (363846, 40430, 390965),

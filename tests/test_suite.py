@@ -20,11 +20,11 @@ from official import BUILDERS, small_edition, write_official
 
 import vtab_tasks
 from abm_vision.runs import folder as files
+from abm_vision.runs.folder import Diverged
 from abm_vision.vtab import executors, make_config, results, run
 from abm_vision.vtab import suite as module
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
-from abm_vision.runs.folder import Diverged
 
 TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
 WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]

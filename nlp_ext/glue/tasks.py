@@ -105,7 +105,8 @@ TASKS: Mapping[str, GlueTask] = {
             ("hypothesis", "premise"),
             ("entailment", "neutral", "contradiction"),
             ("accuracy",),
-            {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv"},
+            # The diagnostic set (AX) is answered by MNLI's model.
+            {"test_matched": "MNLI-m.tsv", "test_mismatched": "MNLI-mm.tsv", "test_ax": "AX.tsv"},
             "text",
             {
                 "train": 392_702,
@@ -113,6 +114,7 @@ TASKS: Mapping[str, GlueTask] = {
                 "validation_mismatched": 9832,
                 "test_matched": 9796,
                 "test_mismatched": 9847,
+                "test_ax": 1104,
             },
         ),
         _pair(

@@ -1,0 +1,278 @@
+"""The command for GLUE on a tiny T5 with random weights: result, resume, errors, the server's files."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+
+from nlp_ext.glue import run as module
+from nlp_ext.glue.__main__ import main, summary
+from nlp_ext.glue.config import GlueConfig
+from nlp_ext.glue.run import run
+from nlp_ext.glue.server import server_file
+from nlp_ext.glue.setup import shortened
+from nlp_ext.glue.synthetic import examples
+from nlp_ext.glue.tasks import TASKS, get_task
+
+SMALL = {
+    "task": "rte",
+    "data": "synthetic",
+    "rank": 2,
+    "abm_samples": 16,
+    "abm_steps": 2,
+    "epochs": 2,
+    "train_examples": 80,
+    "validation_examples": 12,
+    "batch_size": 16,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a T5 of random weights and ByT5's tokeniser."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+def small(base, **settings):
+    return GlueConfig.make(**{**SMALL, "model": str(base), **settings})
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    lines = []
+    return run(small(base), out, diagnose=True, test=True, say=lines.append), lines, out
+
+
+def test_result_says_everything(finished, base):
+    result, lines, _ = finished
+    folder = Path(result["folder"])
+    assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
+    assert result["schema"] == "glue-1" and not result["tiny"]
+    assert set(result["scores"]) == {"validation"} and result["scores"]["validation"]["count"] == 12
+    assert len(result["loss_per_step"]) == 2 * 5 and len(result["seconds_per_epoch"]) == 2  # 80 examples in fives
+    assert result["data"]["train"] == {
+        **result["data"]["train"],
+        "split": "train",
+        "source": "synthetic",
+        "examples": 80,
+        "cut": 0,
+    }
+    assert result["environment"]["packages"]["torch"] and result["weights"]["location"] == str(base)
+    assert 0 < result["information_loss"]["after"]["overall"]["loss"] < 1
+    assert any(line.startswith("abm") for line in lines) and any(line.startswith("epoch   2 loss") for line in lines)
+    assert not (folder / "checkpoints").exists() and not (folder / "notes.json").exists()
+    assert (folder / "curves.png").stat().st_size and (folder / "information_loss.png").stat().st_size
+    assert "[synthetic]" in summary(result) and "12 validation examples" in summary(result)
+
+
+def test_a_finished_run_is_read(finished, base, monkeypatch):
+    result, _, out = finished
+    monkeypatch.setattr(module, "prepare", None)
+    assert run(small(base), out, diagnose=True, test=True) == result
+
+
+def test_stock_peft_gives_the_same_predictions(finished, base):
+    """Scores again, by transformers and stock peft alone, in a loop over single sentences."""
+    result, _, _ = finished
+    model = T5ForConditionalGeneration.from_pretrained(base)
+    model = PeftModel.from_pretrained(model, Path(result["folder"]) / "adapter").eval()
+    tokenizer, task, right, invalid = ByT5Tokenizer(), get_task("rte"), 0, 0
+    for example in examples("rte", "validation")[:12]:
+        ids = tokenizer(task.source(example), return_tensors="pt").input_ids
+        text = tokenizer.decode(model.generate(input_ids=ids, max_new_tokens=15)[0], skip_special_tokens=True)
+        label = task.read(text)
+        invalid += label is None
+        right += label == example["label"]
+    scores = result["scores"]["validation"]
+    assert (scores["accuracy"], scores["invalid"]) == (pytest.approx(right / 12), invalid)
+
+
+def test_server_file_of_the_run(finished):
+    result, _, _ = finished
+    lines = (Path(result["folder"]) / "server" / "RTE.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction" and len(lines) == 401
+    assert all(line.split("\t")[1] in ("entailment", "not_entailment") for line in lines[1:])
+
+
+@pytest.mark.parametrize(
+    ("task", "predictions", "expected"),
+    [
+        ("cola", [1, 0, None], "index\tprediction\n4\t0\n7\t1\n9\t0\n"),
+        ("mnli", [2, 0, None], "index\tprediction\n4\tentailment\n7\tcontradiction\n9\tentailment\n"),
+        ("stsb", [2.6, 5.0, None], "index\tprediction\n4\t5.000\n7\t2.600\n9\t0.000\n"),
+    ],
+)
+def test_server_format(task, predictions, expected):
+    assert server_file(get_task(task), [7, 4, 9], predictions) == expected
+    with pytest.raises(ValueError, match="argument"):
+        server_file(get_task(task), [7], predictions)
+
+
+def test_every_file_that_the_server_wants_is_written():
+    wanted = "CoLA MNLI-m MNLI-mm MRPC QNLI QQP RTE SST-2 STS-B WNLI AX".split()
+    assert sorted(f"{name}.tsv" for name in wanted) == sorted(
+        f for task in TASKS.values() for f in task.server.values()
+    )
+
+
+@pytest.mark.parametrize("init", ["kaiming", "abm", "eva", "pissa"])
+def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, init):
+    config = small(base, init=init)
+    whole = run(config, tmp_path / "whole")
+    first_epoch = module.Progress.on_save
+
+    def die(self, args, state, control, **more):
+        first_epoch(self, args, state, control, **more)
+        (Path(args.output_dir) / "checkpoint-999").mkdir()  # half of another one
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Progress, "on_save", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "killed")
+    monkeypatch.undo()
+    lines = []
+    resumed = run(config, tmp_path / "killed", say=lines.append)
+    assert "resumed   after epoch 1 of 2" in lines
+    assert resumed["loss_per_step"] == whole["loss_per_step"] and resumed["scores"] == whole["scores"]
+    adapters = [(Path(r["folder"]) / "adapter" / "adapter_model.safetensors").read_bytes() for r in (whole, resumed)]
+    assert adapters[0] == adapters[1]
+
+
+def test_seeds_differ_and_repeat(base, tmp_path):
+    losses = [run(small(base, seed=s, epochs=1), tmp_path / str(k))["loss_per_step"] for k, s in enumerate((0, 0, 1))]
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_divergence_is_one_message(base, tmp_path, capsys):
+    words = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
+    code = main([*words, f"--model={base}", "--lr=1e30", "--init=kaiming", f"--out={tmp_path}", "--quiet"])
+    assert code == 2 and "the training loss is not finite in step" in capsys.readouterr().err
+
+
+def test_a_tuned_reference_is_made_and_counted(base, tmp_path):
+    result = run(small(base, init="abm_tuned", epochs=1), tmp_path)
+    assert result["reference"]["seconds"] > 0 and len(list(tmp_path.glob("rte-kaiming-*/result.json"))) == 1
+
+
+def test_long_inputs_are_cut_and_counted(base, tmp_path):
+    assert shortened([5, 6, 7, 8, 1], 3) == [5, 6, 1] and shortened([5, 1], 3) == [5, 1]
+    result = run(small(base, epochs=1, source_tokens=90, init="kaiming"), tmp_path)
+    longest = [len(get_task("rte").source(e).encode()) + 1 for e in examples("rte", "validation")[:12]]
+    assert result["data"]["validation"][0]["cut"] == sum(n > 90 for n in longest) > 0
+
+
+def test_other_data_is_not_taken_up(finished, base, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, count in (("train", 80), ("validation", 12)):
+        rows = examples("rte", split)[:count]
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    config = small(base, data=str(folder), epochs=1, init="kaiming")
+    run(config, tmp_path / "out")
+    rows[0]["label"] = 1 - rows[0]["label"]
+    (folder / "validation.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
+    with pytest.raises(ValueError, match=r"began with data .* now it is"):
+        run(config, tmp_path / "out", diagnose=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"task": "rtee"}, "unknown task 'rtee'; .*did you mean rte"),
+        ({"warmup": 1.0}, "warmup is 1.0; it must lie in"),
+        ({"source_tokens": 2}, "source_tokens is 2; it must be 8 or more"),
+        ({"train_examples": -1}, "train_examples is -1"),
+        ({"init": "nothing"}, "nothing"),
+        ({"preset": "slow"}, "preset.*quick"),
+        ({"qkv": "qv"}, "unknown settings qkv"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        GlueConfig.make(**settings)
+
+
+def test_the_paper_preset_is_the_reference_recipe():
+    config = GlueConfig.make(preset="paper")
+    assert (config.model, config.rank, config.alpha, config.dropout) == ("google-t5/t5-base", 8, 16.0, 0.05)
+    assert (config.epochs, config.batch_size, config.lr, config.weight_decay, config.warmup) == (8, 32, 1e-4, 0.01, 0.1)
+    abm = config.abm()
+    assert (abm.layers, abm.margin, abm.samples, abm.batch_size, abm.steps) == (6, 0.5, 128, 1, 100)
+    assert abm.learning_rate == 3e-4 and config.data_source == "hub" and config.train_examples == 0
+
+
+def test_auto_data_depends_on_the_model_alone():
+    assert GlueConfig.make().data_source == "synthetic"
+    assert GlueConfig.make(model="google-t5/t5-small").data_source == "hub"
+
+
+def test_the_real_command(base, tmp_path):
+    words = [sys.executable, "-m", "nlp_ext.glue", f"--model={base}", f"--out={tmp_path}", "--epochs=1", "--json"]
+    words += [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k != "epochs"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["scores"]["validation"]["count"] == 12 and done.stderr == ""
+
+
+def test_wrong_models(tmp_path, base, capsys):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert main([f"--model={empty}", "--data=synthetic", f"--out={tmp_path}", "--quiet"]) == 2
+    assert f"the folder {empty} holds no model that can be read" in capsys.readouterr().err
+    config = json.loads((base / "config.json").read_text())
+    (empty / "config.json").write_text(json.dumps({**config, "model_type": "llama", "architectures": None}))
+    assert main([f"--model={empty}", "--data=synthetic", f"--out={tmp_path}", "--quiet"]) == 2
+    assert "is a model of type llama; one like tiny-t5 is needed here" in capsys.readouterr().err
+
+
+class Hub(BaseHTTPRequestHandler):
+    """Answers as the hub does for a gated and for a missing model."""
+
+    def do_HEAD(self):
+        gated = "gated" in self.path
+        self.send_response(403 if gated else 404)
+        self.send_header("X-Error-Code", "GatedRepo" if gated else "RepoNotFound")
+        self.end_headers()
+
+    do_GET = do_HEAD
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("some/gated", "some/gated is gated: accept its licence at https://huggingface.co/some/gated"),
+        ("some/missing", "there is no model some/missing on the hub"),
+        ("", "cannot be read from the hub"),
+    ],
+)
+def test_hub_errors_are_one_message(name, message, tmp_path):
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    port = server.server_port
+    if not name:  # nobody answers there
+        server.shutdown()
+        server.server_close()
+    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path)}
+    words = [sys.executable, "-m", "nlp_ext.glue", "--model", name or "some/model", "--data=synthetic"]
+    done = subprocess.run([*words, f"--out={tmp_path}"], capture_output=True, text=True, env=environment)
+    server.server_close()
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert message in done.stderr and done.stderr.count("\n") == 1

@@ -1,0 +1,366 @@
+"""Instruction tuning on a tiny LLaMA with random weights: data, labels, result, processes, chat, MT-Bench."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch.nn import functional as F
+from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+from nlp_ext.instruct import data, synthetic
+from nlp_ext.instruct import run as module
+from nlp_ext.instruct.__main__ import main, summary
+from nlp_ext.instruct.config import InstructConfig
+from nlp_ext.instruct.run import run
+
+SMALL = {
+    "data": "synthetic",
+    "rank": 2,
+    "abm_samples": 16,
+    "abm_steps": 2,
+    "epochs": 2,
+    "train_examples": 80,
+    "held_out": 10,
+    "samples": 1,
+    "new_tokens": 8,
+    "batch_size": 16,
+    "precision": "fp32",
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A folder with a LLaMA of random weights and a tokeniser of bytes."""
+    folder = tmp_path_factory.mktemp("base")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+def small(base, **settings):
+    return InstructConfig.make(**{**SMALL, "model": str(base), **settings})
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("finished")
+    lines = []
+    return run(small(base), out, say=lines.append), lines, out
+
+
+def flags(settings):
+    return [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
+
+
+# Conversations and labels
+
+
+def test_columns_that_are_known():
+    asked, answered = {"role": "user", "content": "Add.\n\n1 1"}, {"role": "assistant", "content": "2"}
+    for row in (
+        {"instruction": "Add.", "input": "1 1", "output": "2"},
+        {"instruction": "Add.\n\n1 1", "output": "2"},
+        {"instruction": "Add.\n\n1 1", "input": None, "output": "2"},
+        {"messages": [asked, answered]},
+        {"conversations": [{"from": "human", "value": "Add.\n\n1 1"}, {"from": "gpt", "value": "2"}]},
+    ):
+        assert data.conversation(row, "row") == [asked, answered]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"question": "a", "answer": "b"}, "has the columns question, answer; needed are instruction and output"),
+        ({"instruction": "a", "output": " "}, "ends without an answer"),
+        ({"messages": [{"role": "user", "content": "a"}]}, "ends without an answer"),
+        ({"messages": [{"role": "tool", "content": "a"}]}, "has a turn .*'tool'.*needed are role"),
+    ],
+)
+def test_rows_that_are_not(row, message):
+    with pytest.raises(ValueError, match=message):
+        data.conversation(row, "file, example 3")
+
+
+@pytest.mark.parametrize(
+    "template", [None, "{% for m in messages %}{{ m['role'] + ': ' + m['content'] }}\n{% endfor %}"]
+)
+def test_labels_are_the_answers_alone(template):
+    """Against the text: what stands between the marks of the template, by hand."""
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = template
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hällo"},
+        {"role": "assistant", "content": "Hi."},
+        {"role": "user", "content": "And?"},
+        {"role": "assistant", "content": "Gut: ß"},
+    ]
+    row = data.encode(tokenizer, turns)
+    parts, current = [], []
+    for token, label in zip(row["input_ids"], row["labels"], strict=True):
+        assert label in (-100, token)
+        if label == -100:
+            parts += [current] if current else []
+            current = []
+        else:
+            current.append(token)
+    parts += [current] if current else []
+    expected = ["Hi.", "Gut: ß"] if template is None else ["assistant: Hi.\n", "assistant: Gut: ß\n"]
+    assert [tokenizer.decode([t for t in part if t > 1]) for part in parts] == expected
+    if template is None:
+        assert [part[-1] for part in parts] == [1, 1]  # the end of an answer is learnt, too
+        text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
+        assert text.startswith("Be kind.\n\n### Instruction:\nHällo\n\n### Response:\nHi.### Instruction:\nAnd?")
+
+
+def test_long_conversations_are_cut_and_counted():
+    tokenizer = ByT5Tokenizer()
+    turns = data.conversation({"instruction": "a" * 20, "output": "b" * 30}, "row")
+    whole = data.encode(tokenizer, turns)
+    start = next(k for k, label in enumerate(whole["labels"]) if label != -100)
+    tokens = data.encode_all(tokenizer, [turns, turns[:1] + [{"role": "assistant", "content": "c"}]], start + 4)
+    assert (len(tokens.rows), tokens.cut, tokens.left_out) == (2, 1, 0)
+    assert [len(row["input_ids"]) for row in tokens.rows] == [start + 4, start + 2]
+    longer = data.conversation({"instruction": "a" * 200, "output": "b"}, "row")
+    assert data.encode_all(tokenizer, [turns, longer], start + 4).left_out == 1
+    with pytest.raises(ValueError, match=r"every answer lies beyond token 24: raise --length"):
+        data.encode_all(tokenizer, [longer], 24)
+
+
+def test_files(tmp_path):
+    rows = [{"instruction": "a", "input": "", "output": "b"}, {"instruction": "c", "input": "d", "output": "e"}]
+    for name, text in {
+        "a.json": json.dumps(rows),
+        "a.jsonl": "\n".join(map(json.dumps, rows)),
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert [turns[-1]["content"] for turns in data.read(str(tmp_path / name))] == ["b", "e"]
+    for name, text, message in (
+        ("empty.json", "", "is empty"),
+        ("bad.json", "{", "cannot be read as json"),
+        ("columns.jsonl", '{"x": 1}', r"columns.jsonl, example 1 has the columns x; needed are instruction"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(ValueError, match=message):
+            data.read(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match="no file"):
+        data.read(str(tmp_path / "absent.jsonl"))
+
+
+def test_made_up_instructions_are_right():
+    """By reading the sentence again: subject, verb, object and place stand in this order."""
+    seen = set()
+    for example in synthetic.examples()[:300]:
+        instruction, sentence, output = example["instruction"], example["input"], example["output"]
+        seen.add(instruction)
+        if instruction == "Write it in capitals.":
+            assert output == sentence.upper()
+        elif instruction == "Who did it?":
+            assert sentence.startswith(f"{output} ") and len(output.split()) == 3
+        elif instruction in ("To whom was it done?", "Where did it happen?"):
+            assert f" {output}" in sentence
+        else:
+            assert set(sentence.split()) - set(output.split()) <= {"saw", "hid"}
+    assert len(seen) == 6
+
+
+# Runs
+
+
+def test_result_says_everything(finished, base):
+    result, lines, _ = finished
+    folder = Path(result["folder"])
+    assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
+    assert result["schema"] == "instruct-1" and result["processes"] == 1 and not result["tiny"]
+    assert len(result["loss_per_step"]) == 2 * 5
+    assert result["data"]["train"]["conversations"] == 80 and result["data"]["held_out"]["conversations"] == 10
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert len(samples) == 1 and samples[0]["prompt"][-1]["role"] == "user"
+    assert any(line.startswith("perplexity of held-out answers") for line in lines)
+    assert (folder / "curves.png").stat().st_size and not (folder / "checkpoints").exists()
+    assert "[synthetic]" in summary(result) and "10 held-out conversations" in summary(result)
+
+
+def test_perplexity_by_stock_peft_one_conversation_at_a_time(finished, base):
+    """In double precision, token by token, without padding."""
+    result, _, _ = finished
+    examples = synthetic.examples()
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
+    rows = [data.encode(ByT5Tokenizer(), data.conversation(examples[k], "")) for k in order[-10:]]
+    for moment in ("before", "after"):
+        model = LlamaForCausalLM.from_pretrained(base).double()
+        if moment == "after":
+            model = PeftModel.from_pretrained(model, Path(result["folder"]) / "adapter").double()
+        total, count = 0.0, 0
+        for row in rows:
+            logits = model.eval()(input_ids=torch.tensor([row["input_ids"]])).logits[0]
+            for k, label in enumerate(row["labels"][1:]):
+                if label != -100:
+                    total += F.cross_entropy(logits[k], torch.tensor(label)).item()
+                    count += 1
+        assert result["perplexity"][moment] == pytest.approx(math.exp(total / count), rel=1e-4)
+
+
+def test_a_finished_run_is_read_and_can_be_diagnosed(finished, base, monkeypatch):
+    result, _, out = finished
+    diagnosed = run(small(base), out, diagnose=True)
+    assert 0 < diagnosed["information_loss"]["after"]["overall"]["loss"] < 1
+    monkeypatch.setattr(module, "prepare", None)
+    assert run(small(base), out, diagnose=True) == diagnosed
+
+
+@pytest.mark.parametrize("settings", [{}, {"packing": True}, {"checkpointing": True, "accumulation": 2}])
+def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, settings):
+    config = small(base, **settings)
+    whole = run(config, tmp_path / "whole")
+    save = module.Progress.on_save
+
+    def die(self, *arguments, **more):
+        save(self, *arguments, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Progress, "on_save", die)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path / "killed")
+    monkeypatch.undo()
+    lines = []
+    resumed = run(config, tmp_path / "killed", say=lines.append)
+    assert "resumed   after epoch 1 of 2" in lines
+    assert resumed["loss_per_step"] == whole["loss_per_step"]
+    adapters = [(Path(r["folder"]) / "adapter" / "adapter_model.safetensors").read_bytes() for r in (whole, resumed)]
+    assert adapters[0] == adapters[1]
+
+
+def test_answers_alone_may_be_matched(base, tmp_path):
+    reports = [run(small(base, abm_tokens=t, epochs=1), tmp_path / t)["abm"] for t in ("all", "answers")]
+    assert reports[0] != reports[1]
+
+
+TWO = """
+import json, sys
+from nlp_ext.instruct.config import InstructConfig
+from nlp_ext.instruct import run as module
+from nlp_ext import training
+from abm_vision.runs.start import fingerprint
+start = training.start_adapter
+def apart(setup, *rest):  # what other hardware would do to one of the processes
+    started = start(setup, *rest)
+    rank = training.PartialState().process_index
+    for name, parameter in setup.model.named_parameters():
+        if "lora_" in name:
+            parameter.data.add_(rank)
+    return started
+training.start_adapter = apart
+begin = module.begin
+def look(setup, folder, *rest):
+    found = begin(setup, folder, *rest)
+    print(json.dumps({"rank": training.PartialState().process_index, "start": fingerprint(setup.model)}), flush=True)
+    return found
+module.begin = look
+settings = json.loads(sys.argv[1])
+result = module.run(InstructConfig.make(**settings), sys.argv[2])
+print(json.dumps({"processes": result["processes"], "perplexity": result["perplexity"]["after"]}), flush=True)
+"""
+
+
+def test_two_processes_start_from_one_adapter(base, tmp_path):
+    """Two gloo processes on CPU; the second's start is spoilt before the first's is handed round."""
+    (tmp_path / "two.py").write_text(
+        TWO.replace("training.PartialState", "PartialState").replace(
+            "import json, sys", "import json, sys\nfrom accelerate import PartialState"
+        )
+    )
+    settings = {**SMALL, "model": str(base), "epochs": 1, "batch_size": 8}
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613"]
+    done = subprocess.run(
+        [*words, str(tmp_path / "two.py"), json.dumps(settings), str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    starts = {line["rank"]: line["start"] for line in lines if "rank" in line}
+    assert set(starts) == {0, 1} and starts[0] == starts[1]
+    ends = [line for line in lines if "processes" in line]
+    assert len(ends) == 2 and ends[0] == ends[1] and ends[0]["processes"] == 2
+    (path,) = (tmp_path / "out").glob("*/result.json")
+    assert len(json.loads(path.read_text())["loss_per_step"]) == 5  # 80 conversations, 8 a process
+
+
+# Commands
+
+
+def test_the_real_command(base, tmp_path):
+    words = [sys.executable, "-m", "nlp_ext.instruct", *flags({**SMALL, "epochs": 1}), f"--model={base}", "--json"]
+    done = subprocess.run([*words, f"--out={tmp_path}", "--packing"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["config"]["packing"] is True and done.stderr == ""
+
+
+def test_chat(finished, base):
+    result, _, _ = finished
+    words = [sys.executable, "-m", "nlp_ext.instruct", "chat", f"--adapter={result['folder']}", "--new-tokens=5"]
+    done = subprocess.run(words, input="Hello\nAnd?\n\n", capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_mt_bench(finished, tmp_path, capsys):
+    result, _, _ = finished
+    questions = tmp_path / "question.jsonl"
+    rows = [{"question_id": 81, "category": "writing", "turns": ["Write.", "More."]}]
+    rows += [{"question_id": 101, "category": "reasoning", "turns": ["Why?", "Really?"]}]
+    questions.write_text("\n".join(map(json.dumps, rows)))
+    words = ["mt-bench", f"--adapter={result['folder']}", f"--questions={questions}", "--new-tokens=5", "--quiet"]
+    answers = []
+    for _ in range(2):
+        assert main([*words, f"--out={tmp_path}", "--name=mine"]) == 0
+        lines = (tmp_path / "model_answer" / "mine.jsonl").read_text().splitlines()
+        answers.append([json.loads(line) for line in lines])
+    for line, row in zip(answers[0], rows, strict=True):
+        assert set(line) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        assert line["question_id"] == row["question_id"] and line["model_id"] == "mine"
+        assert line["choices"][0]["index"] == 0 and len(line["choices"][0]["turns"]) == 2
+    assert [a["choices"] for a in answers[0]] == [a["choices"] for a in answers[1]]  # drawn with a seed
+    assert str(tmp_path / "model_answer" / "mine.jsonl") in capsys.readouterr().out
+    for text, message in (("{", "line 1, is not JSON"), ('{"a": 1}', "has question_id and turns"), ("", "is empty")):
+        questions.write_text(text)
+        assert main([*words, f"--out={tmp_path}"]) == 2 and message in capsys.readouterr().err
+    questions.unlink()
+    assert main([*words, f"--out={tmp_path}"]) == 2 and "question.jsonl of FastChat" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"length": 4}, "length is 4; it must be 8 or more"),
+        ({"samples": 11}, "samples is 11; at most the 10 held-out"),
+        ({"accumulation": 0}, "accumulation is 0"),
+        ({"packing": "yes"}, "packing is 'yes'; it must be of type bool"),
+        ({"base": "8bit"}, "base.*4bit"),
+    ],
+)
+def test_settings_out_of_range(base, settings, message):
+    with pytest.raises(ValueError, match=message):
+        small(base, **settings)
+
+
+def test_a_sequence_longer_than_the_model(base, tmp_path, capsys):
+    assert main([*flags({**SMALL, "model": base, "length": 600}), f"--out={tmp_path}", "--quiet"]) == 2
+    assert f"length is 600; {base} reads at most 512 tokens" in capsys.readouterr().err
+    assert main([*flags({**SMALL, "model": base, "held_out": 2400}), f"--out={tmp_path}", "--quiet"]) == 2
+    assert "2400 conversations, of which 2400 would be held out: lower --held-out" in capsys.readouterr().err
