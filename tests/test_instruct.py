@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ from peft import PeftModel
 from torch.nn import functional as F
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
+from abm_vision.runs import folder as files
 from nlp_ext.instruct import data, synthetic
 from nlp_ext.instruct import run as module
 from nlp_ext.instruct.__main__ import main, summary
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.run import run
+from nlp_ext.instruct.setup import prepare
 
 SMALL = {
     "data": "synthetic",
@@ -255,51 +258,68 @@ def test_answers_alone_may_be_matched(base, tmp_path):
 
 TWO = """
 import json, sys
-from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.instruct import run as module
-from nlp_ext import training
+from pathlib import Path
+from accelerate import PartialState
 from abm_vision.runs.start import fingerprint
-start = training.start_adapter
+from nlp_ext import training
+from nlp_ext.instruct import run as module
+from nlp_ext.instruct.config import InstructConfig
+
+start, begin, out = training.start_adapter, module.begin, Path(sys.argv[2])
+seen = {}
+
 def apart(setup, *rest):  # what other hardware would do to one of the processes
     started = start(setup, *rest)
-    rank = training.PartialState().process_index
     for name, parameter in setup.model.named_parameters():
         if "lora_" in name:
-            parameter.data.add_(rank)
+            parameter.data.add_(PartialState().process_index)
+    seen["own"] = fingerprint(setup.model)
     return started
-training.start_adapter = apart
-begin = module.begin
-def look(setup, folder, *rest):
-    found = begin(setup, folder, *rest)
-    print(json.dumps({"rank": training.PartialState().process_index, "start": fingerprint(setup.model)}), flush=True)
+
+def look(setup, *rest):
+    found = begin(setup, *rest)
+    seen["start"] = fingerprint(setup.model)
     return found
-module.begin = look
-settings = json.loads(sys.argv[1])
-result = module.run(InstructConfig.make(**settings), sys.argv[2])
-print(json.dumps({"processes": result["processes"], "perplexity": result["perplexity"]["after"]}), flush=True)
+
+training.start_adapter, module.begin = apart, look
+result = module.run(InstructConfig.make(**json.loads(sys.argv[1])), out)
+seen.update(processes=result["processes"], perplexity=result["perplexity"]["after"])
+(out / f"rank{PartialState().process_index}.json").write_text(json.dumps(seen))
 """
 
 
 def test_two_processes_start_from_one_adapter(base, tmp_path):
     """Two gloo processes on CPU; the second's start is spoilt before the first's is handed round."""
-    (tmp_path / "two.py").write_text(
-        TWO.replace("training.PartialState", "PartialState").replace(
-            "import json, sys", "import json, sys\nfrom accelerate import PartialState"
-        )
-    )
+    (tmp_path / "two.py").write_text(TWO)
     settings = {**SMALL, "model": str(base), "epochs": 1, "batch_size": 8}
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29613"]
-    done = subprocess.run(
-        [*words, str(tmp_path / "two.py"), json.dumps(settings), str(tmp_path / "out")], capture_output=True, text=True
-    )
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
+    words += [str(tmp_path / "two.py"), json.dumps(settings), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    starts = {line["rank"]: line["start"] for line in lines if "rank" in line}
-    assert set(starts) == {0, 1} and starts[0] == starts[1]
-    ends = [line for line in lines if "processes" in line]
-    assert len(ends) == 2 and ends[0] == ends[1] and ends[0]["processes"] == 2
-    (path,) = (tmp_path / "out").glob("*/result.json")
+    first, second = (json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1))
+    assert first["own"] != second["own"] and first["own"] == first["start"] == second["start"]
+    assert first["processes"] == second["processes"] == 2 and first["perplexity"] == second["perplexity"]
+    (path,) = tmp_path.glob("*/result.json")
     assert len(json.loads(path.read_text())["loss_per_step"]) == 5  # 80 conversations, 8 a process
+
+
+def test_packed_conversations_do_not_see_one_another(base, tmp_path):
+    """The loss of a packed batch is that of its conversations one at a time, token-weighted."""
+    config = small(base, packing=True)
+    folder = files.open_folder(tmp_path, config)
+    setup = prepare(config, folder, quiet=True, say=lambda line: None)
+    batch = next(iter(module._trainer(setup, folder, quiet=True).get_train_dataloader()))
+    starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
+    assert len(starts) > 20
+    model = LlamaForCausalLM.from_pretrained(base).eval()  # B is zero: the adapter changes nothing
+    total, count = 0.0, 0
+    for begin, end in pairwise(starts):
+        ids, labels = batch["input_ids"][:, begin:end], batch["labels"][0, begin:end]
+        logits = model(input_ids=ids).logits[0, :-1]
+        total += F.cross_entropy(logits, labels[1:], reduction="sum").item()
+        count += int((labels[1:] != -100).sum())
+    packed = setup.model.eval()(**batch).loss.item()
+    assert packed == pytest.approx(total / count, rel=1e-5)
 
 
 # Commands
@@ -354,9 +374,9 @@ def test_mt_bench(finished, tmp_path, capsys):
         ({"base": "8bit"}, "base.*4bit"),
     ],
 )
-def test_settings_out_of_range(base, settings, message):
+def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
-        small(base, **settings)
+        InstructConfig.make(**{**SMALL, **settings})
 
 
 def test_a_sequence_longer_than_the_model(base, tmp_path, capsys):
