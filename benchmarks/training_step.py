@@ -76,10 +76,15 @@ def time_variants(args: argparse.Namespace, name: str, size: int, batch: int, dt
         if args.compile:
             model = torch.compile(model)
         steps[variant] = stepper(model, size, batch, dtype, args.device)
-    seconds: dict[str, list[float]] = {v: [] for v in VARIANTS}
-    for round_ in range(args.rounds + 2):
-        order = VARIANTS if round_ % 2 else VARIANTS[::-1]
-        taken = {v: timed(steps[v], args.device) for v in order}
+    return take_turns(steps, args.rounds, args.device)
+
+
+def take_turns(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict:
+    """Median seconds of every variant, and its ratio to the variant "floor" of the same round."""
+    seconds: dict[str, list[float]] = {v: [] for v in steps}
+    for round_ in range(rounds + 2):
+        order = list(steps) if round_ % 2 else list(steps)[::-1]
+        taken = {v: timed(steps[v], device) for v in order}
         if round_ >= 2:  # two rounds of warm-up
             for variant, value in taken.items():
                 seconds[variant].append(value)

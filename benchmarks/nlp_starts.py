@@ -1,0 +1,61 @@
+"""Starts of LoRA on the tiny language models: GLUE's made-up SST-2 and RTE, and made-up instructions.
+
+    python benchmarks/nlp_starts.py [--threads 1]
+
+Every start with every learning rate and seed, by the real commands' own `run`. tiny-t5 and tiny-llama are stand-ins
+that were pretrained here for minutes, on data that is no benchmark: the numbers compare starts on real tokenisation and
+trainers, and say nothing about T5 or LLaMA. Finished runs are kept in `results/nlp_starts.jsonl`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import Any
+
+import torch
+from ledger import Ledger
+
+from nlp_ext.glue.config import GlueConfig
+from nlp_ext.glue.run import run as run_glue
+from nlp_ext.instruct.config import InstructConfig
+from nlp_ext.instruct.run import run as run_instruct
+from nlp_ext.quiet import only_our_own_words
+
+STARTS = ("kaiming", "eva", "abm", "abm_aligned")
+RATES = (2e-3, 5e-3)
+SEEDS = 3
+KEPT = ("config", "scores", "perplexity", "loss_per_step", "seconds", "tiny", "precision", "environment")
+
+
+def measured(subject: str, init: str, lr: float, seed: int) -> dict[str, Any]:
+    """A run's settings, scores, losses and seconds."""
+    with tempfile.TemporaryDirectory() as out, only_our_own_words():
+        if subject == "instruct":
+            result = run_instruct(InstructConfig.make(init=init, lr=lr, seed=seed), out)
+        else:
+            result = run_glue(GlueConfig.make(task=subject, init=init, lr=lr, seed=seed), out)
+    return {key: result[key] for key in KEPT if key in result}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--subjects", nargs="+", default=["sst2", "rte", "instruct"])
+    parser.add_argument("--threads", type=int, help="of torch")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    ledger = Ledger("nlp_starts")
+    done = {(r["subject"], r["config"]["init"], r["config"]["lr"], r["config"]["seed"]) for r in ledger.records}
+    for subject in options.subjects:
+        for seed in range(SEEDS):
+            for init in STARTS:
+                for lr in RATES:
+                    if (subject, init, lr, seed) not in done:
+                        record = {"subject": subject, **measured(subject, init, lr, seed)}
+                        ledger.append(record)
+                        print(subject, init, lr, seed, record.get("scores") or record.get("perplexity"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
