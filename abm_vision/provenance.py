@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("abm-lora", "torch", "torchvision", "timm", "peft", "numpy")
+_PACKAGES = ("abm-lora", "torch", "torchvision", "timm", "peft", "numpy", "transformers", "trl", "datasets")
 
 
 def environment(device: str) -> dict[str, Any]:

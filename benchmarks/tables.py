@@ -293,6 +293,77 @@ def data_path() -> str:
     return f"{table(head, rows)}\n\nViT-S/14 at 70 px, {content['rows'][0]['precision']}; {device}."
 
 
+def nlp_step() -> str:
+    content = read("nlp_step")
+    head = [f"{r['model']}, {r['dtype'].removeprefix('torch.')}" for r in content["rows"]]
+    rows = [
+        [VARIANTS[v], *(f"{r['variants'][v]['ratio_to_floor']:.2f}" for r in content["rows"])]
+        for v in ("floor", "ours", "peft")
+    ]
+    device = content["environment"]["device"]
+    note = f"Median of {content['rounds']} rounds, random weights, rank 8 on attention and MLP; {device}."
+    return f"{table(['time / floor', *head], rows)}\n\n{note}"
+
+
+def nlp_init() -> str:
+    content = read("nlp_init")
+    rows = []
+    for name, speedup in content["speedup"].items():
+        found = [r for r in content["rounds"] if r["model"] == name]
+        for variant, words in (("reference", "reference procedure"), ("ours", "`initialize_lora_abm_weights`")):
+            runs = [r[variant] for r in found]
+            rows.append(
+                [
+                    name,
+                    words,
+                    f"{statistics.median(r['seconds'] for r in runs):.1f} s",
+                    f"{speedup:.1f}" if variant == "ours" else "1",
+                    *(f"{statistics.mean(r[k] for r in runs):.5f}" for k in ("held_out_loss", "held_out_match")),
+                ]
+            )
+    head = ["model", "", "time", "times faster", "held-out boundary loss", "match rate"]
+    device = content["environment"]["device"]
+    seeds = len({r["seed"] for r in content["rounds"]})
+    return (
+        f"{table(head, rows)}\n\n{seeds} seeds, {content['precision']}; T5-Base's shape has random weights; {device}."
+    )
+
+
+def nlp_starts() -> str:
+    """Starts on the tiny language models, all rates and the spread over seeds."""
+    records = Ledger("nlp_starts").records
+    parts = []
+    for subject in dict.fromkeys(r["subject"] for r in records):
+        found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for record in (r for r in records if r["subject"] == subject):
+            found.setdefault((record["config"]["init"], record["config"]["lr"]), []).append(record)
+        rows = [
+            [
+                f"`{init}`",
+                f"{lr:g}",
+                str(len(runs)),
+                _over_seeds(map(area, runs), 4),
+                _over_seeds(map(_text_score, runs), 2),
+                f"{statistics.mean(r['seconds']['init'] / _epoch(r) for r in runs):.2f}",
+            ]
+            for (init, lr), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0]))
+        ]
+        score = "perplexity of held-out answers" if subject == "instruct" else "validation accuracy (%)"
+        head = ["start", "lr", "seeds", "training loss, mean over steps", score, "start costs (epochs)"]
+        parts.append(f"{subject}:\n\n{table(head, rows)}")
+    device = records[0]["environment"]["device"]
+    note = f"tiny-t5 (sst2, rte) and tiny-llama (instruct): stand-ins, made-up data; {device}."
+    return "\n\n".join([*parts, note])
+
+
+def _text_score(record: dict[str, Any]) -> float:
+    return record["perplexity"]["after"] if "perplexity" in record else 100 * record["scores"]["validation"]["accuracy"]
+
+
+def _epoch(record: dict[str, Any]) -> float:
+    return record["seconds"]["train"] / record["config"]["epochs"]
+
+
 def _changed(config: dict[str, Any]) -> str:
     """The start's settings that are not today's defaults."""
     own = {k: v for k, v in config.items() if uses(config["init"], k) and k.startswith(("abm_", "align_"))}

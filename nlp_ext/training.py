@@ -8,20 +8,23 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from abm_vision import plots
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.initializers import get_initializer
-from abm_vision.runs.folder import Diverged, check_origin, read_json
+from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT, Diverged, check_origin, read_json
 from abm_vision.runs.settings import AdapterSettings
-from abm_vision.runs.start import Ready, Say, Tune, check_same_start, start_adapter
+from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
 from nlp_ext.ranks import same_on_all_ranks
+from nlp_ext.textrun import TextRun
 
 CHECKPOINTS, PROGRESS, NOTES = "checkpoints", "progress.json", "notes.json"
+CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
@@ -133,23 +136,12 @@ def last_checkpoint(folder: Path) -> Path | None:
         if (path / PROGRESS).is_file():
             whole.append(path)
         else:
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # another process of this run may be at it, too
     return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
-class Start(Ready, Protocol):
-    """What `begin` needs of a run beside its start."""
-
-    config: AdapterSettings
-    seconds: dict[str, float]
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What a run that is taken up again must find unchanged."""
-
-
 def begin(
-    setup: Start, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say
+    setup: TextRun, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say
 ) -> tuple[dict[str, Any], Path | None]:
     """Apply the start, or leave it to the checkpoint that holds all of it. Returns the run's notes and the checkpoint.
 
@@ -169,6 +161,26 @@ def begin(
     same_on_all_ranks(setup.model)
     setup.seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
     return notes, checkpoint
+
+
+def clear(folder: Path, *names: str) -> None:
+    """Remove what a run has left in its folder but the configuration; `names` are a command's own files and folders."""
+    for name in (RESULT, FAILURE, NOTES, CURVES, INFORMATION_LOSS, ADAPTER, CHECKPOINTS, *names):
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        else:
+            (folder / name).unlink(missing_ok=True)
+
+
+def finish(result: dict[str, Any], folder: Path, title: str) -> None:
+    """Figures, then the last file of a run: with it the run is finished, and what it began with is not needed."""
+    if not (folder / CURVES).is_file():
+        plots.save_figure(plots.draw_training(result, title), folder / CURVES)
+    if result["information_loss"]:
+        plots.save_figure(plots.draw_information_loss(result), folder / INFORMATION_LOSS)
+    write_json(folder / RESULT, result)
+    (folder / NOTES).unlink(missing_ok=True)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def train(trainer: Trainer, progress: Progress, checkpoint: Path | None) -> None:

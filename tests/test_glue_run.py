@@ -102,6 +102,15 @@ def test_stock_peft_gives_the_same_predictions(finished, base):
     assert (scores["accuracy"], scores["invalid"]) == (pytest.approx(right / 12), invalid)
 
 
+def test_predictions_of_a_finished_run(finished, base, tmp_path):
+    """By the saved adapter, the same as those of the run itself."""
+    result, _, _ = finished
+    run(small(base), tmp_path)
+    later = run(small(base), tmp_path, test=True)
+    files = [(Path(r["folder"]) / "server" / "RTE.tsv").read_text() for r in (result, later)]
+    assert files[0] == files[1]
+
+
 def test_server_file_of_the_run(finished):
     result, _, _ = finished
     lines = (Path(result["folder"]) / "server" / "RTE.tsv").read_text().splitlines()

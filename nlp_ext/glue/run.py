@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from abm_vision import plots
 from abm_vision.abm.adapters import load_adapter
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.provenance import environment
@@ -26,10 +25,9 @@ from nlp_ext.glue.server import server_file
 from nlp_ext.glue.setup import Setup, Split, prepare, read_split, target_length
 from nlp_ext.glue.tasks import INVALID
 from nlp_ext.models import trainable
-from nlp_ext.training import CHECKPOINTS, NOTES, Progress, begin, own_callbacks, train, training_arguments
+from nlp_ext.training import NOTES, Progress, begin, clear, finish, own_callbacks, train, training_arguments
 
 SERVER = "server"
-CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
 SHOWN = 5  # texts that are no label, kept in a result
 
 
@@ -69,7 +67,7 @@ def run(
     folder = files.open_folder(out, config)
     with files.locked(folder):
         if rerun:
-            _clear(folder)
+            clear(folder, SERVER)
         result = files.read_result(folder, SCHEMA, {"config", "scores", "loss_per_step"})
         lacks_test = test and not (folder / SERVER).is_dir()
         if result is not None:
@@ -81,20 +79,8 @@ def run(
             result = _run(setup, folder, tune, quiet, diagnose, say)
             if lacks_test:
                 _write_predictions(setup, folder, quiet)
-            plots.save_figure(plots.draw_training(result, _headline(result)), folder / CURVES)
-        if result["information_loss"]:
-            plots.save_figure(plots.draw_information_loss(result), folder / INFORMATION_LOSS)
-        write_json(folder / files.RESULT, result)
-        (folder / NOTES).unlink(missing_ok=True)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+        finish(result, folder, _headline(result))
         return {**result, "folder": str(folder)}
-
-
-def _clear(folder: Path) -> None:
-    for name in (files.RESULT, NOTES, CURVES, INFORMATION_LOSS):
-        (folder / name).unlink(missing_ok=True)
-    for name in (files.ADAPTER, CHECKPOINTS, SERVER):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say) -> dict[str, Any]:
@@ -122,7 +108,7 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
         "loss_per_step": progress.losses,
         "seconds_per_epoch": progress.seconds,
         "seconds": seconds,
-        "examples_per_second": len(setup.train.rows) * config.epochs / seconds["train"],
+        "examples_per_second": len(setup.rows) * config.epochs / seconds["train"],
         "peak_memory_mib": peak_memory(setup.device),
         "environment": environment(str(setup.device)),
     }
@@ -143,7 +129,7 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> Trainer:
         setup.device,
         setup.precision,
         warmup=config.warmup,
-        steps_per_epoch=-(-len(setup.train.rows) // config.batch_size),
+        steps_per_epoch=-(-len(setup.rows) // config.batch_size),
         quiet=quiet,
         per_device_train_batch_size=config.batch_size,
     )
@@ -151,8 +137,8 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> Trainer:
         Trainer(
             model=setup.model,
             args=arguments,
-            data_collator=setup.collator,
-            train_dataset=Rows(setup.train.rows),
+            data_collator=DataCollatorForSeq2Seq(setup.tokenizer),
+            train_dataset=Rows(setup.rows),
             processing_class=setup.tokenizer,
         )
     )

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
-from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import settle_precision
-from abm_vision.runs.order import diagnosis_batches, shuffled
+from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, stopwatch
 from nlp_ext.glue import data
 from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.tasks import GlueTask, get_task
-from nlp_ext.models import Weights, load_model
+from nlp_ext.models import load_model
+from nlp_ext.textrun import Row, TextRun
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,7 +31,7 @@ class Split:
 
     name: str
     examples: Dataset
-    rows: list[dict[str, list[int]]]
+    rows: list[Row]
     cut: int
 
     def record(self, source: str) -> dict[str, Any]:
@@ -43,62 +41,12 @@ class Split:
 
 
 @dataclass
-class Setup:
-    """The adapted model and its data: what a start needs (`abm_vision.runs.start.Ready`), and the training."""
+class Setup(TextRun):
+    """The adapted model and its data."""
 
     config: GlueConfig
     task: GlueTask
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    train: Split
     validation: list[Split]
-    weights: Weights
-    device: torch.device
-    precision: str
-    seconds: dict[str, float]
-    collator: DataCollatorForSeq2Seq = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.collator = DataCollatorForSeq2Seq(self.tokenizer)
-
-    @property
-    def weights_sha256(self) -> str:
-        """What a tuned reference must have been tuned on."""
-        return self.weights.sha256
-
-    @property
-    def backbone(self) -> Backbone:
-        """The model's record."""
-        return find_backbone(self.model)
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What a result says of its data."""
-        source = self.config.data_source
-        return {
-            "train": self.train.record(source),
-            "validation": [split.record(source) for split in self.validation],
-        }
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What a run that is taken up again must find unchanged."""
-        return {"data": self.data, "weights_sha256": self.weights.sha256}
-
-    def batch(self, rows: Sequence[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """Padded tensors (examples, tokens) on the device."""
-        return {k: v.to(self.device) for k, v in self.collator([dict(row) for row in rows]).items() if v is not None}
-
-    def calibration(self) -> Iterator[dict[str, torch.Tensor]]:
-        """The shuffled training set, for the start."""
-        size = min(self.config.batch_size, self.config.abm_samples)
-        for indices in shuffled(len(self.train.rows), size, self.config.seed, 0):
-            yield self.batch([self.train.rows[k] for k in indices])
-
-    def diagnosis(self, seen: bool) -> list[dict[str, torch.Tensor]]:
-        """Batches to measure information loss on."""
-        batches = diagnosis_batches(len(self.train.rows), self.config.abm_samples, self.config.seed, seen)
-        return [self.batch([self.train.rows[k] for k in indices]) for indices in batches]
 
 
 def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
@@ -127,7 +75,13 @@ def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
         torch.manual_seed(config.seed)
         targets = config.lora_targets()
         adapted = add_lora(model.to(device), config.rank, config.alpha, targets=targets, dropout=config.dropout)
-        setup = Setup(config, task, adapted, tokenizer, train, validation, weights, device, precision, seconds)
+        record = {
+            "train": train.record(config.data_source),
+            "validation": [split.record(config.data_source) for split in validation],
+        }
+        setup = Setup(
+            config, adapted, tokenizer, train.rows, record, weights, device, precision, seconds, task, validation
+        )
         check_adapters(adapted.eval(), setup.batch(train.rows[:2]))
     return setup
 

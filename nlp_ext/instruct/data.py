@@ -117,6 +117,10 @@ class Tokens:
     cut: int
     left_out: int
 
+    def record(self, source: str) -> dict[str, Any]:
+        """What a result says of them."""
+        return {"source": source, "conversations": len(self.rows), "cut": self.cut, "left_out": self.left_out}
+
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], length: int) -> Tokens:
     """Tokens of all conversations, none longer than `length`.

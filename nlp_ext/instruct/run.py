@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -13,7 +12,6 @@ from typing import Any
 import datasets
 from trl import SFTConfig, SFTTrainer
 
-from abm_vision import plots
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
@@ -24,9 +22,9 @@ from nlp_ext.instruct.config import SCHEMA, InstructConfig
 from nlp_ext.instruct.setup import Setup, prepare
 from nlp_ext.models import trainable
 from nlp_ext.ranks import join
-from nlp_ext.training import CHECKPOINTS, NOTES, Progress, begin, own_callbacks, train, training_arguments
+from nlp_ext.training import NOTES, Progress, begin, clear, finish, own_callbacks, train, training_arguments
 
-CURVES, INFORMATION_LOSS, SAMPLES = "curves.png", "information_loss.png", "samples.jsonl"
+SAMPLES = "samples.jsonl"
 
 
 def run(
@@ -67,7 +65,7 @@ def run(
             files.open_folder(out, config)
             stack.enter_context(files.locked(folder))
             if rerun:
-                _clear(folder)
+                clear(folder, SAMPLES)
             files.settle_precision(folder, config)
         state.wait_for_everyone()
         result = files.read_result(folder, SCHEMA, {"config", "perplexity", "loss_per_step"})
@@ -82,31 +80,14 @@ def run(
                 started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
                 result = {**result, "information_loss": started["information_loss"]}
         if state.is_main_process:
-            _finish(result, folder)
+            finish(result, folder, _headline(result))
         state.wait_for_everyone()
         return {**result, "folder": str(folder)}
-
-
-def _clear(folder: Path) -> None:
-    for name in (files.RESULT, NOTES, CURVES, INFORMATION_LOSS, SAMPLES):
-        (folder / name).unlink(missing_ok=True)
-    for name in (files.ADAPTER, CHECKPOINTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _check_finished(result: dict[str, Any], setup: Setup, folder: Path) -> None:
     origin = {"data": result["data"], "weights_sha256": result["weights"]["sha256"]}
     files.check_origin(origin, setup.origin, folder)
-
-
-def _finish(result: dict[str, Any], folder: Path) -> None:
-    if not (folder / CURVES).is_file():
-        plots.save_figure(plots.draw_training(result, _headline(result)), folder / CURVES)
-    if result["information_loss"]:
-        plots.save_figure(plots.draw_information_loss(result), folder / INFORMATION_LOSS)
-    write_json(folder / files.RESULT, result)
-    (folder / NOTES).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say, main: bool) -> dict[str, Any]:
@@ -162,7 +143,7 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
         setup.device,
         setup.precision,
         warmup=config.warmup,
-        steps_per_epoch=-(-len(setup.train.rows) // a_step),
+        steps_per_epoch=-(-len(setup.rows) // a_step),
         quiet=quiet,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
@@ -173,7 +154,7 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
     trainer = SFTTrainer(
         model=setup.model,
         args=arguments,
-        train_dataset=datasets.Dataset.from_list(setup.train.rows),
+        train_dataset=datasets.Dataset.from_list(setup.rows),
         processing_class=setup.tokenizer,
     )
     return own_callbacks(trainer)

@@ -2,93 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import settle_precision
-from abm_vision.runs.order import diagnosis_batches, shuffled
+from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, stopwatch
 from nlp_ext.batches import answer_tokens
 from nlp_ext.instruct import data
 from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.models import Weights, load_model
-
-Batch = dict[str, Tensor]
+from nlp_ext.models import load_model
+from nlp_ext.textrun import TextRun
 
 
 @dataclass
-class Setup:
-    """The adapted model and its data: what a start needs (`abm_vision.runs.start.Ready`), and the training."""
+class Setup(TextRun):
+    """The adapted model and its data.
+
+    Args:
+        held_out: conversations for the perplexity.
+        prompts: what is to be answered: held-out conversations without their last answer.
+    """
 
     config: InstructConfig
-    model: PeftModel
-    tokenizer: PreTrainedTokenizerBase
-    train: data.Tokens
     held_out: data.Tokens
-    prompts: list[data.Conversation]  # to be answered: held-out conversations without their last answer
-    sha256: str  # of all conversations
-    weights: Weights
-    device: torch.device
-    precision: str
-    seconds: dict[str, float]
-
-    @property
-    def weights_sha256(self) -> str:
-        """What a tuned reference must have been tuned on."""
-        return self.weights.sha256
+    prompts: list[data.Conversation]
 
     @property
     def backbone(self) -> Backbone:
         """The model's record, with the mask that the settings ask for."""
-        found = find_backbone(self.model)
+        found = super().backbone
         return found if self.config.abm_tokens == "all" else replace(found, token_mask_fn=answer_tokens)
-
-    @property
-    def data(self) -> dict[str, Any]:
-        """What a result says of its data."""
-        parts = {
-            name: {
-                "source": self.config.data_source,
-                "conversations": len(tokens.rows),
-                "cut": tokens.cut,
-                "left_out": tokens.left_out,
-            }
-            for name, tokens in (("train", self.train), ("held_out", self.held_out))
-        }
-        return {**parts, "sha256": self.sha256}
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What a run that is taken up again must find unchanged."""
-        return {"data": self.data, "weights_sha256": self.weights.sha256}
-
-    def batch(self, rows: Sequence[dict[str, list[int]]]) -> Batch:
-        """Padded tensors (conversations, tokens) on the device."""
-        collator = DataCollatorForSeq2Seq(self.tokenizer)
-        return {k: v.to(self.device) for k, v in collator([dict(row) for row in rows]).items()}
-
-    def calibration(self) -> Iterator[Batch]:
-        """The shuffled training set, for the start."""
-        size = min(self.config.batch_size, self.config.abm_samples)
-        for indices in shuffled(len(self.train.rows), size, self.config.seed, 0):
-            yield self.batch([self.train.rows[k] for k in indices])
-
-    def diagnosis(self, seen: bool) -> list[Batch]:
-        """Batches to measure information loss on."""
-        batches = diagnosis_batches(len(self.train.rows), self.config.abm_samples, self.config.seed, seen)
-        return [self.batch([self.train.rows[k] for k in indices]) for indices in batches]
 
 
 def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setup:
@@ -129,8 +82,14 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
         torch.manual_seed(config.seed)
         targets = config.lora_targets()
         adapted = add_lora(model, config.rank, config.alpha, targets=targets, dropout=config.dropout)
-        sha256 = data.digest(conversations)
-        setup = Setup(config, adapted, tokenizer, train, held_out, prompts, sha256, weights, device, precision, seconds)
+        record = {
+            "train": train.record(config.data_source),
+            "held_out": held_out.record(config.data_source),
+            "sha256": data.digest(conversations),
+        }
+        setup = Setup(
+            config, adapted, tokenizer, train.rows, record, weights, device, precision, seconds, held_out, prompts
+        )
         check_adapters(adapted.eval(), setup.batch(train.rows[:2]))
     return setup
 

@@ -54,7 +54,9 @@ class Assistant:
         name = model or recorded.get("model")
         if name is None:
             raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
-        base, tokenizer, _ = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=torch.float32)
+        # A base that was tuned on in 4 bits answers in bfloat16.
+        dtype = torch.float32 if recorded.get("base", "fp32") == "fp32" else torch.bfloat16
+        base, tokenizer, _ = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
         self.model: PeftModel = load_adapter(base.to(device), folder).eval()
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.new_tokens = new_tokens
