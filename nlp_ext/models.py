@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -51,7 +52,7 @@ def load_model(
 
     Raises:
         OSError: there is no such model, it is gated, or the hub cannot be reached.
-        ValueError: the model is of another kind.
+        ValueError: the model is of another kind, or its files are damaged or not whole.
     """
     place = str(tiny.tiny_folder(name, show_progress_bar=show_progress_bar)) if name in tiny.MODELS else name
     try:
@@ -62,12 +63,20 @@ def load_model(
         if type(config) not in kind._model_mapping:
             raise ValueError(f"{name} is a model of type {config.model_type}; one like {example} is needed here")
         tokenizer = AutoTokenizer.from_pretrained(place)
-        model = kind.from_pretrained(place, use_safetensors=True, **options)
-        folder = Path(cached_file(place, "config.json")).parent
+        model, loading = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
+        sha256 = _sha256(Path(cached_file(place, "config.json")).parent)
     except OSError as error:
         raise OSError(_explained(name, error, example)) from error
+    except (SafetensorError, RuntimeError) as error:  # a file that is cut short, or of other shapes
+        raise ValueError(f"the weights of {name} cannot be read ({' '.join(str(error).split())[:200]})") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__} ({missing[0]} and others): they would be "
+            f"random. Give a model of that kind, such as {example}"
+        )
     revision = getattr(model.config, "_commit_hash", None)
-    return model.eval(), tokenizer, Weights(name, revision, _sha256(folder), name in tiny.MODELS)
+    return model.eval(), tokenizer, Weights(name, revision, sha256, name in tiny.MODELS)
 
 
 def _explained(name: str, error: OSError, example: str) -> str:
@@ -93,8 +102,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _sha256(folder: Path) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
+    digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+    if not paths:
+        raise OSError(f"no safetensors file in {folder}, and pickles are never loaded")
+    for path in paths:
         with path.open("rb") as file:
             while block := file.read(2**24):
                 digest.update(block)

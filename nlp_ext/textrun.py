@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
@@ -58,7 +59,11 @@ class TextRun:
     @property
     def origin(self) -> dict[str, Any]:
         """What a run that is taken up again must find unchanged."""
-        return {"data": self.data, "weights_sha256": self.weights.sha256}
+        return {
+            "data": self.data,
+            "weights_sha256": self.weights.sha256,
+            "processes": PartialState().num_processes,
+        }
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Padded tensors (examples, tokens) on the device."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -36,7 +37,6 @@ def training_arguments(
     precision: str,
     *,
     warmup: float,
-    steps_per_epoch: int,
     quiet: bool,
     **options: Any,
 ) -> Arguments:
@@ -47,7 +47,7 @@ def training_arguments(
         learning_rate=config.lr,
         weight_decay=config.weight_decay,
         lr_scheduler_type="cosine",
-        warmup_steps=round(warmup * steps_per_epoch * config.epochs),
+        warmup_steps=warmup,  # below 1 it is a share of the steps
         seed=config.seed,
         bf16=precision == "bf16",
         use_cpu=device.type == "cpu",
@@ -55,7 +55,7 @@ def training_arguments(
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="epoch",
-        save_total_limit=1,
+        save_total_limit=2,  # the older one goes before the newer one is known to be whole
         disable_tqdm=quiet or not sys.stderr.isatty(),
         report_to="none",
         remove_unused_columns=False,
@@ -156,7 +156,8 @@ def begin(
     diagnose = diagnose and notes["information_loss"] is None
     if checkpoint is None or diagnose or not get_initializer(setup.config.init).in_factors:
         started = start_adapter(setup, setup.config, tune, setup.seconds, quiet, diagnose, say)
-        check_same_start(notes, started, folder)
+        if PartialState().is_main_process:
+            check_same_start(notes, started, folder)
         notes = {"seconds": dict(setup.seconds), **notes, **{k: v for k, v in started.items() if v}}
     same_on_all_ranks(setup.model)
     setup.seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})

@@ -70,6 +70,19 @@ def test_what_is_not_there(tmp_path):
         read(get_task("rte"), "train", tmp_path)
 
 
+def test_words_of_csv_stay_words(tmp_path):
+    (tmp_path / "train.csv").write_text("sentence,label\nNA,1\nNone,0\n")
+    assert read(get_task("sst2"), "train", tmp_path)["sentence"][:] == ["NA", "None"]
+
+
+def test_texts_are_texts_and_test_labels_are_not_needed(tmp_path):
+    (tmp_path / "train.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence": null, "label": 0}')
+    with pytest.raises(ValueError, match=r"train.jsonl, example 2: sentence is None; a text is needed"):
+        read(get_task("sst2"), "train", tmp_path)
+    (tmp_path / "test.jsonl").write_text('{"sentence": "a"}')
+    assert read(get_task("sst2"), "test", tmp_path).to_list() == [{"sentence": "a", "label": -1, "idx": 0}]
+
+
 def test_no_hub(monkeypatch):
     def fail(*a, **k):
         raise ConnectionError("no\nroute")

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
-from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+from transformers import ByT5Tokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from nlp_ext.glue import run as module
 from nlp_ext.glue.__main__ import main, summary
@@ -247,6 +249,19 @@ def test_wrong_models(tmp_path, base, capsys):
     (empty / "config.json").write_text(json.dumps({**config, "model_type": "llama", "architectures": None}))
     assert main([f"--model={empty}", "--data=synthetic", f"--out={tmp_path}", "--quiet"]) == 2
     assert "is a model of type llama; one like tiny-t5 is needed here" in capsys.readouterr().err
+
+
+def test_weights_that_are_not_whole(tmp_path, base, capsys):
+    """An encoder alone would get a random decoder; a file cut short is told, too."""
+    part, cut = tmp_path / "part", tmp_path / "cut"
+    T5EncoderModel.from_pretrained(base).save_pretrained(part)
+    ByT5Tokenizer().save_pretrained(part)
+    shutil.copytree(base, cut)
+    (cut / "model.safetensors").write_bytes((base / "model.safetensors").read_bytes()[:5000])
+    for folder, message in ((part, r"lacks \d+ weights of a T5ForConditionalGeneration"), (cut, "cannot be read")):
+        assert main([f"--model={folder}", "--data=synthetic", f"--out={tmp_path}", "--quiet"]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1
 
 
 class Hub(BaseHTTPRequestHandler):

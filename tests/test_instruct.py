@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from itertools import pairwise
@@ -131,6 +132,20 @@ def test_labels_are_the_answers_alone(template):
         assert [part[-1] for part in parts] == [1, 1]  # the end of an answer is learnt, too
         text = tokenizer.decode(row["input_ids"], skip_special_tokens=True)
         assert text.startswith("Be kind.\n\n### Instruction:\nHällo\n\n### Response:\nHi.### Instruction:\nAnd?")
+
+
+def test_templates_that_refuse_or_rewrite():
+    tokenizer = ByT5Tokenizer()
+    turns = data.conversation({"instruction": "a", "output": "b"}, "row")
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    with pytest.raises(ValueError, match=r"takes no conversation of system, user.*no system"):
+        data.encode(tokenizer, [{"role": "system", "content": "s"}, *turns])
+    tokenizer.chat_template = (  # the last answer looks different, as with models that think
+        "{% for m in messages %}{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    with pytest.raises(ValueError, match="writes an answer differently when more turns follow"):
+        data.encode(tokenizer, turns + turns)
 
 
 def test_long_conversations_are_cut_and_counted():
@@ -377,6 +392,42 @@ def test_mt_bench(finished, tmp_path, capsys):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         InstructConfig.make(**{**SMALL, **settings})
+
+
+def test_settings_name_runs_where_the_start_uses_them():
+    names = {
+        init: {InstructConfig.make(init=init, abm_tokens=tokens).run_name() for tokens in ("all", "answers")}
+        for init in ("kaiming", "abm", "eva", "abm_aligned")
+    }
+    assert {init: len(found) for init, found in names.items()} == {"kaiming": 1, "abm": 2, "eva": 2, "abm_aligned": 2}
+
+
+def test_other_processes_are_not_the_same_run(finished, base, monkeypatch):
+    result, _, out = finished
+    path = Path(result["folder"]) / "result.json"
+    whole = path.read_text()
+    path.write_text(json.dumps({**json.loads(whole), "processes": 8}))
+    with pytest.raises(ValueError, match="was made by 8 processes, now there are 1"):
+        run(small(base), out)
+    path.write_text(whole)
+
+
+def test_a_conversation_longer_than_the_model(finished, base):
+    result, _, _ = finished
+    words = [sys.executable, "-m", "nlp_ext.instruct", "chat", f"--adapter={result['folder']}", "--new-tokens=500"]
+    done = subprocess.run(words, input="Hello\n\n", capture_output=True, text=True)
+    assert done.returncode == 2 and "the model reads 512: begin a new one" in done.stderr
+
+
+def test_an_adapter_on_other_weights(finished, base, tmp_path, capsys):
+    result, _, _ = finished
+    folder = tmp_path / "adapter"
+    shutil.copytree(Path(result["folder"]) / "adapter", folder)
+    settings = json.loads((folder / "abm.json").read_text())
+    settings["weights"]["sha256"] = "0" * 64
+    (folder / "abm.json").write_text(json.dumps(settings))
+    assert main(["chat", f"--adapter={folder}"]) == 2
+    assert f"was tuned on weights of sha256 {'0' * 64}" in capsys.readouterr().err
 
 
 def test_a_sequence_longer_than_the_model(base, tmp_path, capsys):

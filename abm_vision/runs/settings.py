@@ -166,7 +166,7 @@ def uses(init: str, setting: str) -> bool:
     start = get_initializer(init)
     if setting == "abm_reference":
         return "reference" in start.needs
-    if setting == "abm_samples":
+    if setting in ("abm_samples", "abm_tokens"):  # the aligned start and EVA take them, too
         return start.needs != "nothing"
     if setting.startswith("abm_"):
         return init in ("abm", "abm_tuned")

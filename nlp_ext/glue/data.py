@@ -72,18 +72,25 @@ def _from_file(task: GlueTask, split: str, folder: Path) -> Dataset:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
     try:
-        # The library's own cache would outlive changes of the file.
-        read = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", keep_in_memory=True)
+        # In CSV "NA" and "None" are words like others.
+        options = {"keep_default_na": False} if path.suffix == ".csv" else {}
+        read = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
     except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
         cause = error.__cause__ or error
         raise ValueError(f"{path} cannot be read as {READERS[path.suffix]} ({' '.join(str(cause).split())})") from error
     if not len(read):
         raise ValueError(f"{path} has no examples")
+    if split.startswith("test") and "label" not in read.column_names:  # the server has them
+        read = read.add_column("label", [-1] * len(read))
     absent = [column for column in (*task.columns, "label") if column not in read.column_names]
     if absent:
         raise ValueError(
             f"{path} has the columns {', '.join(read.column_names)}; {task.name} needs {', '.join(absent)} as well"
         )
+    for column in task.columns:
+        for number, text in enumerate(read[column], 1):
+            if not isinstance(text, str):
+                raise ValueError(f"{path}, example {number}: {column} is {text!r}; a text is needed")
     if not split.startswith("test"):
         for number, label in enumerate(read["label"], 1):
             _check(task, label, f"{path}, example {number}")

@@ -69,17 +69,20 @@ def run(
         if rerun:
             clear(folder, SERVER)
         result = files.read_result(folder, SCHEMA, {"config", "scores", "loss_per_step"})
-        lacks_test = test and not (folder / SERVER).is_dir()
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
-            if lacks_test or (diagnose and not result["information_loss"]):
-                result = _added(result, config, folder, tune, quiet, diagnose, lacks_test, say)
+            if diagnose and not result["information_loss"]:
+                setup = prepare(config, folder, quiet, say)
+                origin = {"data": result["data"], "weights_sha256": result["weights"]["sha256"], "processes": 1}
+                files.check_origin(origin, setup.origin, folder)
+                started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
+                result = {**result, "information_loss": started["information_loss"]}
         else:
             setup = prepare(config, folder, quiet, say)
             result = _run(setup, folder, tune, quiet, diagnose, say)
-            if lacks_test:
-                _write_predictions(setup, folder, quiet)
         finish(result, folder, _headline(result))
+        if test and not (folder / SERVER).is_dir():
+            _write_predictions(_finished_setup(config, folder, quiet), folder, quiet, say)
         return {**result, "folder": str(folder)}
 
 
@@ -129,7 +132,6 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> Trainer:
         setup.device,
         setup.precision,
         warmup=config.warmup,
-        steps_per_epoch=-(-len(setup.rows) // config.batch_size),
         quiet=quiet,
         per_device_train_batch_size=config.batch_size,
     )
@@ -181,40 +183,27 @@ def _score(setup: Setup, split: Split, quiet: bool) -> dict[str, Any]:
     return {**scores, "count": len(texts), "invalid_texts": invalid[:SHOWN]}
 
 
-def _write_predictions(setup: Setup, folder: Path, quiet: bool) -> None:
+def _write_predictions(setup: Setup, folder: Path, quiet: bool, say: Say) -> None:
     beside = folder / f".{SERVER}.part"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     for name, file in setup.task.server.items():
         split = read_split(setup.config, name, setup.tokenizer)
         labels = [setup.task.read(text) for text in _texts(setup, split, quiet)]
+        invalid = sum(label is INVALID for label in labels)
+        say(
+            f"{file:<11} {len(labels)} predictions" + (f", {invalid} no label, written as the first" if invalid else "")
+        )
         content = server_file(setup.task, split.examples["idx"], labels)
         write_atomically(beside / file, lambda path, content=content: path.write_text(content, encoding="utf-8"))
     beside.rename(folder / SERVER)
 
 
-def _added(
-    result: dict[str, Any],
-    config: GlueConfig,
-    folder: Path,
-    tune: Tune,
-    quiet: bool,
-    diagnose: bool,
-    test: bool,
-    say: Say,
-) -> dict[str, Any]:
-    """What a finished run lacks of what is asked for now."""
-    setup = prepare(config, folder, quiet, say)
-    origin = {"data": result["data"], "weights_sha256": result["weights"]["sha256"]}
-    files.check_origin(origin, setup.origin, folder)
-    if diagnose and not result["information_loss"]:
-        started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
-        result = {**result, "information_loss": started["information_loss"]}
-    if test:
-        torch.manual_seed(config.seed)
-        setup.model = load_adapter(setup.model.unload(), folder / files.ADAPTER).to(setup.device)
-        _write_predictions(setup, folder, quiet)
-    return result
+def _finished_setup(config: GlueConfig, folder: Path, quiet: bool) -> Setup:
+    """The run's model with its saved adapter, on the untouched base."""
+    setup = prepare(config, folder, quiet, lambda line: None)
+    setup.model = load_adapter(setup.model.unload(), folder / files.ADAPTER).to(setup.device)
+    return setup
 
 
 def _headline(result: dict[str, Any]) -> str:
@@ -238,6 +227,7 @@ def model_card(result: dict[str, Any]) -> str:
     config, weights = result["config"], result["weights"]
     base = f"base_model: {config['model']}\n" if weights["revision"] else ""
     stand_in = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
+    base_code = f'tiny_folder("{config["model"]}")' if result["tiny"] else f'"{config["model"]}"'
     return f"""---
 library_name: peft
 {base}tags: [lora, abm-lora, t5]
@@ -255,7 +245,7 @@ Base weights: {weights["location"]}{f" at {weights['revision']}" if weights["rev
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM
 
-model = AutoModelForSeq2SeqLM.from_pretrained("{config["model"]}")
+model = AutoModelForSeq2SeqLM.from_pretrained({base_code})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 ```
 """

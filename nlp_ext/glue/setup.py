@@ -11,7 +11,6 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
-from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import settle_precision
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, stopwatch
@@ -19,6 +18,7 @@ from nlp_ext.glue import data
 from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.tasks import GlueTask, get_task
 from nlp_ext.models import load_model
+from nlp_ext.ranks import text_device
 from nlp_ext.textrun import Row, TextRun
 
 if TYPE_CHECKING:
@@ -55,7 +55,9 @@ def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
     Raises:
         ValueError, OSError: of the data, the model, or the adapter, each with one message.
     """
-    device = resolve_device(config.device)
+    device = text_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     precision = settle_precision(folder, config)
     say(f"device    {device}, {precision}")
     seconds: dict[str, float] = {}
@@ -116,5 +118,5 @@ def shortened(ids: list[int], length: int) -> list[int]:
 
 def target_length(task: GlueTask, tokenizer: PreTrainedTokenizerBase) -> int:
     """Tokens of the longest answer, its end included."""
-    answers = task.labels or ("5.0",)
+    answers = task.labels or tuple(f"{k / 5:.1f}" for k in range(26))
     return max(len(ids) for ids in tokenizer(list(answers)).input_ids)

@@ -37,11 +37,6 @@ class GlueTask:
         """Names of the validation splits: two of MNLI."""
         return tuple(split for split in self.sizes if split.startswith("validation"))
 
-    @property
-    def test(self) -> tuple[str, ...]:
-        """Names of the test splits, whose labels are kept by the server."""
-        return tuple(self.server)
-
     def source(self, example: Mapping[str, str]) -> str:
         """What the model reads, e.g. "rte sentence1: ... sentence2: ..."."""
         return " ".join([self.name, *(f"{column}: {example[column]}" for column in self.columns)])

@@ -52,7 +52,8 @@ def _talk_parser(name: str, description: str) -> Parser:
     flags.add_argument("--adapter", required=True, metavar="DIR", help="a run's folder, or the adapter's own")
     flags.add_argument("--model", help="the base model (default: as the run had it)")
     flags.add_argument("--device", default="auto", help="auto, or a torch device (default: auto)")
-    flags.add_argument("--new-tokens", type=int, default=512, help="longest answer in tokens (default: 512)")
+    tokens = 1024 if name == "mt-bench" else 512
+    flags.add_argument("--new-tokens", type=int, default=tokens, help=f"longest answer in tokens (default: {tokens})")
     return flags
 
 

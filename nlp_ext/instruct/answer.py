@@ -23,8 +23,18 @@ def answer(
     new_tokens: int,
     temperature: float = 0.0,
 ) -> str:
-    """The assistant's next turn: the likeliest tokens at temperature 0, else drawn (torch's seed decides)."""
+    """The assistant's next turn: the likeliest tokens at temperature 0, else drawn (torch's seed decides).
+
+    Raises:
+        ValueError: prompt and answer would be longer than the model reads.
+    """
     inputs = tokenizer(prompt(tokenizer, turns), add_special_tokens=False, return_tensors="pt").to(model.device)
+    given, longest = inputs.input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and given + new_tokens > longest:
+        raise ValueError(
+            f"the conversation has {given} tokens, and an answer of up to {new_tokens} is asked for; the model reads "
+            f"{longest}: begin a new one, or lower --new-tokens"
+        )
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
     tokens = model.generate(
         input_ids=inputs.input_ids,
@@ -33,7 +43,7 @@ def answer(
         pad_token_id=tokenizer.pad_token_id,
         **drawn,
     )
-    return tokenizer.decode(tokens[0, inputs.input_ids.shape[1] :], skip_special_tokens=True).strip()
+    return tokenizer.decode(tokens[0, given:], skip_special_tokens=True).strip()
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from nlp_ext.batches import IGNORED
@@ -144,6 +145,11 @@ def encode(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> dict[str,
         if turn["role"] == "assistant":
             start = _common(ids, _ids(tokenizer, turns[:k], answer_next=True))
             end = _common(ids, _ids(tokenizer, turns[: k + 1]))
+            if start >= end:
+                raise ValueError(
+                    "the chat template writes an answer differently when more turns follow, so that no tokens can be "
+                    "told to be the answer's: give conversations of one turn each, or another template"
+                )
             labels[start:end] = ids[start:end]
     return {"input_ids": ids, "labels": labels}
 
@@ -155,9 +161,13 @@ def _ids(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer_next: b
 def prompt(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer_next: bool = True) -> str:
     """The text of a conversation by the tokeniser's own chat template, or by `TEMPLATE`."""
     template = tokenizer.chat_template or TEMPLATE
-    return tokenizer.apply_chat_template(
-        turns, chat_template=template, tokenize=False, add_generation_prompt=answer_next
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            turns, chat_template=template, tokenize=False, add_generation_prompt=answer_next
+        )
+    except (TemplateError, ValueError) as error:
+        roles = ", ".join(turn["role"] for turn in turns) or "no turn"
+        raise ValueError(f"the model's chat template takes no conversation of {roles} ({error})") from error
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:

@@ -71,6 +71,11 @@ def run(
         result = files.read_result(folder, SCHEMA, {"config", "perplexity", "loss_per_step"})
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
+            if result["processes"] != state.num_processes:
+                raise ValueError(
+                    f"the run in {folder} was made by {result['processes']} processes, now there are "
+                    f"{state.num_processes}, which take more in a step: choose another --out, or --rerun"
+                )
         if result is None or (diagnose and not result["information_loss"]):
             setup = prepare(config, folder, quiet, say)
             if result is None:
@@ -86,7 +91,8 @@ def run(
 
 
 def _check_finished(result: dict[str, Any], setup: Setup, folder: Path) -> None:
-    origin = {"data": result["data"], "weights_sha256": result["weights"]["sha256"]}
+    found = {"data": result["data"], "weights_sha256": result["weights"]["sha256"]}
+    origin = {**found, "processes": result["processes"]}
     files.check_origin(origin, setup.origin, folder)
 
 
@@ -135,7 +141,6 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
 
 def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
     config = setup.config
-    a_step = config.batch_size * config.accumulation
     arguments = training_arguments(
         SFTConfig,
         config,
@@ -143,7 +148,6 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
         setup.device,
         setup.precision,
         warmup=config.warmup,
-        steps_per_epoch=-(-len(setup.rows) // a_step),
         quiet=quiet,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
@@ -151,12 +155,20 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
         max_length=config.length,
         packing=config.packing,
     )
+    trained = {p: p.data for p in setup.model.parameters() if p.requires_grad}
     trainer = SFTTrainer(
         model=setup.model,
         args=arguments,
         train_dataset=datasets.Dataset.from_list(setup.rows),
         processing_class=setup.tokenizer,
     )
+    for (
+        parameter,
+        value,
+    ) in trained.items():  # trl rounds them to bfloat16 on a 4-bit base; steps of AdamW would be lost
+        parameter.data = value
+    if trainer.is_fsdp_enabled:
+        raise ValueError("FSDP shards the model, and this command does not: launch it without (DDP, one GPU a process)")
     return own_callbacks(trainer)
 
 
@@ -202,6 +214,7 @@ def model_card(result: dict[str, Any]) -> str:
     config, weights, train = result["config"], result["weights"], result["data"]["train"]
     base = f"base_model: {config['model']}\n" if weights["revision"] else ""
     stand_in = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
+    base_code = f'tiny_folder("{config["model"]}")' if result["tiny"] else f'"{config["model"]}"'
     return f"""---
 library_name: peft
 {base}tags: [lora, abm-lora, instruction-tuning]
@@ -219,7 +232,7 @@ sha256 {weights["sha256"]}.
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{config["model"]}")
+model = AutoModelForCausalLM.from_pretrained({base_code})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 ```
 

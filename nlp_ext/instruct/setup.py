@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
-from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import settle_precision
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, stopwatch
@@ -21,6 +20,7 @@ from nlp_ext.batches import answer_tokens
 from nlp_ext.instruct import data
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.models import load_model
+from nlp_ext.ranks import text_device
 from nlp_ext.textrun import TextRun
 
 
@@ -50,7 +50,9 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
     Raises:
         ValueError, OSError: of the data, the model, or the adapter, each with one message.
     """
-    device = resolve_device(config.device)
+    device = text_device(config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     precision = settle_precision(folder, config)
     say(f"device    {device}, {precision}")
     seconds: dict[str, float] = {}

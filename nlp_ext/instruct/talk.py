@@ -56,7 +56,13 @@ class Assistant:
             raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
         # A base that was tuned on in 4 bits answers in bfloat16.
         dtype = torch.float32 if recorded.get("base", "fp32") == "fp32" else torch.bfloat16
-        base, tokenizer, _ = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
+        base, tokenizer, weights = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
+        tuned_on = read_settings(folder).get("weights", {}).get("sha256") if recorded else None
+        if model is None and tuned_on not in (None, weights.sha256):
+            raise ValueError(
+                f"{folder} was tuned on weights of sha256 {tuned_on}, {name} has {weights.sha256} now; --model {name} "
+                "takes them all the same"
+            )
         self.model: PeftModel = load_adapter(base.to(device), folder).eval()
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.new_tokens = new_tokens
