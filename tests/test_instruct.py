@@ -244,7 +244,7 @@ def test_a_finished_run_is_read_and_can_be_diagnosed(finished, base, monkeypatch
     assert run(small(base), out, diagnose=True) == diagnosed
 
 
-@pytest.mark.parametrize("settings", [{}, {"packing": True}, {"checkpointing": True, "accumulation": 2}])
+@pytest.mark.parametrize("settings", [{"packing": True}, {"checkpointing": True, "accumulation": 2}])
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, settings):
     config = small(base, **settings)
     whole = run(config, tmp_path / "whole")
