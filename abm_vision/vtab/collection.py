@@ -328,6 +328,7 @@ def _facts(run: dict[str, Any]) -> dict[str, Any]:
     config, reference = run["config"], run["reference"]
     used = {k: v for k, v in config.items() if k not in (*_IDENTITY, *_PLACES) and uses(config["init"], k)}
     environment, sha256 = run["environment"], run["weights"]["sha256"]
+    commit = environment["commit"]
     return {
         **used,
         "weights": f"sha256 {sha256[:12]}" if sha256 else "random",
@@ -336,7 +337,7 @@ def _facts(run: dict[str, Any]) -> dict[str, Any]:
         # A reference tuned by the run itself is another one for every seed.
         "reference": reference["folder"] if reference and config["abm_reference"] else "none given",
         "device": environment["device"],
-        "commit": environment["commit"],
+        "commit": f"{commit['id'][:12]}{', modified' if commit['modified'] else ''}" if commit else "none",
     }
 
 
