@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -110,8 +109,3 @@ def _sha256(folder: Path) -> str:
             while block := file.read(2**24):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def trainable(model: torch.nn.Module) -> int:
-    """Number of parameters that are trained."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)

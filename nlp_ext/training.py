@@ -7,6 +7,7 @@ import math
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,8 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from abm_vision import plots
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.initializers import get_initializer
+from abm_vision.provenance import environment
+from abm_vision.runs.device import peak_memory
 from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT, Diverged, check_origin, read_json
 from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
@@ -162,6 +165,37 @@ def begin(
     same_on_all_ranks(setup.model)
     setup.seconds.update({k: v for k, v in notes["seconds"].items() if k in ("init", "reference")})
     return notes, checkpoint
+
+
+def common_record(setup: TextRun, notes: dict[str, Any], progress: Progress) -> dict[str, Any]:
+    """What every result on text says; `setup.seconds` must be complete."""
+    return {
+        "schema": setup.config.schema,
+        "config": asdict(setup.config),
+        "data": setup.data,
+        "weights": asdict(setup.weights),
+        "tiny": setup.weights.tiny,
+        "precision": setup.precision,
+        "processes": PartialState().num_processes,
+        "trainable_parameters": sum(p.numel() for p in setup.model.parameters() if p.requires_grad),
+        "abm": notes.get("report"),
+        "reference": notes.get("reference"),
+        "information_loss": notes["information_loss"],
+        "loss_per_step": progress.losses,
+        "seconds_per_epoch": progress.seconds,
+        "seconds": setup.seconds,
+        "peak_memory_mib": peak_memory(setup.device),
+        "environment": environment(str(setup.device)),
+    }
+
+
+def finished_origin(result: dict[str, Any]) -> dict[str, Any]:
+    """The `origin` that a finished run had."""
+    return {
+        "data": result["data"],
+        "weights_sha256": result["weights"]["sha256"],
+        "processes": result["processes"],
+    }
 
 
 def clear(folder: Path, *names: str) -> None:

@@ -19,7 +19,7 @@ from abm_vision.abm.gradient import adapted_layers
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import get_initializer, initialize_lora
 from abm_vision.runs.device import autocast
-from abm_vision.runs.folder import ADAPTER, RESULT, read_json
+from abm_vision.runs.folder import ADAPTER, RESULT, read_json, settle_precision
 from abm_vision.runs.settings import AdapterSettings, Settings, without_own_settings
 
 REFERENCE = "reference"
@@ -89,6 +89,15 @@ def start_adapter(
         "information_loss": loss,
         "start": fingerprint(ready.model),
     }
+
+
+def settle_device(device: torch.device, config: AdapterSettings, folder: Path, say: Say) -> str:
+    """The run's precision on this device, as kept in its folder; peak memory counts from here on."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    precision = settle_precision(folder, config)
+    say(f"device    {device}, {precision}")
+    return precision
 
 
 def fingerprint(model: PeftModel) -> str:

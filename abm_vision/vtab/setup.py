@@ -16,9 +16,8 @@ from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.device import resolve_device
-from abm_vision.runs.folder import settle_precision
 from abm_vision.runs.order import diagnosis_batches
-from abm_vision.runs.start import Say, stopwatch
+from abm_vision.runs.start import Say, settle_device, stopwatch
 from abm_vision.vtab.config import EVALUATIONS, RunConfig
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for
 from abm_vision.vtab.train import choose_attention
@@ -71,10 +70,7 @@ class Setup:
 
 def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     device = resolve_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    precision = settle_precision(folder, config)
-    say(f"device    {device}, {precision}")
+    precision = settle_device(device, config, folder, say)
     seconds: dict[str, float] = {}
     stage = stopwatch(seconds)
     with stage("data"):

@@ -38,7 +38,7 @@ class _First:
 
     task: str = flag("sst2", f"GLUE task: {', '.join(TASKS)}")
     preset: str = flag(
-        "quick", "quick (minutes on two CPU cores) or paper (the recipe of ABM-LoRA's paper)", choices=tuple(PRESETS)
+        "quick", "quick (a tiny model, made-up data) or paper (the recipe of ABM-LoRA's paper)", choices=tuple(PRESETS)
     )
     model: str = flag("tiny-t5", "T5 on the hub, such as google-t5/t5-base, a folder, or tiny-t5, which is made here")
     data: str = flag(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,26 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from abm_vision.abm.adapters import load_adapter
 from abm_vision.abm.files import write_atomically, write_json
-from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
-from abm_vision.runs.device import autocast, peak_memory
+from abm_vision.runs.device import autocast
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.glue.config import SCHEMA, GlueConfig
 from nlp_ext.glue.scores import score
 from nlp_ext.glue.server import server_file
 from nlp_ext.glue.setup import Setup, Split, prepare, read_split, target_length
 from nlp_ext.glue.tasks import INVALID
-from nlp_ext.models import trainable
-from nlp_ext.training import NOTES, Progress, begin, clear, finish, own_callbacks, train, training_arguments
+from nlp_ext.training import (
+    NOTES,
+    Progress,
+    begin,
+    clear,
+    common_record,
+    finish,
+    finished_origin,
+    own_callbacks,
+    train,
+    training_arguments,
+)
 
 SERVER = "server"
 SHOWN = 5  # texts that are no label, kept in a result
@@ -73,8 +81,7 @@ def run(
             say(f"finished before; --rerun repeats it ({folder})")
             if diagnose and not result["information_loss"]:
                 setup = prepare(config, folder, quiet, say)
-                origin = {"data": result["data"], "weights_sha256": result["weights"]["sha256"], "processes": 1}
-                files.check_origin(origin, setup.origin, folder)
+                files.check_origin(finished_origin(result), setup.origin, folder)
                 started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
                 result = {**result, "information_loss": started["information_loss"]}
         else:
@@ -96,25 +103,7 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
     seconds["train"] = sum(progress.seconds)
     with stopwatch(seconds)("validation"):
         scores = {split.name: _score(setup, split, quiet) for split in setup.validation}
-    result = {
-        "schema": SCHEMA,
-        "config": asdict(config),
-        "scores": scores,
-        "data": setup.data,
-        "weights": asdict(setup.weights),
-        "tiny": setup.weights.tiny,
-        "precision": setup.precision,
-        "trainable_parameters": trainable(model),
-        "abm": notes.get("report"),
-        "reference": notes.get("reference"),
-        "information_loss": notes["information_loss"],
-        "loss_per_step": progress.losses,
-        "seconds_per_epoch": progress.seconds,
-        "seconds": seconds,
-        "examples_per_second": len(setup.rows) * config.epochs / seconds["train"],
-        "peak_memory_mib": peak_memory(setup.device),
-        "environment": environment(str(setup.device)),
-    }
+    result = {**common_record(setup, notes, progress), "scores": scores}
     keep = {k: result["config"][k] for k in ("task", "model", "init", "seed")}
     recorded = {"sha256": setup.weights.sha256, "location": setup.weights.location}
     files.write_adapter(
@@ -244,7 +233,7 @@ Base weights: {weights["location"]}{f" at {weights['revision']}" if weights["rev
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM
-
+{"from nlp_ext.tiny import tiny_folder" if result["tiny"] else ""}
 model = AutoModelForSeq2SeqLM.from_pretrained({base_code})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 ```

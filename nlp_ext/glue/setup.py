@@ -11,9 +11,8 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
-from abm_vision.runs.folder import settle_precision
 from abm_vision.runs.order import shuffled
-from abm_vision.runs.start import Say, stopwatch
+from abm_vision.runs.start import Say, settle_device, stopwatch
 from nlp_ext.glue import data
 from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.tasks import GlueTask, get_task
@@ -56,10 +55,7 @@ def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
         ValueError, OSError: of the data, the model, or the adapter, each with one message.
     """
     device = text_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    precision = settle_precision(folder, config)
-    say(f"device    {device}, {precision}")
+    precision = settle_device(device, config, folder, say)
     seconds: dict[str, float] = {}
     stage = stopwatch(seconds)
     task = get_task(config.task)

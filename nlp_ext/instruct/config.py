@@ -38,7 +38,7 @@ class _First:
     """The fields that help and listings begin with."""
 
     preset: str = flag(
-        "quick", "quick (minutes on two CPU cores) or paper (LLaMA-2-7B on WizardLM)", choices=tuple(PRESETS)
+        "quick", "quick (a tiny model, made-up data) or paper (LLaMA-2-7B on WizardLM)", choices=tuple(PRESETS)
     )
     model: str = flag(
         "tiny-llama", "LLaMA or a relative on the hub, such as meta-llama/Llama-2-7b-hf, a folder, or tiny-llama"

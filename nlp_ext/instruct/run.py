@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from contextlib import ExitStack
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,16 +12,25 @@ import datasets
 from trl import SFTConfig, SFTTrainer
 
 from abm_vision.abm.files import write_atomically, write_json
-from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
-from abm_vision.runs.device import autocast, peak_memory, resolve_device
+from abm_vision.runs.device import autocast, resolve_device
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import SCHEMA, InstructConfig
 from nlp_ext.instruct.setup import Setup, prepare
-from nlp_ext.models import trainable
 from nlp_ext.ranks import join
-from nlp_ext.training import NOTES, Progress, begin, clear, finish, own_callbacks, train, training_arguments
+from nlp_ext.training import (
+    NOTES,
+    Progress,
+    begin,
+    clear,
+    common_record,
+    finish,
+    finished_origin,
+    own_callbacks,
+    train,
+    training_arguments,
+)
 
 SAMPLES = "samples.jsonl"
 
@@ -81,19 +89,13 @@ def run(
             if result is None:
                 result = _run(setup, folder, tune, quiet, diagnose, say, state.is_main_process)
             else:
-                _check_finished(result, setup, folder)
+                files.check_origin(finished_origin(result), setup.origin, folder)
                 started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
                 result = {**result, "information_loss": started["information_loss"]}
         if state.is_main_process:
             finish(result, folder, _headline(result))
         state.wait_for_everyone()
         return {**result, "folder": str(folder)}
-
-
-def _check_finished(result: dict[str, Any], setup: Setup, folder: Path) -> None:
-    found = {"data": result["data"], "weights_sha256": result["weights"]["sha256"]}
-    origin = {**found, "processes": result["processes"]}
-    files.check_origin(origin, setup.origin, folder)
 
 
 def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say, main: bool) -> dict[str, Any]:
@@ -113,25 +115,8 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
     say(f"perplexity of held-out answers {before:.2f} before, {after:.2f} after")
     with stage("samples"):
         samples = _samples(setup) if main else []
-    result = {
-        "schema": SCHEMA,
-        "config": asdict(config),
-        "perplexity": {"before": before, "after": after, "conversations": len(setup.held_out.rows)},
-        "data": setup.data,
-        "weights": asdict(setup.weights),
-        "tiny": setup.weights.tiny,
-        "precision": setup.precision,
-        "processes": trainer.args.world_size,
-        "trainable_parameters": trainable(setup.model),
-        "abm": notes.get("report"),
-        "reference": notes.get("reference"),
-        "information_loss": notes["information_loss"],
-        "loss_per_step": progress.losses,
-        "seconds_per_epoch": progress.seconds,
-        "seconds": seconds,
-        "peak_memory_mib": peak_memory(setup.device),
-        "environment": environment(str(setup.device)),
-    }
+    found = {"before": before, "after": after, "conversations": len(setup.held_out.rows)}
+    result = {**common_record(setup, notes, progress), "perplexity": found}
     if main:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_atomically(folder / SAMPLES, lambda path: path.write_text(lines, encoding="utf-8"))
@@ -162,10 +147,8 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
         train_dataset=datasets.Dataset.from_list(setup.rows),
         processing_class=setup.tokenizer,
     )
-    for (
-        parameter,
-        value,
-    ) in trained.items():  # trl rounds them to bfloat16 on a 4-bit base; steps of AdamW would be lost
+    # trl rounds what is trained to bfloat16 on a 4-bit base, where many steps of AdamW would be lost.
+    for parameter, value in trained.items():
         parameter.data = value
     if trainer.is_fsdp_enabled:
         raise ValueError("FSDP shards the model, and this command does not: launch it without (DDP, one GPU a process)")
@@ -231,7 +214,7 @@ sha256 {weights["sha256"]}.
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
-
+{"from nlp_ext.tiny import tiny_folder" if result["tiny"] else ""}
 model = AutoModelForCausalLM.from_pretrained({base_code})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 ```

@@ -13,9 +13,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
-from abm_vision.runs.folder import settle_precision
 from abm_vision.runs.order import shuffled
-from abm_vision.runs.start import Say, stopwatch
+from abm_vision.runs.start import Say, settle_device, stopwatch
 from nlp_ext.batches import answer_tokens
 from nlp_ext.instruct import data
 from nlp_ext.instruct.config import InstructConfig
@@ -51,10 +50,7 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
         ValueError, OSError: of the data, the model, or the adapter, each with one message.
     """
     device = text_device(config.device)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    precision = settle_precision(folder, config)
-    say(f"device    {device}, {precision}")
+    precision = settle_device(device, config, folder, say)
     seconds: dict[str, float] = {}
     stage = stopwatch(seconds)
     with stage("weights"):
