@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast
-from torch import nn
+from accelerate.utils import broadcast, parse_flag_from_env
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 
 from abm_vision.runs.device import resolve_device
 
 
 def join(cpu: bool) -> PartialState:
-    """This process among those of the run; the only one if nothing launched several."""
+    """This process among those of the run; the only one if nothing launched several.
+
+    Raises:
+        ValueError: FSDP of the first version is asked for.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        if os.environ.get("FSDP_VERSION", "1") != "2":
+            raise ValueError("FSDP is of version 1, which hides LoRA's weights: accelerate launch --fsdp_version 2")
+        # Every process needs the whole model for the start; the Trainer shards it afterwards.
+        os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=cpu)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
+    """The trained parameters of a model that FSDP has sharded, whole, in the first process; None if it is not sharded.
+
+    Every process must call it.
+    """
+    if not isinstance(model, FSDPModule):
+        return None
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
+    return get_model_state_dict(model, options=options)
 
 
 def text_device(name: str) -> torch.device:

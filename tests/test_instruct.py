@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -21,6 +22,7 @@ from nlp_ext.instruct.__main__ import main, summary
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.run import run
 from nlp_ext.instruct.setup import prepare
+from nlp_ext.ranks import join
 
 SMALL = {
     "data": "synthetic",
@@ -274,16 +276,31 @@ def test_answers_alone_may_be_matched(base, tmp_path):
 
 
 TWO = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+if sys.argv[3] == "fsdp":
+    os.environ.update(
+        ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP"
+    )
+    init = PartialState.__init__
+
+    def as_on_gpus(self, *args, **kwargs):  # accelerate shards on accelerators only
+        init(self, *args, **kwargs)
+        if self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type = DistributedType.MULTI_GPU
+
+    PartialState.__init__ = as_on_gpus
+
 from abm_vision.runs.start import fingerprint
 from nlp_ext import training
 from nlp_ext.instruct import run as module
 from nlp_ext.instruct.config import InstructConfig
 
-start, begin, out = training.start_adapter, module.begin, Path(sys.argv[2])
-seen = {}
+start, begin, gather, out = training.start_adapter, module.begin, module.whole_state, Path(sys.argv[2])
+seen = {"sharded": False}
 
 def apart(setup, *rest):  # what other hardware would do to one of the processes
     started = start(setup, *rest)
@@ -298,26 +315,65 @@ def look(setup, *rest):
     seen["start"] = fingerprint(setup.model)
     return found
 
-training.start_adapter, module.begin = apart, look
+def whole(model):
+    layers = model.get_base_model().model.layers.parameters()
+    seen["sharded"] = all(type(p).__name__ == "DTensor" for p in layers)
+    return gather(model)
+
+training.start_adapter, module.begin, module.whole_state = apart, look, whole
 result = module.run(InstructConfig.make(**json.loads(sys.argv[1])), out)
 seen.update(processes=result["processes"], perplexity=result["perplexity"]["after"])
 (out / f"rank{PartialState().process_index}.json").write_text(json.dumps(seen))
 """
 
 
-def test_two_processes_start_from_one_adapter(base, tmp_path):
-    """Two gloo processes on CPU; the second's start is spoilt before the first's is handed round."""
-    (tmp_path / "two.py").write_text(TWO)
+def in_two_processes(base, out, kind):
+    """What each process saw, and the folder of the run. Two gloo processes on CPU; the second's start is spoilt."""
+    (out / "two.py").write_text(TWO)
     settings = {**SMALL, "model": str(base), "epochs": 1, "batch_size": 8}
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
-    words += [str(tmp_path / "two.py"), json.dumps(settings), str(tmp_path)]
+    words += [str(out / "two.py"), json.dumps(settings), str(out), kind]
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"rank{k}.json").read_text()) for k in (0, 1))
+    (path,) = out.glob("*/result.json")
+    return [json.loads((out / f"rank{k}.json").read_text()) for k in (0, 1)], path.parent
+
+
+@pytest.fixture(scope="module")
+def replicated(base, tmp_path_factory):
+    return in_two_processes(base, tmp_path_factory.mktemp("ddp"), "ddp")
+
+
+def test_two_processes_start_from_one_adapter(replicated):
+    """The first's start is handed round."""
+    (first, second), folder = replicated
     assert first["own"] != second["own"] and first["own"] == first["start"] == second["start"]
     assert first["processes"] == second["processes"] == 2 and first["perplexity"] == second["perplexity"]
-    (path,) = tmp_path.glob("*/result.json")
-    assert len(json.loads(path.read_text())["loss_per_step"]) == 5  # 80 conversations, 8 a process
+    assert len(read(folder)["loss_per_step"]) == 5  # 80 conversations, 8 a process
+
+
+def test_a_sharded_model_trains_as_a_replicated_one(replicated, base, tmp_path):
+    """FSDP 2 against DDP: every layer is sharded, loss and saved adapter are the same."""
+    seen, folder = in_two_processes(base, tmp_path, "fsdp")
+    assert [s["sharded"] for s in seen + replicated[0]] == [True, True, False, False]
+    expected = read(replicated[1])
+    assert read(folder)["loss_per_step"] == pytest.approx(expected["loss_per_step"], rel=1e-6)
+    assert read(folder)["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-6)
+    assert (folder / "samples.jsonl").read_text() == (replicated[1] / "samples.jsonl").read_text()
+    ours, theirs = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (folder, replicated[1]))
+    assert list(ours) == list(theirs)
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, atol=1e-6, rtol=1e-4)
+
+
+def test_fsdp_of_version_1(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="FSDP is of version 1.*--fsdp_version 2"):
+        join(cpu=True)
+
+
+def read(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
 def test_packed_conversations_do_not_see_one_another(base, tmp_path):

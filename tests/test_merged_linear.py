@@ -284,6 +284,32 @@ def test_hook_on_an_inner_module_still_fires(calls, inner):
     assert fired and not calls
 
 
+@pytest.mark.parametrize("inner", ["base_layer", "lora_A", "lora_B"])
+def test_wrapped_inner_module_is_called(calls, inner):
+    """As FSDP 1 wraps them: outside its own forward pass a wrapped module has no usable weight."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.inside = module
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "inside" else getattr(self.inside, name)
+
+        def forward(self, x):
+            return self.inside(x)
+
+    theirs, ours = pair(OneLinear(), r=3)
+    layer = ours.base_model.model.layer
+    if inner == "base_layer":
+        layer.base_layer = Wrapper(layer.base_layer)
+    else:
+        getattr(layer, inner)["default"] = Wrapper(getattr(layer, inner)["default"])
+    x = torch.randn(20, 6, dtype=torch.float64)
+    torch.testing.assert_close(ours(x), theirs(x))
+    assert not calls
+
+
 def test_only_plain_linear_layers_are_replaced():
     class Quantised(nn.Linear):
         pass

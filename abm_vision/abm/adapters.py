@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import guard_saved_modules, modes_given_back
@@ -24,7 +25,13 @@ from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
 ABM_FILE, FORMAT = "abm.json", 1
 
 
-def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings: Any) -> None:
+def save_adapter(
+    model: PeftModel,
+    directory: str | os.PathLike[str],
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    **settings: Any,
+) -> None:
     """`model.save_pretrained` (stock peft's files), and beside them `abm.json` with what peft has no word for.
 
     An adapter that `initialize_lora` started by changing the base weights (PiSSA and others) is written as a plain
@@ -33,13 +40,14 @@ def save_adapter(model: PeftModel, directory: str | os.PathLike[str], **settings
     Args:
         model: the adapted model.
         directory: made if it does not exist.
+        state_dict: what the model cannot give by itself, as in peft: the parameters of a sharded one (FSDP), whole.
         settings: JSON values to keep in the active adapter's `abm.json`, such as `report=report.to_dict()`.
 
     Raises:
         ValueError: a module that belongs to the adapter was replaced after LoRA was added.
         CannotWrite: an `OSError`: the disk is full or read-only.
     """
-    with as_plain_lora(model) as state, writing(Path(directory)):
+    with as_plain_lora(model, state_dict) as state, writing(Path(directory)):
         model.save_pretrained(str(directory), state_dict=state)
     blocks = {
         name: [n for n, m in model.get_base_model().named_modules() if _is_block(m, name)] for name in model.peft_config

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,12 +39,14 @@ def _buffer(factor: str, adapter_name: str) -> str:
 
 
 @contextmanager
-def as_plain_lora(model: PeftModel) -> Iterator[dict[str, Tensor]]:
+def as_plain_lora(model: PeftModel, state_dict: Mapping[str, Tensor] | None = None) -> Iterator[dict[str, Tensor]]:
     """The state that `model.save_pretrained(..., state_dict=...)` is to write; the configurations fit it meanwhile.
 
-    Adapters whose start was remembered become plain ones of twice the rank; all others are as they are.
+    Adapters whose start was remembered become plain ones of twice the rank; all others are as they are. `state_dict`
+    takes the place of the model's own.
     """
-    state, configs = model.state_dict(), dict(model.peft_config)
+    state = dict(model.state_dict() if state_dict is None else state_dict)
+    configs = dict(model.peft_config)
     for name, layer in model.named_modules():
         for adapter in configs:
             start_a = getattr(layer, _buffer("A", adapter), None) if isinstance(layer, LoraLayer) else None

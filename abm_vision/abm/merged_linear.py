@@ -102,9 +102,9 @@ class MergedLinear(PeftLinear):
         dropout = self.lora_dropout[active[0]]
         if isinstance(dropout, nn.Dropout) and dropout.training:
             return None
-        # A hook of somebody else's on an inner module expects that module to be called.
+        # A hook of somebody else's on an inner module expects that module to be called, and so does a wrapper (FSDP).
         inner = (self.base_layer, self.lora_A[active[0]], self.lora_B[active[0]])
-        return None if any(map(_has_hooks, inner)) else active[0]
+        return active[0] if all(map(_is_bare, inner)) else None
 
     def _merging_pays(self, x: Tensor) -> bool:
         # Merging reads and writes in*out numbers, the two thin products tokens*(in + out).
@@ -112,8 +112,8 @@ class MergedLinear(PeftLinear):
         return tokens * (self.in_features + self.out_features) >= self.in_features * self.out_features
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
+def _is_bare(module: nn.Module) -> bool:
+    return type(module) in (nn.Linear, BlockLinear) and not (
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 

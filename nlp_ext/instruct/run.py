@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from abm_vision.abm.files import write_atomically, write_json
@@ -18,7 +19,7 @@ from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import SCHEMA, InstructConfig
 from nlp_ext.instruct.setup import Setup, prepare
-from nlp_ext.ranks import join
+from nlp_ext.ranks import join, whole_state
 from nlp_ext.training import (
     NOTES,
     Progress,
@@ -113,14 +114,15 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
     with stage("perplexity"):
         after = perplexity(setup, trainer.model_wrapped)
     say(f"perplexity of held-out answers {before:.2f} before, {after:.2f} after")
+    state = whole_state(setup.model)
     with stage("samples"):
-        samples = _samples(setup) if main else []
+        samples = _samples(setup) if main or state is not None else []  # all hold a part of a sharded model
     found = {"before": before, "after": after, "conversations": len(setup.held_out.rows)}
     result = {**common_record(setup, notes, progress), "perplexity": found}
     if main:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_atomically(folder / SAMPLES, lambda path: path.write_text(lines, encoding="utf-8"))
-        _write_adapter(setup, result, folder)
+        _write_adapter(setup, state, result, folder)
     return result
 
 
@@ -150,8 +152,6 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
     # trl rounds what is trained to bfloat16 on a 4-bit base, where many steps of AdamW would be lost.
     for parameter, value in trained.items():
         parameter.data = value
-    if trainer.is_fsdp_enabled:
-        raise ValueError("FSDP shards the model, and this command does not: launch it without (DDP, one GPU a process)")
     return own_callbacks(trainer)
 
 
@@ -164,13 +164,14 @@ def _samples(setup: Setup) -> list[dict[str, Any]]:
         ]
 
 
-def _write_adapter(setup: Setup, result: dict[str, Any], folder: Path) -> None:
+def _write_adapter(setup: Setup, state: dict[str, Tensor] | None, result: dict[str, Any], folder: Path) -> None:
     keep = {k: result["config"][k] for k in ("model", "base", "init", "seed")}
     recorded = {"sha256": setup.weights.sha256, "location": setup.weights.location}
     files.write_adapter(
         folder,
         setup.model,
         model_card(result),
+        state_dict=state,
         run=keep,
         weights=recorded,
         perplexity=result["perplexity"],
