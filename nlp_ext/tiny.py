@@ -12,13 +12,13 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from filelock import FileLock
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 from transformers import (
@@ -36,7 +36,7 @@ from nlp_ext.batches import IGNORED
 from nlp_ext.corpus import documentation
 from nlp_ext.glue import synthetic
 
-BATCH, SEED, PEAK_LR, WARMUP = 16, 0, 4e-3, 100
+BATCH, SEED, WARMUP = 16, 0, 100
 GRAMMAR_SENTENCES = EXERCISES = 20_000
 NOISE, SPAN = 0.15, 6.0  # share of bytes that T5 is to fill in, and the mean length of a gap in bytes
 PAD, EOS = 0, 1  # ByT5's; bytes follow from 3 on
@@ -45,13 +45,23 @@ RECIPE = "recipe.json"
 
 @dataclass(frozen=True)
 class Tiny:
-    """One model: steps of its pretraining, and bytes in a window of text."""
+    """One model: steps of its pretraining, bytes in a window of text, and peak learning rates.
+
+    Steps of Adam are of one size. T5 begins with embeddings of deviation 1 and with matrices of far less, so that a
+    rate which moves the ones would tear the others: embeddings (with norms and position biases) have a rate of their
+    own.
+    """
 
     steps: int
     window: int
+    lr: float
+    embedding_lr: float
 
 
-MODELS: Mapping[str, Tiny] = {"tiny-t5": Tiny(steps=2000, window=128), "tiny-llama": Tiny(steps=1500, window=192)}
+MODELS: Mapping[str, Tiny] = {
+    "tiny-t5": Tiny(steps=1200, window=128, lr=1e-3, embedding_lr=4e-2),
+    "tiny-llama": Tiny(steps=700, window=192, lr=4e-3, embedding_lr=4e-3),
+}
 
 
 def make_model(name: str) -> PreTrainedModel:
@@ -136,8 +146,8 @@ def _cache_folder() -> Path:
 def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = True) -> PreTrainedModel:
     """Train a tiny model on windows of text drawn with a fixed seed; AdamW, warm-up, then linearly to zero.
 
-    T5 fills in gaps (Raffel et al., arXiv:1910.10683, section 3.1.4), and does an exercise every other step; LLaMA
-    predicts the next byte.
+    T5 fills in gaps (Raffel et al., arXiv:1910.10683, section 3.1.4) in one step, and does exercises in the next two;
+    LLaMA predicts the next byte.
     """
     settings = MODELS[name]
     steps = steps or settings.steps
@@ -146,16 +156,17 @@ def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = T
     made_up = [*synthetic.sentences(GRAMMAR_SENTENCES), *(f"{source}\n{target}" for source, target in exercises)]
     corpora = [_bytes(documentation()), _bytes(made_up)]
     generator = torch.Generator().manual_seed(SEED)
-    optimiser = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.01, betas=(0.9, 0.98))
+    groups = [{"params": p, "peak": lr} for p, lr in _rates(model, settings)]
+    optimiser = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     precision = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
     disable = not (show_progress_bar and sys.stderr.isatty())
     for step in tqdm(range(steps), f"pretraining {name}", disable=disable):
         for group in optimiser.param_groups:
-            group["lr"] = PEAK_LR * min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
+            group["lr"] = group["peak"] * min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
         windows = _windows(corpora, settings.window, generator)
         if name == "tiny-llama":
             batch = {"input_ids": windows, "labels": windows}
-        elif step % 2:
+        elif step % 3:
             batch = _lesson(exercises, generator)
         else:
             batch = gaps(windows, generator)
@@ -166,6 +177,13 @@ def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = T
         optimiser.step()
         optimiser.zero_grad()
     return model.eval()
+
+
+def _rates(model: PreTrainedModel, settings: Tiny) -> Iterator[tuple[list[Tensor], float]]:
+    matrices = {p for m in model.modules() if isinstance(m, nn.Linear) for p in m.parameters()}
+    matrices -= set(model.get_input_embeddings().parameters())  # which an output layer may share
+    yield [p for p in model.parameters() if p in matrices], settings.lr
+    yield [p for p in model.parameters() if p not in matrices], settings.embedding_lr
 
 
 def _bytes(texts: object) -> Tensor:

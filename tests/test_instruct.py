@@ -19,6 +19,7 @@ from abm_vision.runs import folder as files
 from nlp_ext.instruct import data, synthetic
 from nlp_ext.instruct import run as module
 from nlp_ext.instruct.__main__ import main, summary
+from nlp_ext.instruct.answer import answer
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.run import run
 from nlp_ext.instruct.setup import prepare
@@ -118,7 +119,7 @@ def test_labels_are_the_answers_alone(template):
         {"role": "user", "content": "And?"},
         {"role": "assistant", "content": "Gut: ß"},
     ]
-    row = data.encode(tokenizer, turns)
+    (row,) = data.encode(tokenizer, turns)
     parts, current = [], []
     for token, label in zip(row["input_ids"], row["labels"], strict=True):
         assert label in (-100, token)
@@ -136,24 +137,63 @@ def test_labels_are_the_answers_alone(template):
         assert text.startswith("Be kind.\n\n### Instruction:\nHällo\n\n### Response:\nHi.### Instruction:\nAnd?")
 
 
-def test_templates_that_refuse_or_rewrite():
+THINKING = (  # as Qwen3's: what was thought is shown with the last answer only, and a turn has an end of its own
+    "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m['role'] == 'assistant' and loop.last %}{{ '(thought)' }}"
+    "{% endif %}{{ m['content'] + '<extra_id_9>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<assistant>' }}{% endif %}"
+)
+
+
+def test_a_template_that_rewrites_answers_gives_each_a_row():
+    tokenizer = ByT5Tokenizer()
+    tokenizer.chat_template = THINKING
+    turns = [t for k in "12" for t in data.conversation({"instruction": f"q{k}", "output": f"a{k}"}, "row")]
+    rows = data.encode(tokenizer, turns)
+    texts = [tokenizer.decode(row["input_ids"]) for row in rows]
+    first = "<user>q1<extra_id_9>\n<assistant>"
+    assert texts == [
+        first + "(thought)a1<extra_id_9>\n",
+        first + "a1<extra_id_9>\n<user>q2<extra_id_9>\n<assistant>(thought)a2<extra_id_9>\n",
+    ]
+    learnt = [tokenizer.decode([t for t in row["labels"] if t != -100]) for row in rows]
+    assert learnt == ["(thought)a1<extra_id_9>\n", "(thought)a2<extra_id_9>\n"]
+    tokens = data.encode_all(tokenizer, [turns, turns[:2]], 500)
+    assert (tokens.conversations, len(tokens.rows)) == (2, 3)
+
+
+def test_an_answer_ends_where_the_template_ends_it(base):
+    """What `generate` is told to stop at: the end of text and that of a turn."""
+    tokenizer = ByT5Tokenizer()
+    assert data.end_of_turn(tokenizer) == 1  # the template for models that have none ends with the end of text
+    tokenizer.chat_template = THINKING
+    end = tokenizer.convert_tokens_to_ids("<extra_id_9>")
+    assert data.end_of_turn(tokenizer) == end
+    model = LlamaForCausalLM.from_pretrained(base).eval()
+    seen = {}
+    model.generate = lambda input_ids, **options: seen.update(options) or input_ids
+    assert answer(model, tokenizer, [{"role": "user", "content": "q"}], 5) == ""
+    assert seen["eos_token_id"] == [1, end]
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}\n{% endfor %}"
+    assert data.end_of_turn(tokenizer) is None
+
+
+def test_templates_that_refuse_or_leave_out():
     tokenizer = ByT5Tokenizer()
     turns = data.conversation({"instruction": "a", "output": "b"}, "row")
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
     with pytest.raises(ValueError, match=r"takes no conversation of system, user.*no system"):
         data.encode(tokenizer, [{"role": "system", "content": "s"}, *turns])
-    tokenizer.chat_template = (  # the last answer looks different, as with models that think
-        "{% for m in messages %}{% if m['role'] == 'assistant' and loop.last %}<think></think>{% endif %}"
-        "{{ m['content'] }}{% endfor %}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
     )
-    with pytest.raises(ValueError, match="writes an answer differently when more turns follow"):
-        data.encode(tokenizer, turns + turns)
+    with pytest.raises(ValueError, match="leaves the assistant's answers out"):
+        data.encode(tokenizer, turns)
 
 
 def test_long_conversations_are_cut_and_counted():
     tokenizer = ByT5Tokenizer()
     turns = data.conversation({"instruction": "a" * 20, "output": "b" * 30}, "row")
-    whole = data.encode(tokenizer, turns)
+    (whole,) = data.encode(tokenizer, turns)
     start = next(k for k, label in enumerate(whole["labels"]) if label != -100)
     tokens = data.encode_all(tokenizer, [turns, turns[:1] + [{"role": "assistant", "content": "c"}]], start + 4)
     assert (len(tokens.rows), tokens.cut, tokens.left_out) == (2, 1, 0)

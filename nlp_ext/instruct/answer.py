@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abm_vision.runs.device import autocast
 from nlp_ext.batches import IGNORED, forward
-from nlp_ext.instruct.data import Conversation, prompt
+from nlp_ext.instruct.data import Conversation, end_of_turn, prompt
 from nlp_ext.instruct.setup import Setup
 
 
@@ -41,9 +41,17 @@ def answer(
         attention_mask=inputs.attention_mask,
         max_new_tokens=new_tokens,
         pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=_ends(model, tokenizer),
         **drawn,
     )
     return tokenizer.decode(tokens[0, given:], skip_special_tokens=True).strip()
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that end an answer: the model's and the tokeniser's own, and the template's."""
+    own = model.generation_config.eos_token_id
+    found = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id, end_of_turn(tokenizer)}
+    return sorted(found - {None})
 
 
 @torch.no_grad()

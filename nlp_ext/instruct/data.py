@@ -112,15 +112,17 @@ def digest(conversations: Sequence[Conversation]) -> str:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Conversations as rows of input_ids and labels; `cut` lost their end, `left_out` their whole answer."""
+    """Conversations as rows of input_ids and labels; `cut` rows lost their end, `left_out` their whole answer."""
 
+    conversations: int
     rows: list[dict[str, list[int]]]
     cut: int
     left_out: int
 
     def record(self, source: str) -> dict[str, Any]:
         """What a result says of them."""
-        return {"source": source, "conversations": len(self.rows), "cut": self.cut, "left_out": self.left_out}
+        counts = {"sequences": len(self.rows), "cut": self.cut, "left_out": self.left_out}
+        return {"source": source, "conversations": self.conversations, **counts}
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], length: int) -> Tokens:
@@ -129,29 +131,61 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conve
     Raises:
         ValueError: every answer lies beyond `length`.
     """
-    rows = [encode(tokenizer, one) for one in conversations]
+    rows = [row for one in conversations for row in encode(tokenizer, one)]
     shortened = [{k: ids[:length] for k, ids in row.items()} for row in rows]
     kept = [row for row in shortened if any(label != IGNORED for label in row["labels"])]
     if not kept:
         raise ValueError(f"every answer lies beyond token {length}: raise --length")
-    return Tokens(kept, sum(len(row["input_ids"]) > length for row in rows), len(rows) - len(kept))
+    return Tokens(len(conversations), kept, sum(len(row["input_ids"]) > length for row in rows), len(rows) - len(kept))
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> dict[str, list[int]]:
-    """A conversation as input_ids, and labels that are -100 but for the assistant's turns and their ends."""
+def encode(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> list[dict[str, list[int]]]:
+    """A conversation as input_ids, and labels that are -100 but for the assistant's turns and their ends.
+
+    It is one row, unless the template writes an answer differently once more turns follow (models that think do): then
+    every answer has a row of its own, which ends with it, as the model will see it.
+
+    Raises:
+        ValueError: the template does not take the conversation, or leaves an answer out.
+    """
+    answers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
     ids = _ids(tokenizer, turns)
+    spans = [_span(tokenizer, turns, k, ids) for k in answers]
+    if all(start < end for start, end in spans):
+        return [_labelled(ids, spans)]
+    rows = []
+    for k in answers:
+        ids = _ids(tokenizer, turns[: k + 1])
+        start, end = _span(tokenizer, turns, k, ids)
+        if start >= end:
+            raise ValueError("the model's chat template leaves the assistant's answers out: another one is needed")
+        rows.append(_labelled(ids, [(start, end)]))
+    return rows
+
+
+def _span(tokenizer: PreTrainedTokenizerBase, turns: Conversation, k: int, ids: Sequence[int]) -> tuple[int, int]:
+    """Where in `ids` the answer of turn k begins and ends."""
+    start = _common(ids, _ids(tokenizer, turns[:k], answer_next=True))
+    return start, _common(ids, _ids(tokenizer, turns[: k + 1]))
+
+
+def _labelled(ids: list[int], spans: Sequence[tuple[int, int]]) -> dict[str, list[int]]:
     labels = [IGNORED] * len(ids)
-    for k, turn in enumerate(turns):
-        if turn["role"] == "assistant":
-            start = _common(ids, _ids(tokenizer, turns[:k], answer_next=True))
-            end = _common(ids, _ids(tokenizer, turns[: k + 1]))
-            if start >= end:
-                raise ValueError(
-                    "the chat template writes an answer differently when more turns follow, so that no tokens can be "
-                    "told to be the answer's: give conversations of one turn each, or another template"
-                )
-            labels[start:end] = ids[start:end]
+    for start, end in spans:
+        labels[start:end] = ids[start:end]
     return {"input_ids": ids, "labels": labels}
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The special token that the chat template puts behind an answer, if it has one: with it an answer is whole."""
+    question, given = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
+    begun = _ids(tokenizer, [question], answer_next=True)
+    ids = _ids(tokenizer, [question, given])
+    specials = set(tokenizer.all_special_ids)
+    words = tokenizer("b", add_special_tokens=False).input_ids
+    after = ids[_common(ids, begun) :]
+    rest = after[max((k + 1 for k, token in enumerate(after) if token in words), default=0) :]
+    return next((token for token in rest if token in specials), None)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer_next: bool = False) -> list[int]:

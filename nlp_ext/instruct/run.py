@@ -117,7 +117,7 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
     state = whole_state(setup.model)
     with stage("samples"):
         samples = _samples(setup) if main or state is not None else []  # all hold a part of a sharded model
-    found = {"before": before, "after": after, "conversations": len(setup.held_out.rows)}
+    found = {"before": before, "after": after, "conversations": setup.held_out.conversations}
     result = {**common_record(setup, notes, progress), "perplexity": found}
     if main:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)

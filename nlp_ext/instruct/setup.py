@@ -75,7 +75,7 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
             data.encode_all(tokenizer, [conversations[k] for k in part], config.length) for part in (kept, tested)
         )
         prompts = [conversations[k][:-1] for k in tested[: config.samples]]
-        say(f"data      {config.data_source}: {len(train.rows)} conversations, {len(held_out.rows)} held out")
+        say(f"data      {config.data_source}: {train.conversations} conversations, {held_out.conversations} held out")
     with stage("lora"):
         torch.manual_seed(config.seed)
         targets = config.lora_targets()
