@@ -184,7 +184,7 @@ def test_templates_that_refuse_or_leave_out():
     with pytest.raises(ValueError, match=r"takes no conversation of system, user.*no system"):
         data.encode(tokenizer, [{"role": "system", "content": "s"}, *turns])
     tokenizer.chat_template = (
-        "{% for m in messages %}{% if m['role'] == 'user' %}{{ m['content'] }}{% endif %}{% endfor %}"
+        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     )
     with pytest.raises(ValueError, match="leaves the assistant's answers out"):
         data.encode(tokenizer, turns)
