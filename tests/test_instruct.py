@@ -183,9 +183,7 @@ def test_templates_that_refuse_or_leave_out():
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
     with pytest.raises(ValueError, match=r"takes no conversation of system, user.*no system"):
         data.encode(tokenizer, [{"role": "system", "content": "s"}, *turns])
-    tokenizer.chat_template = (
-        "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
-    )
+    tokenizer.chat_template = "{% for m in messages if m['role'] == 'user' %}{{ m['content'] }}{% endfor %}"
     with pytest.raises(ValueError, match="leaves the assistant's answers out"):
         data.encode(tokenizer, turns)
 
