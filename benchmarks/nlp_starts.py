@@ -4,7 +4,7 @@
 
 Every start with every learning rate and seed, by the real commands' own `run`. tiny-t5 and tiny-llama are stand-ins
 that were pretrained here for minutes, on data that is no benchmark: the numbers compare starts on real tokenisation and
-trainers, and say nothing about T5 or LLaMA. Finished runs are kept in `results/nlp_starts.jsonl`.
+trainers, and say nothing about T5 or LLaMA. Finished runs are kept in `results/nlp_starts-SUBJECT.jsonl`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from nlp_ext.quiet import only_our_own_words
 STARTS = ("kaiming", "eva", "abm", "abm_aligned")
 RATES = (2e-3, 5e-3)
 SEEDS = 3
+EPOCHS = {"sst2": 3, "rte": 3, "instruct": 1}  # enough for every start to learn these
 KEPT = ("config", "scores", "perplexity", "loss_per_step", "seconds", "tiny", "precision", "environment")
 
 
@@ -32,27 +33,28 @@ def measured(subject: str, init: str, lr: float, seed: int) -> dict[str, Any]:
     """A run's settings, scores, losses and seconds."""
     with tempfile.TemporaryDirectory() as out, only_our_own_words():
         if subject == "instruct":
-            result = run_instruct(InstructConfig.make(init=init, lr=lr, seed=seed), out)
+            config = InstructConfig.make(init=init, lr=lr, seed=seed, epochs=EPOCHS[subject])
+            result = run_instruct(config, out)
         else:
-            result = run_glue(GlueConfig.make(task=subject, init=init, lr=lr, seed=seed), out)
+            result = run_glue(GlueConfig.make(task=subject, init=init, lr=lr, seed=seed, epochs=EPOCHS[subject]), out)
     return {key: result[key] for key in KEPT if key in result}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--subjects", nargs="+", default=["sst2", "rte", "instruct"])
+    parser.add_argument("--subjects", nargs="+", choices=list(EPOCHS), default=list(EPOCHS))
     parser.add_argument("--threads", type=int, help="of torch")
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    ledger = Ledger("nlp_starts")
-    done = {(r["subject"], r["config"]["init"], r["config"]["lr"], r["config"]["seed"]) for r in ledger.records}
     for subject in options.subjects:
+        ledger = Ledger(f"nlp_starts-{subject}")
+        done = {(r["config"]["init"], r["config"]["lr"], r["config"]["seed"]) for r in ledger.records}
         for seed in range(SEEDS):
             for init in STARTS:
                 for lr in RATES:
-                    if (subject, init, lr, seed) not in done:
-                        record = {"subject": subject, **measured(subject, init, lr, seed)}
+                    if (init, lr, seed) not in done:
+                        record = measured(subject, init, lr, seed)
                         ledger.append(record)
                         print(subject, init, lr, seed, record.get("scores") or record.get("perplexity"), flush=True)
 

@@ -305,6 +305,65 @@ def nlp_step() -> str:
     return f"{table(['time / floor', *head], rows)}\n\n{note}"
 
 
+def nlp_init() -> str:
+    content = read("nlp_init")
+    rows = []
+    for name, speedup in content["speedup"].items():
+        found = [r for r in content["rounds"] if r["model"] == name]
+        for variant, words in (("reference", "reference procedure"), ("ours", "`initialize_lora_abm_weights`")):
+            runs = [r[variant] for r in found]
+            rows.append(
+                [
+                    name,
+                    words,
+                    f"{statistics.median(r['seconds'] for r in runs):.1f} s",
+                    f"{speedup:.1f}" if variant == "ours" else "1",
+                    *(f"{statistics.mean(r[k] for r in runs):.5f}" for k in ("held_out_loss", "held_out_match")),
+                ]
+            )
+    head = ["model", "", "time", "times faster", "held-out boundary loss", "match rate"]
+    device = content["environment"]["device"]
+    seeds = len({r["seed"] for r in content["rounds"]})
+    return (
+        f"{table(head, rows)}\n\n{seeds} seeds, {content['precision']}; T5-Base's shape has random weights; {device}."
+    )
+
+
+def nlp_starts() -> str:
+    """Starts on the tiny language models, all rates and the spread over seeds."""
+    parts = []
+    for subject in ("sst2", "rte", "instruct"):
+        records = Ledger(f"nlp_starts-{subject}").records
+        found: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        for record in records:
+            found.setdefault((record["config"]["init"], record["config"]["lr"]), []).append(record)
+        rows = [
+            [
+                f"`{init}`",
+                f"{lr:g}",
+                str(len(runs)),
+                _over_seeds(map(area, runs), 4),
+                _over_seeds(map(_text_score, runs), 2),
+                f"{statistics.mean(r['seconds']['init'] / _epoch(r) for r in runs):.2f}",
+            ]
+            for (init, lr), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0]))
+        ]
+        score = "perplexity of held-out answers" if subject == "instruct" else "validation accuracy (%)"
+        head = ["start", "lr", "seeds", "training loss, mean over steps", score, "start costs (epochs)"]
+        parts.append(f"{subject}:\n\n{table(head, rows)}")
+    device = records[0]["environment"]["device"]
+    note = f"tiny-t5 (sst2, rte) and tiny-llama (instruct): stand-ins, made-up data; {device}."
+    return "\n\n".join([*parts, note])
+
+
+def _text_score(record: dict[str, Any]) -> float:
+    return record["perplexity"]["after"] if "perplexity" in record else 100 * record["scores"]["validation"]["accuracy"]
+
+
+def _epoch(record: dict[str, Any]) -> float:
+    return record["seconds"]["train"] / record["config"]["epochs"]
+
+
 def _changed(config: dict[str, Any]) -> str:
     """The start's settings that are not today's defaults."""
     own = {k: v for k, v in config.items() if uses(config["init"], k) and k.startswith(("abm_", "align_"))}
@@ -348,8 +407,8 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
 
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
-    README: (training_step, abm_init, attention, families, starts, confirmation, suite, nlp_step),
-    BENCHMARKS: (screening, sweep, directions, warm_starts, information_loss, rendering, data_path),
+    README: (training_step, abm_init, attention, families, starts, confirmation, suite, nlp_step, nlp_init),
+    BENCHMARKS: (screening, sweep, directions, warm_starts, information_loss, rendering, data_path, nlp_starts),
 }
 
 
