@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from abm_vision.abm.adapters import load_adapter, save_adapter
@@ -17,11 +18,13 @@ from abm_vision.initializers import INITIALIZERS, Initializer, initialize_lora
 from abm_vision.vit import VIT
 
 if TYPE_CHECKING:
+    from abm_vision.live import LivePlot
     from abm_vision.weights import WeightSource, create_backbone
 
 register_backbone(VIT)
 
-_NEEDS_TIMM = ("WeightSource", "create_backbone")
+# Loaded on first use: the core and its other hosts do without timm, and whoever is not in a notebook without IPython.
+_LATER = {"LivePlot": "live", "WeightSource": "weights", "create_backbone": "weights"}
 
 __all__ = [
     "INITIALIZERS",
@@ -33,6 +36,7 @@ __all__ = [
     "Backbone",
     "InformationLoss",
     "Initializer",
+    "LivePlot",
     "WeightSource",
     "add_lora",
     "check_adapters",
@@ -49,9 +53,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    # timm is loaded on first use: the core and its other hosts do without.
-    if name in _NEEDS_TIMM:
-        from abm_vision import weights
-
-        return getattr(weights, name)
+    if name in _LATER:
+        return getattr(import_module(f"abm_vision.{_LATER[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

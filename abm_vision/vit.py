@@ -39,15 +39,20 @@ _Q_THEN_K_THEN_V = (
 )
 
 
+def _timm_model(model: nn.Module) -> nn.Module:
+    """The model itself, or the one inside transformers' `TimmWrapperForImageClassification`."""
+    return getattr(model, "timm_model", model)
+
+
 def _is_timm_transformer(model: nn.Module) -> bool:
-    return any(t.__module__.startswith("timm.models.") for t in type(model).__mro__)
+    return any(t.__module__.startswith("timm.models.") for t in type(_timm_model(model)).__mro__)
 
 
 def _head_modules(model: nn.Module) -> list[str]:
     """The classifier's modules (two in distilled models), by identity: names differ between families."""
-    if not hasattr(model, "get_classifier"):
+    if not hasattr(_timm_model(model), "get_classifier"):
         return []
-    classifier = model.get_classifier()
+    classifier = _timm_model(model).get_classifier()
     heads = list(classifier) if isinstance(classifier, (tuple, list, nn.ModuleList)) else [classifier]
     trainable = [h for h in heads if isinstance(h, nn.Module) and any(True for _ in h.parameters())]
     return [name for name, module in model.named_modules() if any(module is h for h in trainable)]
@@ -93,7 +98,8 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
             f"a batch of type {type(batch).__name__} holds no labels: let the loader yield (images, labels), or pass "
             "loss_fn=lambda model, batch: ..."
         )
-    return F.cross_entropy(_forward(model, batch), labels)
+    answer = _forward(model, batch)
+    return F.cross_entropy(getattr(answer, "logits", answer), labels)  # transformers' models answer with a record
 
 
 def _labels(batch: Any) -> Tensor | None:

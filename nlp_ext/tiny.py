@@ -11,7 +11,6 @@ import hashlib
 import os
 import platform
 import shutil
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ import torch
 from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm.auto import tqdm
 from transformers import (
     ByT5Tokenizer,
     LlamaConfig,
@@ -30,6 +28,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_json, writing
 from abm_vision.runs.device import autocast, has_fast_bf16
 from nlp_ext.batches import IGNORED
@@ -159,8 +158,7 @@ def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = T
     groups = [{"params": p, "peak": lr} for p, lr in _rates(model, settings)]
     optimiser = torch.optim.AdamW(groups, weight_decay=0.01, betas=(0.9, 0.98))
     precision = "bf16" if has_fast_bf16(torch.device("cpu")) else "fp32"
-    disable = not (show_progress_bar and sys.stderr.isatty())
-    for step in tqdm(range(steps), f"pretraining {name}", disable=disable):
+    for step in progress(range(steps), f"pretraining {name}", show=show_progress_bar):
         for group in optimiser.param_groups:
             group["lr"] = group["peak"] * min((step + 1) / WARMUP, (steps - step) / max(1, steps - WARMUP))
         windows = _windows(corpora, settings.window, generator)

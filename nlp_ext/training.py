@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -17,11 +16,13 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from abm_vision import plots
+from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.initializers import get_initializer
 from abm_vision.provenance import environment
 from abm_vision.runs.device import peak_memory
 from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT, Diverged, check_origin, read_json
+from abm_vision.runs.log import LOGS, Log
 from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
 from nlp_ext.ranks import same_on_all_ranks
@@ -59,7 +60,7 @@ def training_arguments(
         logging_nan_inf_filter=False,
         save_strategy="epoch",
         save_total_limit=2,  # the older one goes before the newer one is known to be whole
-        disable_tqdm=quiet or not sys.stderr.isatty(),
+        disable_tqdm=quiet or not watched(),
         report_to="none",
         remove_unused_columns=False,
         dataloader_pin_memory=device.type == "cuda",
@@ -87,10 +88,10 @@ def own_callbacks(trainer: Trainer) -> Trainer:
 
 
 class Progress(TrainerCallback):
-    """Losses and seconds of a run, kept with every checkpoint; a checkpoint with them is whole."""
+    """Losses and seconds of a run, kept with every checkpoint; a checkpoint with them is whole. `log` is told them."""
 
-    def __init__(self, config: AdapterSettings, say: Say) -> None:
-        self.config, self.say = config, say
+    def __init__(self, config: AdapterSettings, say: Say, log: Log | None) -> None:
+        self.config, self.say, self.log = config, say, log
         self.losses: list[float] = []
         self.seconds: list[float] = []
         self._began = 0.0
@@ -113,6 +114,9 @@ class Progress(TrainerCallback):
                     f"the training loss is not finite in step {state.global_step}: lower --lr (now {self.config.lr})"
                 )
             self.losses.append(float(logs["loss"]))
+            if self.log and state.is_world_process_zero:
+                self.log("train/loss", self.losses[-1], state.global_step)
+                self.log("train/lr", logs["learning_rate"], state.global_step)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop the clock."""
@@ -200,7 +204,7 @@ def finished_origin(result: dict[str, Any]) -> dict[str, Any]:
 
 def clear(folder: Path, *names: str) -> None:
     """Remove what a run has left in its folder but the configuration; `names` are a command's own files and folders."""
-    for name in (RESULT, FAILURE, NOTES, CURVES, INFORMATION_LOSS, ADAPTER, CHECKPOINTS, *names):
+    for name in (RESULT, FAILURE, NOTES, CURVES, INFORMATION_LOSS, ADAPTER, CHECKPOINTS, *LOGS, *names):
         if (folder / name).is_dir():
             shutil.rmtree(folder / name)
         else:

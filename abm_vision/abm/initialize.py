@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.bars import progress
 from abm_vision.abm.calibration import (
     Calibration,
     Layer,
@@ -121,7 +121,7 @@ def _optimise(
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / config.steps, total_iters=config.steps - 1)
     parts = [small for part in calibration.parts for small in part.split(config.batch_size)]
     losses: list[Tensor] = []
-    bar = tqdm(range(config.steps), desc="ABM", unit="step", disable=not show_progress_bar)
+    bar = progress(range(config.steps), "ABM", show=show_progress_bar, unit="step")
     for step in bar:
         part = parts[step % len(parts)]
         recorded = preactivations(model, part.batch, calibration.names, forward_fn)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import MISSING, asdict, fields
 from typing import Any, NoReturn
 
+from abm_vision.runs.log import LOGS
 from abm_vision.runs.settings import AdapterSettings, Settings, read_config
 
 
@@ -47,6 +48,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument(
         "--diagnose", action="store_true", help="measure the information loss of the start, and draw it"
     )
+    parser.add_argument("--log", choices=LOGS, help="write losses while it trains, into the run's folder")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
     parser.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
 

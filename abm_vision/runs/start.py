@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -71,7 +70,7 @@ def start_adapter(
                 align=config.align(),
                 reference=REFERENCE if reference else None,
                 backbone=ready.backbone,
-                show_progress_bar=not quiet and sys.stderr.isatty(),
+                show_progress_bar=not quiet,
             )
     if report:
         say(f"{config.init:<9} {report.summary()}")

@@ -6,11 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import vtab_tasks
+from abm_vision.abm.bars import watched
 from abm_vision.runs.commands import guarded, print_config, run_guarded, say, settings_of
 from abm_vision.runs.device import resolve_device
+from abm_vision.runs.log import opened
 from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.parsers import (
     COMPARED,
@@ -39,7 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(words: list[str]) -> int:
     options = vars(run_parser().parse_args(words))
-    out, rerun, diagnose, as_json, quiet = (options.pop(k) for k in ("out", "rerun", "diagnose", "json", "quiet"))
+    keys = ("out", "rerun", "diagnose", "log", "json", "quiet")
+    out, rerun, diagnose, kind, as_json, quiet = (options.pop(key) for key in keys)
     config = settings_of(options, RunConfig)
     quiet = quiet or as_json
     if not quiet:
@@ -48,7 +52,10 @@ def _run(words: list[str]) -> int:
     from abm_vision.vtab.run import run  # imports timm: `--help` and a wrong flag answer at once
 
     note = None if quiet else say
-    result = run_guarded(PROGRAM, lambda: run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note))
+    with opened(kind, Path(out) / config.run_name()) as log:
+        result = run_guarded(
+            PROGRAM, lambda: run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note, log=log)
+        )
     print(json.dumps(result) if as_json else summary(result))
     return 0
 
@@ -241,7 +248,7 @@ def _prepare(words: list[str]) -> int:
             options.out,
             source=options.source,
             data_dir=options.data_dir,
-            show_progress_bar=not options.quiet and sys.stderr.isatty(),
+            show_progress_bar=not options.quiet and watched(),
         )
         say(f"{task}: {folder}")
     return 0

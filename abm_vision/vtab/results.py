@@ -17,6 +17,7 @@ from torch import nn
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
 from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT
+from abm_vision.runs.log import LOGS
 from abm_vision.vtab.config import SCHEMA
 from abm_vision.vtab.train import Progress
 
@@ -28,7 +29,8 @@ def clear(folder: Path) -> None:
     """Remove whatever a run has left in its folder but the configuration."""
     for name in (RESULT, CHECKPOINT, CURVES, INFORMATION_LOSS, FAILURE):
         (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / ADAPTER, ignore_errors=True)
+    for name in (ADAPTER, *LOGS):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:

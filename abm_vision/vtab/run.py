@@ -12,6 +12,7 @@ from abm_vision.initializers import get_initializer
 from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
 from abm_vision.runs.device import peak_memory
+from abm_vision.runs.log import Log
 from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter, stopwatch
 from abm_vision.vtab import results
 from abm_vision.vtab.config import SCHEMA, RunConfig
@@ -29,6 +30,7 @@ def run(
     diagnose: bool = False,
     reference_only: bool = False,
     say: Say | None = None,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Adapt a pretrained ViT to one task, test it once, and write everything under `out`.
 
@@ -46,6 +48,7 @@ def run(
         reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
             until the same run is asked for in its own right.
         say: receives a line about every stage.
+        log: receives every step's loss and learning rate, and top-1 where it is followed (see `runs.log`).
 
     Returns:
         The content of `result.json`, with `folder` added.
@@ -76,7 +79,7 @@ def run(
             result["information_loss"] = started["information_loss"]
         else:
             setup = prepare(config, folder, say)
-            result = _run(setup, config, folder, tune, quiet, diagnose, say)
+            result = _run(setup, config, folder, tune, quiet, diagnose, say, log)
             plots.save_figure(plots.draw_curves(result), folder / results.CURVES)
         if result["information_loss"]:
             plots.save_figure(plots.draw_information_loss(result), folder / results.INFORMATION_LOSS)
@@ -85,7 +88,14 @@ def run(
 
 
 def _run(
-    setup: Setup, config: RunConfig, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say
+    setup: Setup,
+    config: RunConfig,
+    folder: Path,
+    tune: Tune,
+    quiet: bool,
+    diagnose: bool,
+    say: Say,
+    log: Log | None,
 ) -> dict[str, Any]:
     model, images, device, precision, seconds = (
         setup.model,
@@ -120,14 +130,18 @@ def _run(
         if config.eval_epochs and progress.epoch % config.eval_epochs == 0 and progress.epoch < config.epochs:
             correct, count = test()
             progress.accuracies[progress.epoch] = correct / count
+            if log:
+                log("test/top1", correct / count, len(progress.losses))
         results.save_checkpoint(folder, model, optimiser, progress, notes)
         epoch_loss = sum(progress.losses[-_steps(images, config) :]) / _steps(images, config)
         say(f"epoch {progress.epoch:3d} loss {epoch_loss:.3f}, {progress.seconds[-1]:.1f} s")
 
-    train(model, optimiser, images, config, precision, progress, after_epoch, quiet)
+    train(model, optimiser, images, config, precision, progress, after_epoch, quiet, log)
     seconds["train"] = sum(progress.seconds)
     with stage("test"):
         correct, count = test()
+    if log:
+        log("test/top1", correct / count, len(progress.losses))
     if config.eval_epochs:
         progress.accuracies[config.epochs] = correct / count
     result = {

@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from abm_vision.abm import bars
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import Diverged
+from abm_vision.runs.log import Log
 from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.data import Images, Preprocessing
 
@@ -73,8 +74,9 @@ def train(
     progress: Progress,
     after_epoch: Callable[[Progress], None],
     quiet: bool,
+    log: Log | None,
 ) -> None:
-    """Run the epochs that `progress` still lacks, and call `after_epoch` behind each.
+    """Run the epochs that `progress` still lacks, and call `after_epoch` behind each; `log` is told every step.
 
     Raises:
         Diverged: the loss is NaN or infinite.
@@ -86,7 +88,7 @@ def train(
         train_mode(model)
         torch.manual_seed(config.seed * 100_003 + epoch)  # dropout and stochastic depth, the same after a resume
         batches = images.batches(config.batch_size, config.seed, epoch)
-        bar = tqdm(batches, f"epoch {epoch + 1:3d}/{config.epochs}", steps, disable=True if quiet else None)
+        bar = bars.progress(batches, f"epoch {epoch + 1:3d}/{config.epochs}", show=not quiet, total=steps)
         losses: list[Tensor] = []
         for step, (pixels, labels) in enumerate(bar):
             for group in optimiser.param_groups:
@@ -97,6 +99,10 @@ def train(
             optimiser.step()
             optimiser.zero_grad()
             losses.append(loss.detach())
+            if log:
+                done = epoch * steps + step + 1
+                log("train/loss", loss.item(), done)
+                log("train/lr", group["lr"], done)
             if not bar.disable and step % 4 == 3:
                 bar.set_postfix(loss=f"{torch.stack(losses[-4:]).mean().item():.3f}")
         values = torch.stack(losses).tolist()
@@ -115,7 +121,7 @@ def count_correct(
     """(correct, counted) over every image of the chunks."""
     model.eval()
     correct = counted = 0
-    for pixels, labels in tqdm(chunks, "test", disable=True if quiet else None):
+    for pixels, labels in bars.progress(chunks, "test", show=not quiet):
         with autocast(device, precision):
             logits = model(preprocessing.normalise(pixels.to(device)))
         correct += int((logits.argmax(-1).cpu() == labels).sum())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from abm_vision.runs.commands import (
@@ -17,6 +18,7 @@ from abm_vision.runs.commands import (
     say,
     settings_of,
 )
+from abm_vision.runs.log import opened
 from nlp_ext.glue.config import GlueConfig
 
 PROGRAM = "abm-glue"
@@ -41,8 +43,8 @@ def parser() -> Parser:
 
 def _run(words: list[str]) -> int:
     options = vars(parser().parse_args(words))
-    keys = ("out", "rerun", "diagnose", "json", "quiet", "test")
-    out, rerun, diagnose, as_json, quiet, test = (options.pop(key) for key in keys)
+    keys = ("out", "rerun", "diagnose", "log", "json", "quiet", "test")
+    out, rerun, diagnose, kind, as_json, quiet, test = (options.pop(key) for key in keys)
     config = settings_of(options, GlueConfig)
     quiet = quiet or as_json
     if not quiet:
@@ -52,10 +54,10 @@ def _run(words: list[str]) -> int:
     from nlp_ext.quiet import only_our_own_words
 
     note = None if quiet else say
-    with only_our_own_words():
+    with only_our_own_words(), opened(kind, Path(out) / config.run_name()) as log:
         result = run_guarded(
             PROGRAM,
-            lambda: module.run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, test=test, say=note),
+            lambda: module.run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, test=test, say=note, log=log),
         )
     print(json.dumps(result) if as_json else summary(result))
     return 0

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm.auto import tqdm
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from abm_vision.abm.adapters import load_adapter
+from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
 from abm_vision.runs.device import autocast
+from abm_vision.runs.log import Log
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.glue.config import SCHEMA, GlueConfig
 from nlp_ext.glue.scores import score
@@ -48,6 +49,7 @@ def run(
     diagnose: bool = False,
     test: bool = False,
     say: Say | None = None,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Adapt a T5 to one task of GLUE, score its validation set, and write everything under `out`.
 
@@ -62,6 +64,7 @@ def run(
         test: write predictions for the test splits in the format of the GLUE server, into the folder `server`; a
             finished run gets them added.
         say: receives a line about every stage.
+        log: receives every step's loss and learning rate (see `abm_vision.runs.log`).
 
     Returns:
         The content of `result.json`, with `folder` added.
@@ -86,24 +89,26 @@ def run(
                 result = {**result, "information_loss": started["information_loss"]}
         else:
             setup = prepare(config, folder, quiet, say)
-            result = _run(setup, folder, tune, quiet, diagnose, say)
+            result = _run(setup, folder, tune, quiet, diagnose, say, log)
         finish(result, folder, _headline(result))
         if test and not (folder / SERVER).is_dir():
             _write_predictions(_finished_setup(config, folder, quiet), folder, quiet, say)
         return {**result, "folder": str(folder)}
 
 
-def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say) -> dict[str, Any]:
+def _run(
+    setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say, log: Log | None
+) -> dict[str, Any]:
     config, model, seconds = setup.config, setup.model, setup.seconds
     notes, checkpoint = begin(setup, folder, tune, quiet, diagnose, say)
     write_json(folder / NOTES, notes)
-    progress = Progress(config, say)
+    kept = Progress(config, say, log)
     trainer = _trainer(setup, folder, quiet)
-    train(trainer, progress, checkpoint)
-    seconds["train"] = sum(progress.seconds)
+    train(trainer, kept, checkpoint)
+    seconds["train"] = sum(kept.seconds)
     with stopwatch(seconds)("validation"):
         scores = {split.name: _score(setup, split, quiet) for split in setup.validation}
-    result = {**common_record(setup, notes, progress), "scores": scores}
+    result = {**common_record(setup, notes, kept), "scores": scores}
     keep = {k: result["config"][k] for k in ("task", "model", "init", "seed")}
     recorded = {"sha256": setup.weights.sha256, "location": setup.weights.location}
     files.write_adapter(
@@ -155,7 +160,7 @@ def _texts(setup: Setup, split: Split, quiet: bool) -> list[str]:
     size, length = setup.config.batch_size, target_length(setup.task, setup.tokenizer)
     rows = [{"input_ids": row["input_ids"]} for row in split.rows]
     texts: list[str] = []
-    for start in tqdm(range(0, len(rows), size), split.name, disable=True if quiet else None):
+    for start in progress(range(0, len(rows), size), split.name, show=not quiet):
         with autocast(setup.device, setup.precision):
             tokens = setup.model.generate(
                 **setup.batch(rows[start : start + size]), max_new_tokens=length, do_sample=False, num_beams=1

@@ -19,6 +19,7 @@ from abm_vision.runs.commands import (
     settings_of,
 )
 from abm_vision.runs.device import resolve_device
+from abm_vision.runs.log import opened
 from nlp_ext.instruct.config import InstructConfig
 
 PROGRAM = "abm-instruct"
@@ -77,8 +78,8 @@ def mt_bench_parser() -> Parser:
 
 def _run(words: list[str]) -> int:
     options = vars(parser().parse_args(words))
-    keys = ("out", "rerun", "diagnose", "json", "quiet")
-    out, rerun, diagnose, as_json, quiet = (options.pop(key) for key in keys)
+    keys = ("out", "rerun", "diagnose", "log", "json", "quiet")
+    out, rerun, diagnose, kind, as_json, quiet = (options.pop(key) for key in keys)
     config = settings_of(options, InstructConfig)
     quiet = quiet or as_json
 
@@ -90,9 +91,9 @@ def _run(words: list[str]) -> int:
     if first and not quiet:
         print_config(config)
     note = None if quiet else say
-    with only_our_own_words():
+    with only_our_own_words(), opened(kind, Path(out) / config.run_name()) as log:
         result = run_guarded(
-            PROGRAM, lambda: module.run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note)
+            PROGRAM, lambda: module.run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note, log=log)
         )
     if first:
         print(json.dumps(result) if as_json else summary(result))

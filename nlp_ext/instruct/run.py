@@ -15,6 +15,7 @@ from trl import SFTConfig, SFTTrainer
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
 from abm_vision.runs.device import autocast, resolve_device
+from abm_vision.runs.log import Log
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import SCHEMA, InstructConfig
@@ -44,6 +45,7 @@ def run(
     quiet: bool = True,
     diagnose: bool = False,
     say: Say | None = None,
+    log: Log | None = None,
 ) -> dict[str, Any]:
     """Tune a LLaMA (or a relative) on instructions, loss on the answers only, and write everything under `out`.
 
@@ -57,6 +59,7 @@ def run(
         quiet: no progress bars.
         diagnose: measure the adapter's information loss before and after its start, as in the vision harness.
         say: receives a line about every stage, in the first process.
+        log: receives every step's loss and learning rate, in the first process (see `abm_vision.runs.log`).
 
     Returns:
         The content of `result.json`, with `folder` added.
@@ -88,7 +91,7 @@ def run(
         if result is None or (diagnose and not result["information_loss"]):
             setup = prepare(config, folder, quiet, say)
             if result is None:
-                result = _run(setup, folder, tune, quiet, diagnose, say, state.is_main_process)
+                result = _run(setup, folder, tune, quiet, diagnose, say, log, state.is_main_process)
             else:
                 files.check_origin(finished_origin(result), setup.origin, folder)
                 started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
@@ -99,7 +102,9 @@ def run(
         return {**result, "folder": str(folder)}
 
 
-def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say, main: bool) -> dict[str, Any]:
+def _run(
+    setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, say: Say, log: Log | None, main: bool
+) -> dict[str, Any]:
     config, seconds = setup.config, setup.seconds
     stage = stopwatch(seconds)
     with stage("perplexity"), setup.model.disable_adapter():
@@ -107,7 +112,7 @@ def _run(setup: Setup, folder: Path, tune: Tune, quiet: bool, diagnose: bool, sa
     notes, checkpoint = begin(setup, folder, tune, quiet, diagnose, say)
     if main:
         write_json(folder / NOTES, notes)
-    progress = Progress(config, say)
+    progress = Progress(config, say, log)
     trainer = _trainer(setup, folder, quiet)
     train(trainer, progress, checkpoint)
     seconds["train"] = sum(progress.seconds)

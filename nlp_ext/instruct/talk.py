@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from abm_vision.abm.adapters import ABM_FILE, load_adapter, read_settings
+from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically
 from abm_vision.runs.folder import ADAPTER
 from nlp_ext.instruct.answer import answer
@@ -88,7 +88,7 @@ def mt_bench(assistant: Assistant, questions: Path, out: Path, model_id: str, se
         CannotWrite: the answers cannot be written.
     """
     lines = []
-    for question in tqdm(list(_questions(questions)), "MT-Bench", disable=None if show_bar else True):
+    for question in progress(list(_questions(questions)), "MT-Bench", show=show_bar):
         torch.manual_seed(seed)
         temperature = TEMPERATURES.get(question.get("category"), OTHER)
         turns: Conversation = []

@@ -1,0 +1,62 @@
+"""LivePlot: the loss of a run in a notebook, drawn while it trains."""
+
+from __future__ import annotations
+
+import time
+
+from IPython.display import DisplayHandle, display
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from abm_vision.plots import BLUE, OKABE_ITO
+
+
+class LivePlot:
+    """A log (see `abm_vision.runs.log`) that draws what it is told below the cell: `run(config, log=LivePlot())`.
+
+    Figures with the same part before the slash share a colour scheme; losses are on the left, all others on the right.
+
+    Args:
+        every: seconds between two drawings; the last values are drawn when `close` is called, or the next are told.
+    """
+
+    def __init__(self, every: float = 1.0) -> None:
+        self.every = every
+        self.figures: dict[str, tuple[list[int], list[float]]] = {}
+        self._handle: DisplayHandle | None = None
+        self._drawn = 0.0
+
+    def __call__(self, name: str, value: float, step: int) -> None:
+        """Take a value; draw if it is time."""
+        steps, values = self.figures.setdefault(name, ([], []))
+        steps.append(step)
+        values.append(value)
+        if time.monotonic() - self._drawn >= self.every:
+            self.draw()
+
+    def draw(self) -> None:
+        """Show everything told so far."""
+        self._drawn = time.monotonic()
+        figure = self.figure()
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)
+        else:
+            self._handle.update(figure)
+
+    def figure(self) -> Figure:
+        """Losses, and beside them whatever else was followed but the learning rate."""
+        losses = [name for name in self.figures if name.endswith("loss")]
+        others = [name for name in self.figures if not name.endswith(("loss", "lr"))]
+        panels = [names for names in (losses, others) if names]
+        figure = Figure(figsize=(5.2 * max(1, len(panels)), 3.2), layout="constrained")
+        for axes, names in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
+            _lines(axes, {name: self.figures[name] for name in names})
+        return figure
+
+
+def _lines(axes: Axes, figures: dict[str, tuple[list[int], list[float]]]) -> None:
+    for (name, (steps, values)), colour in zip(figures.items(), (BLUE, *OKABE_ITO), strict=False):
+        axes.plot(steps, values, color=colour, label=f"{name}: {values[-1]:.3f}")
+    axes.set(xlabel="step")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)

@@ -1,0 +1,45 @@
+"""Figures of a run while it trains: one callback, which TensorBoard and any other logger fit.
+
+A log is called with the name of a figure, its value, and the number of training steps done, as
+`SummaryWriter.add_scalar` takes them: train/loss and train/lr at every step, and test/top1 where it is followed.
+For Weights & Biases: `log=lambda name, value, step: wandb.log({name: value}, step=step)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from abm_vision.abm.files import writing
+
+Log = Callable[[str, float, int], object]
+LOGS = ("tensorboard",)
+
+
+@contextmanager
+def opened(kind: str | None, folder: Path) -> Iterator[Log | None]:
+    """The log that a command line asks for by name, in a folder of that name in the run's; None for none.
+
+    Nothing is written before the first figure.
+
+    Raises:
+        ValueError: TensorBoard is not installed.
+    """
+    if kind is None:
+        yield None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ValueError(f"--log {kind} needs it: pip install {kind}") from error
+    with ExitStack() as stack:
+        writers: list[SummaryWriter] = []
+
+        def log(name: str, value: float, step: int) -> None:
+            if not writers:
+                with writing(folder):
+                    writers.append(stack.enter_context(SummaryWriter(str(folder / kind))))
+            writers[0].add_scalar(name, value, step)
+
+        yield log
