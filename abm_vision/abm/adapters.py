@@ -84,7 +84,9 @@ def load_adapter(
         model: a bare model, or a `PeftModel` to which the adapter is added under a new name, inactive.
         directory: a folder with `adapter_config.json` and `adapter_model.safetensors`.
         is_trainable: whether the adapter is to be trained on; frozen otherwise, as in peft.
-        adapter_name, merged_linear, backbone: as in `add_lora`.
+        adapter_name: as in `add_lora`.
+        merged_linear: as in `add_lora`.
+        backbone: as in `add_lora`.
 
     Raises:
         FileNotFoundError: the directory holds no adapter.

@@ -70,7 +70,8 @@ class AlignReport:
 
     Args:
         layers: the boundaries in the order in which they fire, before and after.
-        before, after: the same overall, as in `ABMReport`.
+        before: the same overall, as in `ABMReport`.
+        after: likewise.
         size: length of the columns of B that came out.
         samples: calibration samples used.
         seconds: wall time of the whole call.

@@ -46,8 +46,9 @@ class ABMReport:
 
     Args:
         layers: the matched layers in the order in which they fire.
-        before, after: the same figures overall; the loss is Eq. (22), arXiv:2511.19145 (weighted mean over
-            layers), the shares are averaged over layers.
+        before: the same figures overall; the loss is Eq. (22), arXiv:2511.19145 (weighted mean over layers), the
+            shares are averaged over layers.
+        after: likewise.
         loss_per_step: the loss of each optimiser step on its own batch; of a local fit, before each Newton step and
             after the last, on the layers' recorded inputs.
         seconds: wall time of the whole call.

