@@ -2,7 +2,7 @@
 
     python benchmarks/nlp_starts.py [--threads 1]
 
-Every start with every learning rate and seed, by the real commands' own `run`. tiny-t5 and tiny-llama are stand-ins
+Every start with every learning rate (RTE: one) and seed, by the real commands' own `run`. tiny-t5 and tiny-llama are stand-ins
 that were pretrained here for minutes, on data that is no benchmark: the numbers compare starts on real tokenisation and
 trainers, and say nothing about T5 or LLaMA. Finished runs are kept in `results/nlp_starts-SUBJECT.jsonl`.
 """
@@ -23,7 +23,7 @@ from nlp_ext.instruct.run import run as run_instruct
 from nlp_ext.quiet import only_our_own_words
 
 STARTS = ("kaiming", "eva", "abm", "abm_aligned")
-RATES = (2e-3, 5e-3)
+RATES = {"sst2": (2e-3, 5e-3), "rte": (5e-3,), "instruct": (2e-3, 5e-3)}
 SEEDS = 3
 EPOCHS = {"sst2": 3, "rte": 3, "instruct": 1}  # enough for every start to learn these
 KEPT = ("config", "scores", "perplexity", "loss_per_step", "seconds", "tiny", "precision", "environment")
@@ -52,7 +52,7 @@ def main() -> None:
         done = {(r["config"]["init"], r["config"]["lr"], r["config"]["seed"]) for r in ledger.records}
         for seed in range(SEEDS):
             for init in STARTS:
-                for lr in RATES:
+                for lr in RATES[subject]:
                     if (init, lr, seed) not in done:
                         record = measured(subject, init, lr, seed)
                         ledger.append(record)

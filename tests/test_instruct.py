@@ -457,6 +457,14 @@ def test_chat(finished, base):
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
+def test_chat_without_an_adapter(tmp_path, capsys):
+    assert main(["chat", f"--adapter={tmp_path}/none"]) == 2
+    assert f"no folder {tmp_path}/none: give that of a finished run" in capsys.readouterr().err
+    (tmp_path / "adapter").mkdir()
+    assert main(["chat", f"--adapter={tmp_path}"]) == 2
+    assert "does not say which model it adapts: give it with --model" in capsys.readouterr().err
+
+
 def test_mt_bench(finished, tmp_path, capsys):
     result, _, _ = finished
     questions = tmp_path / "question.jsonl"

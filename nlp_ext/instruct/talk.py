@@ -50,6 +50,8 @@ class Assistant:
 
     def __init__(self, adapter: str | Path, model: str | None, device: torch.device, new_tokens: int) -> None:
         folder = Path(adapter) / ADAPTER if (Path(adapter) / ADAPTER).is_dir() else Path(adapter)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {adapter}: give that of a finished run, or of an adapter")
         recorded = read_settings(folder).get("run", {}) if (folder / ABM_FILE).is_file() else {}
         name = model or recorded.get("model")
         if name is None:
