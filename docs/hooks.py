@@ -1,23 +1,41 @@
-"""What the pages take from the code: every option of every command, and the table of starts."""
+"""What the pages take from the code (every option of every command, the table of starts), and formulas as MathML."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import re
+from html import unescape
 from typing import Any
+
+from latex2mathml.converter import convert
 
 from abm_vision import INITIALIZERS
 
 # `{{ options module:function }}` becomes that parser's options, `{{ starts }}` the table of starts.
 OPTIONS = re.compile(r"^\{\{ options ([\w.]+):(\w+) \}\}$", re.MULTILINE)
 STARTS = "{{ starts }}"
+CODE = re.compile(r"<(pre|code|script|style)\b.*?</\1>", re.DOTALL)
+FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Fill a page's marks."""
     filled = OPTIONS.sub(lambda found: options(getattr(importlib.import_module(found[1]), found[2])()), markdown)
     return filled.replace(STARTS, starts()) if STARTS in filled else filled
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """LaTeX between dollars, in pages and notebooks, as MathML, which browsers show without a script."""
+    text, end = [], 0
+    for code in CODE.finditer(html):
+        text += [FORMULA.sub(_formula, html[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*text, FORMULA.sub(_formula, html[end:])])
+
+
+def _formula(found: re.Match[str]) -> str:
+    return convert(unescape(found[1] or found[2]), display="block" if found[1] else "inline")
 
 
 def options(parser: argparse.ArgumentParser) -> str:
