@@ -2,9 +2,10 @@
 
     python benchmarks/nlp_starts.py [--threads 1]
 
-Every start with every learning rate (RTE: one) and seed, by the real commands' own `run`. tiny-t5 and tiny-llama are stand-ins
-that were pretrained here for minutes, on data that is no benchmark: the numbers compare starts on real tokenisation and
-trainers, and say nothing about T5 or LLaMA. Finished runs are kept in `results/nlp_starts-SUBJECT.jsonl`.
+Every start with every learning rate (RTE: one) and seed, by the real commands' own `run`. tiny-t5 and tiny-llama are
+stand-ins that were pretrained here for minutes, on data that is no benchmark: the numbers compare starts on real
+tokenisation and trainers, and say nothing about T5 or LLaMA. Finished runs are kept in
+`results/nlp_starts-SUBJECT.jsonl`.
 """
 
 from __future__ import annotations

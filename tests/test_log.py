@@ -104,5 +104,3 @@ def test_bars_are_for_those_who_watch(monkeypatch, capsys):
     assert not bars.watched()
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert bars.watched() and list(bars.progress("ab", "title", show=False)) == ["a", "b"]
-
-

@@ -57,8 +57,8 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as in Jupyter
     notebook = nbformat.read(path, as_version=4)
     stored = copy.deepcopy(notebook)
-    client = NotebookClient(notebook, timeout=900, coalesce_streams=True, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()
+    place = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, timeout=900, coalesce_streams=True, resources=place).execute()
     said = [o.text for o in outputs(notebook) if o.output_type == "stream" and o.name == "stderr"]
     ours = [text for text in said if re.search(r"(?:abm_vision|nlp_ext|vtab_tasks)/\S+\.py:\d+: \w*Warning", text)]
     assert not ours
