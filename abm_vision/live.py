@@ -14,10 +14,11 @@ from abm_vision.plots import BLUE, OKABE_ITO
 class LivePlot:
     """A log (see `abm_vision.runs.log`) that draws what it is told below the cell: `run(config, log=LivePlot())`.
 
-    Figures with the same part before the slash share a colour scheme; losses are on the left, all others on the right.
+    Losses are on the left; whatever else is followed, but the learning rate, is on the right.
 
     Args:
-        every: seconds between two drawings; the last values are drawn when `close` is called, or the next are told.
+        every: seconds between two drawings of what comes with every step; a test's figure is drawn at once, and `draw`
+            shows everything.
     """
 
     def __init__(self, every: float = 1.0) -> None:
@@ -31,7 +32,7 @@ class LivePlot:
         steps, values = self.figures.setdefault(name, ([], []))
         steps.append(step)
         values.append(value)
-        if time.monotonic() - self._drawn >= self.every:
+        if not name.startswith("train/") or time.monotonic() - self._drawn >= self.every:
             self.draw()
 
     def draw(self) -> None:
@@ -44,7 +45,7 @@ class LivePlot:
             self._handle.update(figure)
 
     def figure(self) -> Figure:
-        """Losses, and beside them whatever else was followed but the learning rate."""
+        """The plot as it is now."""
         losses = [name for name in self.figures if name.endswith("loss")]
         others = [name for name in self.figures if not name.endswith(("loss", "lr"))]
         panels = [names for names in (losses, others) if names]

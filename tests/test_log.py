@@ -75,7 +75,7 @@ def test_no_log_and_nothing_logged(tmp_path):
 
 
 def test_live_plot_draws_what_it_was_told(monkeypatch):
-    shown, times = [], iter([0.0, 0.0, 0.4, 5.0, 5.0])
+    shown, times = [], iter([0.0, 0.0, 0.4, 5.0, 5.0, 5.1, 5.2])
     monkeypatch.setattr("abm_vision.live.time.monotonic", lambda: next(times))
     handle = types.SimpleNamespace(update=shown.append)
     monkeypatch.setattr("abm_vision.live.display", lambda figure, display_id: shown.append(figure) or handle)
@@ -84,8 +84,10 @@ def test_live_plot_draws_what_it_was_told(monkeypatch):
     for step, value in enumerate((3.0, 2.0, 1.0), 1):
         plot("train/loss", value, step)
     assert len(shown) == 2  # not at 0.4 s
-    plot.figures["test/top1"] = ([3], [0.5])
-    plot.figures["train/lr"] = ([3], [0.1])
+    plot("train/lr", 0.1, 3)
+    assert len(shown) == 2
+    plot("test/top1", 0.5, 3)
+    assert len(shown) == 3
     left, right = plot.figure().axes
     assert left.lines[0].get_xydata().tolist() == [[1, 3], [2, 2], [3, 1]]
     assert [line.get_label() for line in right.lines] == ["test/top1: 0.500"]

