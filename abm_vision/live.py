@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from io import BytesIO
 
-from IPython.display import DisplayHandle, display
+from IPython.display import DisplayHandle, Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -38,11 +39,13 @@ class LivePlot:
     def draw(self) -> None:
         """Show everything told so far."""
         self._drawn = time.monotonic()
-        figure = self.figure()
+        drawn = BytesIO()  # a bare Figure is shown as a picture only where pyplot has been set up for the notebook
+        self.figure().savefig(drawn, format="png", dpi=80)
+        picture = Image(drawn.getvalue())
         if self._handle is None:
-            self._handle = display(figure, display_id=True)
+            self._handle = display(picture, display_id=True)
         else:
-            self._handle.update(figure)
+            self._handle.update(picture)
 
     def figure(self) -> Figure:
         """The plot as it is now."""
