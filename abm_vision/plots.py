@@ -40,7 +40,7 @@ def draw_training(result: dict[str, Any], title: str) -> Figure:
     panels = figure.subplots(
         1, 2 if result["abm"] else 1, squeeze=False, width_ratios=[3, 2] if result["abm"] else [1]
     )[0]
-    figure.suptitle(title, fontweight="bold")
+    figure.suptitle(title, fontweight="bold", wrap=True)
     _draw_losses(panels[0], result)
     if result["abm"]:
         _draw_boundaries(panels[1], result["abm"])
