@@ -297,6 +297,7 @@ def test_hub_errors_are_one_message(name, message, tmp_path):
     environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path)}
     words = [sys.executable, "-m", "nlp_ext.glue", "--model", name or "some/model", "--data=synthetic"]
     done = subprocess.run([*words, f"--out={tmp_path}"], capture_output=True, text=True, env=environment)
+    server.shutdown()  # a server that is closed while it serves would spin until the end of all tests
     server.server_close()
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert message in done.stderr and done.stderr.count("\n") == 1
