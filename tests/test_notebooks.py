@@ -18,6 +18,11 @@ def outputs(notebook):
     return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
 
 
+def shown(notebook):
+    """Without standard error: libraries draw bars there, such as when a tiny model is made and saved."""
+    return [o for o in outputs(notebook) if not (o.output_type == "stream" and o.name == "stderr")]
+
+
 def texts(notebook):
     """What is shown as text."""
     for output in outputs(notebook):
@@ -62,4 +67,4 @@ def test_runs(path, tmp_path, monkeypatch):
     said = [o.text for o in outputs(notebook) if o.output_type == "stream" and o.name == "stderr"]
     ours = [text for text in said if re.search(r"(?:abm_vision|nlp_ext|vtab_tasks)/\S+\.py:\d+: \w*Warning", text)]
     assert not ours
-    assert len(outputs(notebook)) == len(outputs(stored))
+    assert len(shown(notebook)) == len(shown(stored))
