@@ -19,8 +19,9 @@ def outputs(notebook):
 
 
 def shown(notebook):
-    """Without standard error: libraries draw bars there, such as when a tiny model is made and saved."""
-    return [o for o in outputs(notebook) if not (o.output_type == "stream" and o.name == "stderr")]
+    """Without bars, on standard error or as widgets: there are more of them when a tiny model has to be made first."""
+    widget = "application/vnd.jupyter.widget-view+json"
+    return [o for o in outputs(notebook) if o.get("name") != "stderr" and widget not in o.get("data", {})]
 
 
 def texts(notebook):
