@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -640,7 +641,8 @@ def test_report_prints_and_is_plain_json():
     }
 
 
-def test_progress_bar_can_be_switched_off(capsys):
+def test_progress_bar_can_be_switched_off(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # somebody watches
     initialize_lora_abm_weights(add_lora(build_vit()), [images(4)], FAST)
     assert "ABM: 100%" in capsys.readouterr().err
     match(add_lora(build_vit()))
