@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import EvaConfig, LoraConfig, PeftModel, initialize_lora_eva_weights
+from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.tuners_utils import cast_adapter_dtype
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map
 
 from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.backbone import Backbone, find_backbone
-from abm_vision.abm.calibration import batch_size, collect_batches, does_nothing
+from abm_vision.abm.calibration import batch_size, collect_batches, is_zero
 from abm_vision.abm.checks import evaluate, modes_given_back
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.conversion import changes_base, remember_start
@@ -144,7 +145,7 @@ def initialize_lora(
         raise ValueError(f"{init} needs a reference: the name of an adapter tuned on the task, or a tuned model")
     align = align or AlignConfig()
     samples = align.samples if start.apply is _align else config.samples
-    with seeded(config.seed), modes_given_back(model), _undone_on_error(model, start, adapter_name):
+    with seeded(config.seed), _undone_on_error(model, start, adapter_name):
         device = next(model.parameters()).device
         given = Ingredients(
             model=model,
@@ -158,9 +159,10 @@ def initialize_lora(
             align=align,
             progress=show_progress_bar,
         )
-        report = start.apply(given)
+        with modes_given_back(model):
+            report = start.apply(given)
         for layer in adapted_layers(model, adapter_name).values():
-            layer.train(layer.training)  # peft makes the inner modules anew, in training mode
+            layer.train(layer.training)  # peft makes the inner modules anew, in a mode of its own
         return report
 
 
@@ -188,7 +190,7 @@ def _check_fresh(model: PeftModel, start: Initializer, adapter_name: str) -> Non
     shared = next((name for name, config in model.peft_config.items() if changes_base(config)), None)
     if shared:
         raise ValueError(f"adapter {shared!r} has changed the base weights: begin with the bare model")
-    if model.peft_config[adapter_name].init_lora_weights is not True or not does_nothing(model, adapter_name):
+    if model.peft_config[adapter_name].init_lora_weights is not True or not is_zero(model, adapter_name):
         raise ValueError(f"adapter {adapter_name!r} is not fresh, it was started or trained: begin with add_lora")
     if len(model.peft_config) > 1 and not start.in_factors:
         others = ", ".join(name for name in model.peft_config if name != adapter_name)
@@ -292,7 +294,7 @@ def _eva(given: Ingredients) -> None:
     def counted(layer_input: Any, batch: Any, peft_name: str) -> Tensor:
         x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
         mask = given.backbone.input_mask(batch, names[id(given.model.get_submodule(peft_name))])
-        return x.flatten(0, -2) if mask is None else x[mask]
+        return x.flatten(0, -2) if mask is None else x[mask.to(x.device)]
 
     _restart(given, "eva", eva_config=config)
     with _no_autocast(given.model):
@@ -317,7 +319,7 @@ def _input_shapes(given: Ingredients, batch: Any) -> dict[str, torch.Size]:
         for name, layer in adapted_layers(given.model, given.adapter_name).items():
             handle = layer.register_forward_pre_hook(lambda _, args, name=name: shapes.__setitem__(name, args[0].shape))
             stack.callback(handle.remove)
-        given.forward_fn(given.model, batch)
+        given.forward_fn(evaluate(given.model), batch)
     return shapes
 
 
@@ -327,11 +329,13 @@ def _corda(given: Ingredients) -> None:
         if len(shape) != 3 or shape[0] != 1:
             raise ValueError(f"corda takes one sample's tokens, (1, tokens, in); {name} sees {tuple(shape)}")
 
+    layers = adapted_layers(given.model, given.adapter_name)
+
     def run_model() -> None:
         for sample in samples:
-            given.forward_fn(given.model, sample)
+            with _padding_zeroed(given.backbone, layers, sample):
+                given.forward_fn(given.model, sample)
 
-    layers = adapted_layers(given.model, given.adapter_name)
     ranks = {f"{name}.base_layer": layer.r[given.adapter_name] for name, layer in layers.items()}
     config = LoraConfig(
         target_modules=list(ranks),  # the layers inside peft's wrappers
@@ -342,6 +346,18 @@ def _corda(given: Ingredients) -> None:
     with given.model.disable_adapter(), _no_autocast(given.model):
         preprocess_corda(given.model.get_base_model(), config, run_model=run_model)
     _restart(given, "corda", corda_config=config.corda_config)
+
+
+@contextmanager
+def _padding_zeroed(backbone: Backbone, layers: Mapping[str, LoraLayer], sample: Any) -> Iterator[None]:
+    """Nothing reads what layers make of padding; with inputs of zero it adds nothing to their covariance either."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            mask = backbone.input_mask(sample, name)
+            if mask is not None:
+                zero = lambda _, args, mask=mask: (args[0] * mask[..., None].to(args[0]), *args[1:])  # noqa: E731
+                stack.callback(layer.get_base_layer().register_forward_pre_hook(zero).remove)
+        yield
 
 
 def _lora_ga(given: Ingredients) -> None:

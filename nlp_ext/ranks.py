@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, parse_flag_from_env
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
+from abm_vision.abm.conversion import changes_base
 from abm_vision.runs.device import resolve_device
 
 
@@ -55,13 +59,21 @@ def text_device(name: str) -> torch.device:
 
 
 @torch.no_grad()
-def same_on_all_ranks(model: nn.Module) -> None:
-    """Give every process the trained parameters of the first, so that all begin with the same adapter.
+def same_on_all_ranks(model: PeftModel) -> None:
+    """Give every process what the start has made in the first, so that all begin with the same model.
 
     Every process runs the start itself, on the same samples and with the same seed; what other hardware or kernels
-    would make of it must not drive them apart.
+    would make of it (a singular vector of the other sign) must not drive them apart.
     """
     if PartialState().num_processes > 1:
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(broadcast(parameter.detach().clone(), from_process=0))
+        for tensor in _started(model):
+            tensor.copy_(broadcast(tensor.detach().clone(), from_process=0))
+
+
+def _started(model: PeftModel) -> Iterator[Tensor]:
+    """What trains, frozen factors, and, where the start has changed the base weights, those and the kept start."""
+    yield from (p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n)
+    if any(changes_base(config) for config in model.peft_config.values()):
+        for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+            yield layer.get_base_layer().weight
+            yield from layer.buffers(recurse=False)

@@ -90,7 +90,8 @@ def load_adapter(
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: the adapter is no LoRA, or the model has an adapter of this name already.
+        ValueError: the adapter is no LoRA, its files are damaged, they do not fit the model, or the model has an
+            adapter of this name already.
     """
     folder, config = Path(directory), _read_config(directory)
     bare = bare_model(model, adapter_name)
@@ -103,16 +104,20 @@ def load_adapter(
     blocks = read_settings(folder)["qv_only"] if (folder / ABM_FILE).is_file() else []
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
-    if isinstance(model, PeftModel):
-        config.inference_mode = not is_trainable
-        model.add_adapter(adapter_name, config)
-        with modes_given_back(model):
-            model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
-        adapted = model
-    else:
-        adapted = PeftModel.from_pretrained(
-            bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
-        )
+    try:
+        if isinstance(model, PeftModel):
+            adapted, config.inference_mode = model, not is_trainable
+            model.add_adapter(adapter_name, config)
+            with modes_given_back(model):
+                model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
+        else:
+            adapted = PeftModel.from_pretrained(
+                bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
+            )
+    except (ValueError, RuntimeError, SafetensorError) as error:
+        if isinstance(model, PeftModel) and adapter_name in model.peft_config:
+            model.delete_adapter(adapter_name)
+        raise ValueError(f"the adapter {directory} does not fit this model, or is damaged: {error}") from error
     names = [n for n, m in bare.named_modules() if isinstance(m, LoraLayer)]
     backbone.prepare(bare, names)
     restrict_to_blocks(adapted, adapter_name, blocks)
@@ -164,12 +169,27 @@ def load_reference(
 
 def _read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     """The configuration of a saved LoRA adapter; raises FileNotFoundError and ValueError."""
-    if not (Path(directory) / "adapter_config.json").is_file():
-        raise FileNotFoundError(f"no adapter_config.json in {directory}: pass a folder that save_adapter wrote")
+    folder = Path(directory)
+    path, weights = folder / "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+    if not path.is_file() or not any((folder / name).is_file() for name in weights):  # peft would ask a hub for it
+        absent = weights[0] if path.is_file() else path.name
+        raise FileNotFoundError(f"no {absent} in {directory}: pass a folder that save_adapter wrote")
+    kind = _read_object(path).get("peft_type")
+    if kind != "LORA":
+        raise ValueError(f"{path} has peft_type {kind!r}; only LoRA adapters can be loaded")
     config = PeftConfig.from_pretrained(str(directory))
-    if not isinstance(config, LoraConfig):
-        raise ValueError(f"{directory} holds a {config.peft_type.value} adapter; only LoRA adapters can be loaded")
     return config
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; raises ValueError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -177,12 +197,12 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it was written in another format.
+        ValueError: it is damaged, or was written in another format.
     """
     path = folder / ABM_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {ABM_FILE} in {folder}: pass the folder of a finished run, or its adapter folder")
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = _read_object(path)
     if settings.get("format") != FORMAT:
         raise ValueError(f"{path} has format {settings.get('format')}, this version reads {FORMAT}")
     return settings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.checks import evaluate, modes_given_back
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.loss import boundary_figures, layer_weight, pack_signs, unpack_signs
-from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
+from abm_vision.abm.loss import boundary_figures, counted, layer_weight, pack_signs, unpack_signs
+from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations, to_device
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def choose_layers(model: nn.Module, backbone: Backbone, config: ABMConfig) -> di
     Raises:
         ValueError: `config.layers` asks for more layers than a stack has, or for a name that is no boundary.
     """
-    stacks = backbone.find_boundaries(model)
+    stacks = {stack: names for stack, names in backbone.find_boundaries(model).items() if names}
     if isinstance(config.layers, int):
         for stack, names in stacks.items():
             if len(names) < config.layers:
@@ -121,8 +122,7 @@ def collect_batches(dataloader: Iterable[Any], samples: int, device: torch.devic
     """
     batches, seen = [], 0
     for batch in dataloader:
-        batch = dict(batch) if isinstance(batch, Mapping) else batch
-        batches.append(tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch))
+        batches.append(to_device(batch, device))
         seen += batch_size(batch)
         if seen >= samples:
             break
@@ -162,7 +162,7 @@ def calibrate(
         absent = [name for name in chosen if name not in there]
         if absent:
             raise ValueError(f"the reference {type(reference).__name__} has no modules {', '.join(absent)}")
-    idle = reference == "pretrained" and does_nothing(model, adapter_name)
+    idle = reference == "pretrained" and _does_nothing(model, adapter_name)
     layers: list[Layer] = []
     parts: list[Part] = []
     states: list[Tensor] = []
@@ -186,13 +186,29 @@ def _margin(z: Tensor, mask: Tensor | None, config: ABMConfig) -> float:
     """m in units of z; a relative one is scaled by the first batch's root mean square."""
     if config.margin_unit == "absolute":
         return config.margin
-    return config.margin * (z if mask is None else z[mask]).float().square().mean().sqrt().item()
+    return config.margin * counted(z, mask).float().square().mean().sqrt().item()
 
 
-def does_nothing(model: PeftModel, adapter_name: str) -> bool:
-    """Whether every B of the adapter is zero, so that the adapted model is the pretrained one."""
+def is_zero(model: PeftModel, adapter_name: str) -> bool:
+    """Whether every B of the adapter is zero."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_B]
-    return all(not m.lora_B[adapter_name].weight.any() for m in layers) and not any(m.lora_variant for m in layers)
+    return all(not m.lora_B[adapter_name].weight.any() for m in layers)
+
+
+def _does_nothing(model: PeftModel, adapter_name: str) -> bool:
+    """Whether the adapted model is the pretrained one: B is zero, no variant, no saved module changed."""
+    return (
+        is_zero(model, adapter_name)
+        and not any(adapter_name in m.lora_variant for m in model.modules() if isinstance(m, LoraLayer))
+        and not any(_has_changed(m, adapter_name) for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
+    )
+
+
+def _has_changed(wrapper: ModulesToSaveWrapper, adapter_name: str) -> bool:
+    if adapter_name not in wrapper.modules_to_save:
+        return False
+    own, original = wrapper.modules_to_save[adapter_name].state_dict(), wrapper.original_module.state_dict()
+    return not all(torch.equal(value, original[name]) for name, value in own.items())
 
 
 @contextmanager
@@ -252,7 +268,7 @@ def layer_states(layers: list[Layer], recorded: dict[str, Tensor], part: Part) -
         boundary_figures(recorded[layer.name], part.sign(layer.name), layer.margin, part.mask(layer))
         for layer in layers
     ]
-    return torch.stack(figures)
+    return torch.stack([figure.to(figures[0].device) for figure in figures])  # of a model spread over devices
 
 
 def _average(states: list[Tensor], samples: list[int]) -> Tensor:

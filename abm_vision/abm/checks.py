@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.record import to_device
 
 
 def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = "") -> None:
@@ -45,8 +46,9 @@ def check_saved_modules(model: PeftModel) -> None:
     bare = model.get_base_model()
     for config in model.peft_config.values():
         for suffix in config.modules_to_save or ():
-            hits = [m for n, m in bare.named_modules() if n == suffix or n.endswith(f".{suffix}")]
-            if not any(isinstance(m, ModulesToSaveWrapper) for m in hits):
+            # By peft's rule, which lets a suffix of no module pass ("classifier" and "score" of task_type SEQ_CLS).
+            hits = [m for n, m in bare.named_modules() if n.endswith(suffix)]
+            if hits and not any(isinstance(m, ModulesToSaveWrapper) for m in hits):
                 raise ValueError(
                     f"{suffix!r} was replaced after LoRA was added (reset_classifier?): it would neither be saved "
                     "nor loaded. Reset the head first, then call add_lora."
@@ -68,6 +70,7 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
     """
     backbone = backbone or find_backbone(model)
     check_saved_modules(model)
+    batch = to_device(batch, next(model.parameters()).device)
     trainable = {
         f"{name} ({adapter})": [p for p in factors if p.requires_grad]
         for name, layer in model.get_base_model().named_modules()
@@ -86,7 +89,7 @@ def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = 
         for parameter in model.parameters():
             parameter.grad = None
         with modes_given_back(model), torch.random.fork_rng(), torch.enable_grad():
-            model.eval()  # stochastic depth would skip blocks, batch norm would count the batch
+            evaluate(model)  # stochastic depth would skip blocks, batch norm would count the batch
             with torch.no_grad():
                 for head in heads:  # one that starts at zero passes nothing back until it has moved
                     head.add_(torch.randn_like(head), alpha=0.02)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 from abm_vision.abm.checks import check_choice
 
@@ -53,7 +54,14 @@ class ABMConfig:
         for field in ("steps", "samples", "batch_size"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; it must be 1 or more")
+        self._settle_layers()
+
+    def _settle_layers(self) -> None:
+        """A number as int, names as a tuple: both can be written as JSON."""
         if isinstance(self.layers, str):
             check_choice("layers", self.layers, ("all",), hint="a number of last layers, or a list of module names")
-        elif isinstance(self.layers, int) and self.layers < 1:
+            return
+        number = isinstance(self.layers, Integral)
+        if number and self.layers < 1 or not number and not isinstance(self.layers, Iterable):
             raise ValueError(f"layers is {self.layers}; it must be 1 or more, 'all', or a list of module names")
+        object.__setattr__(self, "layers", int(self.layers) if number else tuple(self.layers))

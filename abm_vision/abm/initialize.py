@@ -121,10 +121,13 @@ def _optimise(
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / config.steps, total_iters=config.steps - 1)
     parts = [small for part in calibration.parts for small in part.split(config.batch_size)]
     losses: list[Tensor] = []
+    scale = 1.0
     bar = progress(range(config.steps), "ABM", show=show_progress_bar, unit="step")
     for step in bar:
         part = parts[step % len(parts)]
         recorded = preactivations(model, part.batch, calibration.names, forward_fn)
+        if step == 0 and any(z.dtype == torch.float16 for z in recorded.values()):
+            scale = float(max(z.numel() for z in recorded.values()))  # undoes the mean: dL/dz is of the order of m
         per_layer = layer_losses(calibration.layers, recorded, part)
         if not torch.isfinite(per_layer).all():
             bad = [layer.name for layer, ok in zip(calibration.layers, per_layer.isfinite(), strict=True) if not ok]
@@ -138,7 +141,7 @@ def _optimise(
                 "gradient_checkpointing_kwargs={'use_reentrant': False}, or switch it off while matching."
             )
         loss = per_layer.mean()
-        gradients = torch.autograd.grad(loss, factors, allow_unused=True)
+        gradients, scale = _gradients(loss, factors, scale)
         for factor, gradient in zip(factors, gradients, strict=True):
             factor.grad = gradient  # None behind the last boundary: AdamW leaves such a factor alone
         optimiser.step()
@@ -149,14 +152,26 @@ def _optimise(
     return torch.stack(losses).tolist()
 
 
+def _gradients(loss: Tensor, factors: list[Tensor], scale: float) -> tuple[list[Tensor | None], float]:
+    """dL/dA and dL/dB, and the scale at which they were finite.
+
+    In float16 the gradient of a mean over all units is rounded to zero, so the loss is multiplied by `scale`, which is
+    halved for as long as the gradient overflows.
+    """
+    while True:
+        scaled = torch.autograd.grad(loss * scale, factors, allow_unused=True, retain_graph=scale > 1)
+        if scale <= 1 or all(g is None or g.isfinite().all() for g in scaled):
+            return [None if g is None else g / scale for g in scaled], scale
+        scale /= 2
+
+
 def layer_losses(layers: list[Layer], recorded: dict[str, Tensor], part: Any) -> Tensor:
     """w_l^2 times the boundary loss of each layer, Eq. (22), arXiv:2511.19145: (layers,), float32."""
-    return torch.stack(
-        [
-            layer.weight * boundary_loss(recorded[layer.name], part.sign(layer.name), layer.margin, part.mask(layer))
-            for layer in layers
-        ]
-    )
+    losses = [
+        layer.weight * boundary_loss(recorded[layer.name], part.sign(layer.name), layer.margin, part.mask(layer))
+        for layer in layers
+    ]
+    return torch.stack([loss.to(losses[0].device) for loss in losses])  # of a model spread over devices
 
 
 def _reference_name(reference: str | nn.Module) -> str:

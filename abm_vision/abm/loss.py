@@ -17,7 +17,7 @@ def boundary_loss(z: Tensor, sign: Tensor, margin: float, mask: Tensor | None = 
 
     The inner term of Eq. (22), arXiv:2511.19145; layers are weighted and averaged by the caller.
     """
-    return _hinge(_counted(signed(z, sign), mask), margin)
+    return _hinge(counted(signed(z, sign), mask), margin)
 
 
 def boundary_figures(z: Tensor, sign: Tensor, margin: float, mask: Tensor | None = None) -> Tensor:
@@ -26,8 +26,8 @@ def boundary_figures(z: Tensor, sign: Tensor, margin: float, mask: Tensor | None
     The match rate is the share of elements whose sign is the reference's; inside the margin are those with
     tau z < m, which the loss pushes. Both lie in [0, 1].
     """
-    distance = _counted(signed(z, sign), mask)
-    shares = [_share(_counted((z > 0) == sign, mask)), _share(distance < margin)]
+    distance = counted(signed(z, sign), mask)
+    shares = [_share(counted((z > 0) == sign, mask)), _share(distance < margin)]
     return torch.stack([_hinge(distance, margin), *shares])
 
 
@@ -51,8 +51,9 @@ def _share(chosen: Tensor) -> Tensor:
     return chosen.count_nonzero() / chosen.numel()
 
 
-def _counted(values: Tensor, mask: Tensor | None) -> Tensor:
-    return values if mask is None else values[mask]
+def counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values of the tokens that count, on the values' device."""
+    return values if mask is None else values[mask.to(values.device)]
 
 
 def pack_signs(sign: Tensor) -> Tensor:

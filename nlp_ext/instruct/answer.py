@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from abm_vision.abm.checks import evaluate
 from abm_vision.runs.device import autocast
 from nlp_ext.batches import IGNORED, forward
 from nlp_ext.instruct.data import Conversation, end_of_turn, prompt
@@ -57,7 +58,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 @torch.no_grad()
 def perplexity(setup: Setup, model: nn.Module) -> float:
     """exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
-    model.eval()
+    evaluate(model)
     total, count = 0.0, 0
     rows, size = setup.held_out.rows, setup.config.batch_size
     for batch in (setup.batch(chunk) for chunk in _chunks(rows, size)):

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abm_vision.abm.backbone import Backbone
-from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.checks import check_adapters, evaluate
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, settle_device, stopwatch
@@ -88,7 +88,7 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
         setup = Setup(
             config, adapted, tokenizer, train.rows, record, weights, device, precision, seconds, held_out, prompts
         )
-        check_adapters(adapted.eval(), setup.batch(train.rows[:2]))
+        check_adapters(evaluate(adapted), setup.batch(train.rows[:2]))
     return setup
 
 
