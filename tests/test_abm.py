@@ -641,6 +641,40 @@ def test_report_prints_and_is_plain_json():
     }
 
 
+def test_gradients_do_not_vanish_in_float16():
+    """The mean over all units sends a gradient below float16's smallest number; the loss is scaled for it."""
+    norms = {}
+    for dtype in (torch.bfloat16, torch.float16):
+        model = add_lora(build_vit(mlp_ratio=16))
+        with torch.autocast("cpu", dtype):
+            match(model, [images(64)], replace(FAST, batch_size=64, steps=1))
+        moved = [p for n, p in factors(model).items() if "lora_B" in n]
+        norms[dtype] = [b.count_nonzero().item() / b.numel() for b in moved if b.any()]
+    assert len(norms[torch.float16]) == len(norms[torch.bfloat16])
+    assert min(norms[torch.float16]) > 0.95 * min(norms[torch.bfloat16])
+
+
+def test_before_is_of_the_model_as_it_is():
+    """A module that is saved with the adapter and was trained makes another model, though B is zero."""
+    model = get_peft_model(
+        build_vit(), LoraConfig(target_modules=["mlp.fc1"], modules_to_save=["blocks.5.norm2", "head"])
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modules_to_save" in name and "norm2" in name:
+                parameter.add_(torch.randn_like(parameter))
+    report = match(model, config=replace(FAST, steps=1, learning_rate=1e-12))
+    assert report.before.match < 0.999
+    assert report.before.match == pytest.approx(report.after.match, abs=1e-4)
+
+
+@pytest.mark.parametrize("layers", [np.int64(2), {"blocks.1.mlp.act"}, ("blocks.1.mlp.act",)])
+def test_layers_of_any_kind_can_be_written(layers):
+    report = match(add_lora(build_vit()), config=replace(FAST, layers=layers))
+    assert len(report.layers) == (2 if isinstance(layers, np.int64) else 1)
+    report.to_dict()
+
+
 def test_progress_bar_can_be_switched_off(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # somebody watches
     initialize_lora_abm_weights(add_lora(build_vit()), [images(4)], FAST)

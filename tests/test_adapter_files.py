@@ -1,6 +1,7 @@
 """Saved adapters: peft's own files, read by stock peft without this package, and read back by it."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from conftest import build_vit, images, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from abm_vision import ABMConfig, add_lora, initialize_lora_abm_weights, load_adapter, save_adapter
+from abm_vision import ABMConfig, add_lora, check_adapters, initialize_lora_abm_weights, load_adapter, save_adapter
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.abm.merged_linear import BlockLinear, MergedLinear
 
@@ -161,8 +162,38 @@ def test_loading_what_is_not_there_or_no_lora(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no adapter_config\.json in .*pass a folder that save_adapter wrote"):
         load_adapter(build_vit(), tmp_path)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", "target_modules": ["mlp.fc1"]}))
-    with pytest.raises(ValueError, match="holds a IA3 adapter; only LoRA"):
+    with pytest.raises(ValueError, match="peft_type 'IA3'; only LoRA adapters"):
         load_adapter(build_vit(), tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "target_modules": ["mlp.fc1"]}))
+    with pytest.raises(FileNotFoundError, match=r"no adapter_model\.safetensors in"):  # peft would ask a hub
+        load_adapter(build_vit(), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "abm.json"])
+def test_damaged_files_are_named(saved, tmp_path, name, content):
+    shutil.copytree(saved[0][0], tmp_path / "adapter")
+    (tmp_path / "adapter" / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"{name} is damaged"):
+        load_adapter(build_vit(), tmp_path / "adapter")
+
+
+def test_an_adapter_that_does_not_fit_leaves_nothing(saved):
+    model = add_lora(build_vit(num_classes=7))
+    with pytest.raises(ValueError, match="does not fit this model, or is damaged: .*size mismatch"):
+        load_adapter(model, saved[0][0], adapter_name="other")
+    assert list(model.peft_config) == ["default"]
+    with pytest.raises(ValueError, match="does not fit this model"):
+        load_adapter(build_vit(num_classes=7), saved[0][0])
+
+
+def test_saved_modules_that_the_model_lacks(tmp_path):
+    """peft itself writes "classifier" and "score" for a sequence classifier, of which a model has one."""
+    config = LoraConfig(target_modules=["mlp.fc1"], modules_to_save=["head", "score"])
+    model = get_peft_model(build_vit(), config)
+    check_adapters(model, images())
+    model.save_pretrained(tmp_path)
+    save_adapter(load_adapter(build_vit(), tmp_path), tmp_path / "again")
 
 
 def test_settings_of_another_format(saved, tmp_path):

@@ -379,3 +379,29 @@ def test_a_loss_of_ones_own():
     loss = nn.MSELoss()
     initialize_lora(model, "abm_aligned", [X], loss_fn=lambda m, b: loss(m(b), torch.ones(16, 5)))
     assert all(layer.lora_B["default"].weight.any() for layer in adapted_layers(model, "default").values())
+
+
+@pytest.mark.parametrize("name", ["corda", "eva", "gaussian", "lora_ga"])
+def test_every_module_stays_in_training_mode(name):
+    model = add_lora(small_vit(), rank=4, dropout=0.5).train()
+    initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+    assert all(module.training for module in model.modules())
+
+
+def test_running_statistics_are_kept():
+    torch.manual_seed(0)
+    model = add_lora(timm.create_model("levit_128s", num_classes=5), targets=["mlp.ln1.linear"], rank=2).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    batch = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1])
+    initialize_lora(model, "eva", [batch], backbone=VIT, show_progress_bar=False)
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers() if "running" in name)
+
+
+def test_dora_adapters_are_fresh_too():
+    model = add_lora(small_vit(), rank=4, dora=True)
+    assert initialize_lora(model, "abm", BATCHES, config=FAST, show_progress_bar=False).layers
+    model = add_lora(add_lora(small_vit(), rank=4, dora=True), rank=4, adapter_name="plain")
+    model.set_adapter("plain")
+    initialize_lora(model, "abm", BATCHES, config=FAST, adapter_name="plain", show_progress_bar=False)
+    with pytest.raises(ValueError, match="not fresh"):
+        initialize_lora(model, "abm", BATCHES, config=FAST, adapter_name="plain", show_progress_bar=False)

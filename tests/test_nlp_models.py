@@ -13,7 +13,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import nlp_ext
 from abm_vision import find_backbone
+from abm_vision.abm.gradient import adapted_layers
 from nlp_ext import LLAMA, T5, ABMConfig, add_lora, answer_tokens, check_adapters, initialize_lora_abm_weights
+from nlp_ext.ranks import _started
 
 VOCABULARY, PAD = 64, 0
 DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "SmolLM3", "Phi3")
@@ -276,6 +278,39 @@ def test_padding_gives_eva_no_directions(make, batch):
     first, second, third = found
     assert all(torch.allclose(first[n], second[n], atol=1e-5) for n in first)
     assert not all(first[n].shape == third[n].shape and torch.allclose(first[n], third[n], atol=1e-2) for n in first)
+
+
+@pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
+def test_padding_gives_corda_no_covariance(make, batch):
+    """Against the sentences one by one, cut to their own length: B A is the same whatever the padding is."""
+    products = []
+    for batches in ([batch()], [single(batch(), k) for k in range(len(batch()["input_ids"]))]):
+        torch.manual_seed(1)
+        model = add_lora(make(), 2, 2)
+        nlp_ext.initialize_lora(model, "corda", batches, show_progress_bar=False)
+        layers = adapted_layers(model, "default")
+        products.append({n: m.lora_B["default"].weight @ m.lora_A["default"].weight for n, m in layers.items()})
+    padded_ones, whole = products
+    for name in whole:
+        assert (padded_ones[name] - whole[name]).norm() < 0.02 * whole[name].norm()  # it inverts a covariance
+
+
+def test_the_last_layers_of_an_encoder_alone():
+    model = add_lora(t5(kind="EncoderModel"), 2, 2)
+    batch = {name: value for name, value in seq2seq_batch().items() if "label" not in name and "decoder" not in name}
+    report = initialize_lora_abm_weights(model, [batch], ABMConfig(steps=1, layers=1), show_progress_bar=False)
+    assert [layer.stack for layer in report.layers] == ["encoder"]
+
+
+@pytest.mark.parametrize(("init", "shared"), [("kaiming", "lora_A"), ("mica", "lora_B"), ("pissa", "base_layer")])
+def test_what_other_processes_get_of_a_start(init, shared):
+    """All that the start has made: frozen factors too, and the base weights where it has changed them."""
+    model = add_lora(decoder(), 2, 2)
+    nlp_ext.initialize_lora(model, init, show_progress_bar=False)
+    sent = {tensor.data_ptr() for tensor in _started(model)}
+    named = dict(model.named_parameters())
+    assert all(named[n].data_ptr() in sent for n in named if shared in n and "bias" not in n)
+    assert (init == "pissa") == any(named[n].data_ptr() in sent for n in named if "base_layer" in n)
 
 
 def test_cross_attention_reads_the_encoder():

@@ -117,7 +117,8 @@ def load_adapter(
     except (ValueError, RuntimeError, SafetensorError) as error:
         if isinstance(model, PeftModel) and adapter_name in model.peft_config:
             model.delete_adapter(adapter_name)
-        raise ValueError(f"the adapter {directory} does not fit this model, or is damaged: {error}") from error
+        why = " ".join(str(error).split())
+        raise ValueError(f"the adapter {directory} does not fit this model, or is damaged: {why}") from error
     names = [n for n, m in bare.named_modules() if isinstance(m, LoraLayer)]
     backbone.prepare(bare, names)
     restrict_to_blocks(adapted, adapter_name, blocks)
@@ -171,12 +172,13 @@ def _read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     """The configuration of a saved LoRA adapter; raises FileNotFoundError and ValueError."""
     folder = Path(directory)
     path, weights = folder / "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
-    if not path.is_file() or not any((folder / name).is_file() for name in weights):  # peft would ask a hub for it
-        absent = weights[0] if path.is_file() else path.name
-        raise FileNotFoundError(f"no {absent} in {directory}: pass a folder that save_adapter wrote")
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path.name} in {directory}: pass a folder that save_adapter wrote")
     kind = _read_object(path).get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{path} has peft_type {kind!r}; only LoRA adapters can be loaded")
+    if not any((folder / name).is_file() for name in weights):  # peft would ask a hub for it
+        raise FileNotFoundError(f"no {weights[0]} in {directory}: pass a folder that save_adapter wrote")
     config = PeftConfig.from_pretrained(str(directory))
     return config
 
