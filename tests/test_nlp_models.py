@@ -295,6 +295,14 @@ def test_padding_gives_corda_no_covariance(make, batch):
         assert (padded_ones[name] - whole[name]).norm() < 0.02 * whole[name].norm()  # it inverts a covariance
 
 
+def test_batches_as_collators_make_them():
+    """A BatchEncoding, of a loader and by itself."""
+    batch = transformers.BatchEncoding(causal_batch())
+    model = add_lora(decoder(), 2, 2)
+    assert initialize_lora_abm_weights(model, [batch], ONCE, show_progress_bar=False).samples == len(LENGTHS)
+    check_adapters(model, batch)
+
+
 def test_the_last_layers_of_an_encoder_alone():
     model = add_lora(t5(kind="EncoderModel"), 2, 2)
     batch = {name: value for name, value in seq2seq_batch().items() if "label" not in name and "decoder" not in name}

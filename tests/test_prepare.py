@@ -145,7 +145,7 @@ def test_files_to_be_fetched_by_hand(tmp_path, readers, task, files, missing):
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "_READERS", {"no_such_reader": "no_such_reader (kitti)"})
     assert main(["prepare", "--task", "kitti_dist", "--data-dir", str(tmp_path)]) == 2
-    assert 'needs no_such_reader (kitti): pip install "abm-lora[prepare]"' in capsys.readouterr().err
+    assert 'needs no_such_reader (kitti): pip install -e ".[prepare]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["DownloadError", "ConnectionError", "NonMatchingChecksumError", "ExtractError"])

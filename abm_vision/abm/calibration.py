@@ -123,7 +123,7 @@ def collect_batches(dataloader: Iterable[Any], samples: int, device: torch.devic
     batches, seen = [], 0
     for batch in dataloader:
         batches.append(to_device(batch, device))
-        seen += batch_size(batch)
+        seen += batch_size(batches[-1])
         if seen >= samples:
             break
     if not batches:

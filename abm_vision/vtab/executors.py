@@ -128,7 +128,7 @@ def on_ray(cpus: float = 1, gpus: float = 0, address: str | None = None) -> Exec
     try:
         import ray
     except ModuleNotFoundError as error:
-        raise ValueError('--executor ray needs the package ray: pip install "abm-lora[ray]"') from error
+        raise ValueError('--executor ray needs the package ray: pip install -e ".[ray]"') from error
     if not ray.is_initialized():
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]

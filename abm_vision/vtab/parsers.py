@@ -107,7 +107,7 @@ def prepare_parser() -> argparse.ArgumentParser:
     parser = Parser(
         "abm-vtab prepare",
         description="Download and prepare official data sets with tensorflow-datasets (this alone needs TensorFlow: "
-        'pip install "abm-lora[prepare]"). Or, with --to folder, write images in the community\'s layout, as PNG.',
+        'pip install -e ".[prepare]"). Or, with --to folder, write images in the community\'s layout, as PNG.',
     )
     parser.add_argument("--task", required=True, help="tasks with commas between, or all")
     parser.add_argument("--data-dir", help="where prepared data is, or is to be (default: TFDS's own folder)")

@@ -127,7 +127,7 @@ def import_tfds() -> Any:
         import array_record  # noqa: F401  (TFDS imports it when the first record is read)
         import tensorflow_datasets
     except ModuleNotFoundError as error:
-        raise ValueError(f'reading TFDS data needs the package {error.name}: pip install "abm-lora[tfds]"') from error
+        raise ValueError(f'reading TFDS data needs the package {error.name}: pip install -e ".[tfds]"') from error
     return tensorflow_datasets
 
 
