@@ -30,7 +30,8 @@ def draw_curves(result: dict[str, Any]) -> Figure:
     config, test = result["config"], result["test"]
     rendered = " (rendered data)" if result["data"]["test"]["source"] == "rendered" else ""
     return draw_training(
-        result, f"{config['task']}{rendered}: {100 * test['top1']:.1f} % top-1 of {test['count']:,} test images"
+        result,
+        f"{config['task']}{rendered}: {100 * test['top1']:.1f} % top-1 of {test['count']:,} {test['split']} images",
     )
 
 

@@ -329,6 +329,13 @@ def test_an_image_that_is_cut_short_is_told_before_anything_is_trained(community
             load_folder(tmp_path)
 
 
+def test_an_image_of_more_than_8_bits_is_told(community, tmp_path):
+    """Pillow would make all of it white."""
+    Image.fromarray(np.full((64, 64), 40_000, np.uint16)).save(community / "images/train800/000004.png")
+    with pytest.raises(ValueError, match=r"000004\.png cannot be read as an image \(.*mode I;16: write it with 8 bits"):
+        load_folder(tmp_path)[4]
+
+
 def test_an_absurdly_large_image_is_refused(community, tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="train800.txt:1: .*cannot be read"):
@@ -539,7 +546,7 @@ def test_tfds_with_pixels_of_another_scale(tmp_path, small_tasks):
 @pytest.mark.parametrize("package", ["tensorflow_datasets", "array_record"])
 def test_tfds_without_the_package(prepared, small_tasks, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ValueError, match=rf'{package}: pip install "abm-lora\[tfds\]"'):
+    with pytest.raises(ValueError, match=rf'{package}: pip install -e "\.\[tfds\]"'):
         load_tfds(prepared)
 
 

@@ -498,7 +498,7 @@ def test_ray_with_a_node_that_dies(tmp_path):
 
 def test_ray_is_not_installed(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "ray", None)
-    with pytest.raises(ValueError, match=r'pip install "abm-lora\[ray\]"'):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[ray\]"'):
         executors.on_ray()
 
 

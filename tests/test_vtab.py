@@ -5,6 +5,8 @@ import importlib
 import json
 import math
 import shutil
+from pathlib import Path
+from unittest.mock import Mock
 
 import matplotlib.image
 import numpy as np
@@ -408,6 +410,11 @@ def test_paper_preset_is_the_published_recipe():
         ({"abm_layers": "0"}, "layers is 0; it must be 1 or more, 'all', or a list"),
         ({"abm_margin": -1.0}, "margin is -1.0"),
         ({"abm_steps": 0}, "steps is 0"),
+        ({"weight_decay": float("inf")}, "weight_decay is inf; it must be finite"),
+        ({"abm_margin": float("inf")}, "abm_margin is inf; it must be finite"),
+        ({"alpha": 1e300}, r"alpha is 1e\+300; it must be 1e\+06 at most"),
+        ({"warmup_epochs": 13.0}, "warmup_epochs is 13.0; it must be at most epochs, which is 12"),
+        ({"eval_epochs": 13}, "eval_epochs is 13; it must be at most epochs, which is 12"),
         ({"qkv": "k"}, "qkv is 'k'; allowed are 'full', 'qv'"),
         ({"schedule": "linear"}, "schedule is 'linear'; allowed are 'cosine', 'constant'"),
         ({"precision": "fp16"}, "precision is 'fp16'; allowed are 'auto', 'bf16', 'fp32'"),
@@ -420,6 +427,25 @@ def test_paper_preset_is_the_published_recipe():
 def test_settings_out_of_range(changes, message):
     with pytest.raises(ValueError, match=message):
         make_config(**changes)
+
+
+def test_rerun_keeps_the_result_of_a_run_that_cannot_begin(tmp_path, monkeypatch):
+    config = tiny(init="kaiming", epochs=1)
+    folder = Path(run(config, tmp_path)["folder"])
+    monkeypatch.setattr(RUN, "prepare", Mock(side_effect=ValueError("no data")))
+    with pytest.raises(ValueError, match="no data"):
+        run(config, tmp_path, rerun=True)
+    assert (folder / "result.json").is_file() and (folder / "adapter").is_dir()
+
+
+@pytest.mark.parametrize("change", [{"config": {}}, {"config": None}, {"seconds": ...}])
+def test_an_incomplete_result_is_named(tmp_path, change):
+    folder = Path(run(tiny(init="kaiming", epochs=1), tmp_path)["folder"])
+    content = json.loads((folder / "result.json").read_text())
+    content = {k: v for k, v in {**content, **change}.items() if v is not ...}
+    (folder / "result.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"result\.json is no whole result, it lacks .*; move it away"):
+        read_result(folder)
 
 
 def test_different_settings_never_share_a_folder():
@@ -487,7 +513,7 @@ def test_device_auto_is_the_best_there_is():
 
 @pytest.mark.parametrize(
     "text, layers",
-    [("all", "all"), ("4", 4), ("blocks.1.mlp.act,blocks.3.mlp.act", ["blocks.1.mlp.act", "blocks.3.mlp.act"])],
+    [("all", "all"), ("4", 4), ("blocks.1.mlp.act,blocks.3.mlp.act", ("blocks.1.mlp.act", "blocks.3.mlp.act"))],
 )
 def test_layers_as_words(text, layers):
     assert make_config(abm_layers=text).abm().layers == layers
@@ -636,7 +662,7 @@ def test_predict_after_a_run_on_random_weights(tmp_path, pictures):
 def test_predict_with_a_damaged_adapter(from_file, pictures, tmp_path):
     shutil.copytree(f"{from_file[1]['folder']}/adapter", tmp_path / "adapter")
     (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match=r"adapter cannot be loaded into test_vit"):
+    with pytest.raises(ValueError, match=r"does not fit this model, or is damaged"):
         predict(tmp_path / "adapter", pictures)
 
 
@@ -650,7 +676,13 @@ def test_predict_on_what_is_not_there(from_file, pictures, tmp_path):
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n")
     with pytest.raises(ValueError, match=r"bomb\.png cannot be read as an image"):
         predict(folder, [tmp_path / "bomb.png"])
+    Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(tmp_path / "deep.png")
+    with pytest.raises(ValueError, match=r"deep\.png cannot be read as an image: .*mode I;16: write it with 8 bits"):
+        predict(folder, [tmp_path / "deep.png"])
     with pytest.raises(FileNotFoundError, match=r"no abm\.json in .*folder of a finished run"):
+        predict(tmp_path, pictures)
+    (tmp_path / "abm.json").write_text('{"format": 1, "run": {"model": "test_vit"}}')
+    with pytest.raises(ValueError, match=r"abm\.json lacks 'weights': it is damaged, or was not written by a run"):
         predict(tmp_path, pictures)
     (tmp_path / "abm.json").write_text('{"format": 1, "qv_only": []}')
     with pytest.raises(ValueError, match="was not written by a run"):

@@ -90,12 +90,12 @@ def _same(place: str, folder: Path) -> bool:
 
 def _write_split(folder: Path, split: str, data: TaskData, show_progress_bar: bool) -> None:
     list_file = folder / f"{split}.txt"
-    if list_file.exists():
-        return
     images = folder / "images" / split
     images.mkdir(parents=True, exist_ok=True)
     names = [f"images/{split}/{i:06d}.png" for i in range(len(data))]
     left = [i for i, name in enumerate(names) if not (folder / name).exists()]
+    if list_file.exists() and not left:
+        return
     with tqdm(total=len(left), desc=f"{data.task.name} {split}", disable=not show_progress_bar) as bar:
         for start in range(0, len(left), CHUNK):
             chunk = left[start : start + CHUNK]

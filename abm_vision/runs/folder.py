@@ -94,11 +94,13 @@ def settle_precision(folder: Path, config: AdapterSettings) -> str:
     return content["precision"]
 
 
-def read_result(folder: Path, schema: int | str, entries: Collection[str]) -> dict[str, Any] | None:
+def read_result(
+    folder: Path, schema: int | str, entries: Collection[str], settings: Collection[str] = ()
+) -> dict[str, Any] | None:
     """The result of a finished run, None for one that is not.
 
     Raises:
-        ValueError: it was written under another schema, or lacks one of `entries`.
+        ValueError: it was written under another schema, or lacks one of `entries` or (in its configuration) `settings`.
     """
     path = folder / RESULT
     if not path.is_file():
@@ -108,8 +110,10 @@ def read_result(folder: Path, schema: int | str, entries: Collection[str]) -> di
         raise ValueError(
             f"{path} has schema {result.get('schema')}, this version reads {schema}; move it away to run again"
         )
-    if not set(entries) <= set(result):
-        raise ValueError(f"{path} is no whole result; move it away to run again")
+    config = result["config"] if isinstance(result.get("config"), dict) else {}
+    absent = sorted(set(entries) - set(result)) or sorted(set(settings) - set(config))
+    if absent:
+        raise ValueError(f"{path} is no whole result, it lacks {', '.join(absent)}; move it away to run again")
     return result
 
 

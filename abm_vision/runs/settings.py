@@ -17,6 +17,8 @@ from abm_vision.abm.lora import KINDS
 from abm_vision.initializers import INITIALIZERS, get_initializer
 from abm_vision.runs.device import PRECISIONS, resolve_device
 
+LARGEST = 1e6  # of alpha: float32 has room for its products with the factors
+
 
 def flag(default: Any, text: str, **extra: Any) -> Any:
     """A field of a configuration: its default, its help, and perhaps `choices`."""
@@ -77,6 +79,8 @@ class AdapterSettings:
         for name in ("lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")
+        if self.alpha > LARGEST:
+            raise ValueError(f"alpha is {self.alpha}; it must be {LARGEST:g} at most")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}; it must be less than 2 ** 32")
         self.abm()
@@ -88,6 +92,8 @@ class AdapterSettings:
             value, allowed = getattr(self, spec.name), _TYPES[str(spec.type)]
             if not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool):
                 raise ValueError(f"{spec.name} is {value!r}; it must be of type {spec.type}")
+            if value == math.inf:
+                raise ValueError(f"{spec.name} is {value}; it must be finite")
 
     @classmethod
     def make(cls: type[Settings], **settings: Any) -> Settings:

@@ -252,15 +252,18 @@ def collect(folder: str | Path) -> Report:
         ValueError: a result is of another schema, or damaged.
     """
     folder = Path(folder)
-    runs, unfinished = [], []
+    runs, unfinished, validated = [], [], 0
     for path in sorted(folder.glob(f"*/{files.CONFIG}")):
         result = results.read_result(path.parent)
         if result is None:
             unfinished.append((path.parent.name, _why(path.parent)))
         elif result["config"]["evaluate"] == "test" and not result["reference_only"]:
             runs.append({**result, "file": f"{path.parent.name}/{files.RESULT}"})
+        else:
+            validated += result["config"]["evaluate"] == "val"
     if not runs:
-        raise FileNotFoundError(f"no finished run below {folder}: give the folder that was --out of the runs")
+        others = f" ({validated} scored on val200 are no results)" if validated else ""
+        raise FileNotFoundError(f"no finished run below {folder}{others}: give the folder that was --out of the runs")
     runs, again = _once(_named(runs))
     unfinished += again
     order = list(vtab_tasks.TASKS)

@@ -92,6 +92,9 @@ class RunConfig(AdapterSettings, _First):
         at_least(["image_size"], self, 1)
         at_least("workers test_images eval_epochs warmup_epochs".split(), self, 0)
         check_share("drop_path", self.drop_path)
+        for name in ("warmup_epochs", "eval_epochs"):
+            if getattr(self, name) > self.epochs:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most epochs, which is {self.epochs}")
 
     @property
     def subject(self) -> str:

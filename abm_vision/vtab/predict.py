@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
-from abm_vision.abm.adapters import load_adapter, read_settings
+from abm_vision.abm.adapters import ABM_FILE, load_adapter, read_settings
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.vtab.data import Preprocessing
 from abm_vision.weights import create_backbone
+from vtab_tasks.sources.folder import eight_bits
+
+RUN = ("model", "weights", "seed", "task")  # what is to be known of the run
 
 
 def predict(
@@ -40,28 +42,29 @@ def predict(
     settings = read_settings(folder)
     if "run" not in settings:
         raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
-    run, shape = settings["run"], Preprocessing(**settings["preprocessing"])
+    try:
+        run, shape = {name: settings["run"][name] for name in RUN}, Preprocessing(**settings["preprocessing"])
+        classes, sha256, location = settings["num_classes"], *(settings["weights"][k] for k in ("sha256", "location"))
+        trained_on = settings["data_source"]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / ABM_FILE} lacks {error}: it is damaged, or was not written by a run") from error
     pixels = torch.cat([shape.resize(_read_image(path)[None]) for path in images])
     torch.manual_seed(run["seed"])  # a run on random weights drew them from its seed
     backbone, source = create_backbone(
-        run["model"], settings["num_classes"], shape.image_size, run["weights"] if weights is None else weights
+        run["model"], classes, shape.image_size, run["weights"] if weights is None else weights
     )
-    if source.sha256 != settings["weights"]["sha256"]:
+    if source.sha256 != sha256:
         raise ValueError(
-            f"{folder} was trained on {settings['weights']['location']} (sha256 {settings['weights']['sha256']}), "
-            f"found was {source}: pass the same weights"
+            f"{folder} was trained on {location} (sha256 {sha256}), found was {source}: pass the same weights"
         )
-    try:
-        model = load_adapter(backbone, folder).eval().to(device)
-    except (RuntimeError, SafetensorError) as error:
-        raise ValueError(f"{folder} cannot be loaded into {run['model']}: {error}") from error
+    model = load_adapter(backbone, folder).eval().to(device)
     with torch.no_grad():
         probabilities = model(shape.normalise(pixels.to(device))).softmax(-1).cpu()
     return [
         {
             "image": str(path),
             "task": run["task"],
-            "trained_on": settings["data_source"],
+            "trained_on": trained_on,
             "label": int(p.argmax()),
             "probability": float(p.max()),
         }
@@ -72,8 +75,8 @@ def predict(
 def _read_image(path: str | Path) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return np.array(image.convert("RGB"))
+            return np.array(eight_bits(image).convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no image {path}") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, TypeError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} cannot be read as an image: {error}") from None

@@ -7,7 +7,7 @@ import json
 import pickle
 import shutil
 import struct
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,16 @@ from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
 from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT
 from abm_vision.runs.log import LOGS
-from abm_vision.vtab.config import SCHEMA
+from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.train import Progress
 
 CHECKPOINT = "checkpoint.pt"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
+ENTRIES = (
+    "config test data num_classes weights preprocessing precision trainable_parameters abm reference information_loss "
+    "loss_per_step seconds_per_epoch top1_per_epoch seconds images_per_second peak_memory_mib environment "
+    "reference_only"
+).split()
 
 
 def clear(folder: Path) -> None:
@@ -39,7 +44,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it was written under another schema, or is no result.
     """
-    return files.read_result(folder, SCHEMA, {"config", "test", "loss_per_step"})
+    return files.read_result(folder, SCHEMA, ENTRIES, {field.name for field in fields(RunConfig)})
 
 
 def read_finished(folder: str | Path) -> dict[str, Any]:
@@ -83,14 +88,15 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         schema = state["schema"]
+        whole = {**state, "progress": Progress(**state["progress"]), "notes": json.loads(state["notes"])}
     except (RuntimeError, pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError) as error:
-        reason = str(error).partition(". ")[0]  # torch follows it with advice on unsafe loading
+        reason = str(error).partition(". ")[0] or type(error).__name__  # torch follows it with advice on unsafe loading
         raise ValueError(f"{path} cannot be read ({reason}); --rerun, or deleting its folder, starts afresh") from None
     if schema != SCHEMA:
         raise ValueError(
             f"{path} has schema {schema}, this version reads {SCHEMA}; --rerun, or deleting its folder, starts afresh"
         )
-    return {**state, "progress": Progress(**state["progress"]), "notes": json.loads(state["notes"])}
+    return whole
 
 
 def restore(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -61,9 +61,7 @@ def run(
     tune = partial(run, out=out, quiet=quiet, reference_only=True, say=say)
     folder = files.open_folder(out, config)
     with files.locked(folder):
-        if rerun:
-            results.clear(folder)
-        result = results.read_result(folder)
+        result = None if rerun else results.read_result(folder)
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
             wanted_now = result["reference_only"] and not reference_only
@@ -79,6 +77,8 @@ def run(
             result["information_loss"] = started["information_loss"]
         else:
             setup = prepare(config, folder, say)
+            if rerun:  # only now: what is there is lost for a run that can begin
+                results.clear(folder)
             result = _run(setup, config, folder, tune, quiet, diagnose, say, log)
             plots.save_figure(plots.draw_curves(result), folder / results.CURVES)
         if result["information_loss"]:

@@ -77,9 +77,7 @@ def run(
     tune = partial(run, out=out, quiet=quiet, say=say)
     folder = files.open_folder(out, config)
     with files.locked(folder):
-        if rerun:
-            clear(folder, SERVER)
-        result = files.read_result(folder, SCHEMA, {"config", "scores", "loss_per_step"})
+        result = None if rerun else files.read_result(folder, SCHEMA, {"config", "scores", "loss_per_step"})
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
             if diagnose and not result["information_loss"]:
@@ -89,6 +87,8 @@ def run(
                 result = {**result, "information_loss": started["information_loss"]}
         else:
             setup = prepare(config, folder, quiet, say)
+            if rerun:  # only now: what is there is lost for a run that can begin
+                clear(folder, SERVER)
             result = _run(setup, folder, tune, quiet, diagnose, say, log)
         finish(result, folder, _headline(result))
         if test and not (folder / SERVER).is_dir():

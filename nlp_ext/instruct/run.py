@@ -76,11 +76,9 @@ def run(
         if state.is_main_process:
             files.open_folder(out, config)
             stack.enter_context(files.locked(folder))
-            if rerun:
-                clear(folder, SAMPLES)
             files.settle_precision(folder, config)
         state.wait_for_everyone()
-        result = files.read_result(folder, SCHEMA, {"config", "perplexity", "loss_per_step"})
+        result = None if rerun else files.read_result(folder, SCHEMA, {"config", "perplexity", "loss_per_step"})
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
             if result["processes"] != state.num_processes:
@@ -90,6 +88,9 @@ def run(
                 )
         if result is None or (diagnose and not result["information_loss"]):
             setup = prepare(config, folder, quiet, say)
+            if rerun and state.is_main_process:  # only now: what is there is lost for a run that can begin
+                clear(folder, SAMPLES)
+            state.wait_for_everyone()
             if result is None:
                 result = _run(setup, folder, tune, quiet, diagnose, say, log, state.is_main_process)
             else:

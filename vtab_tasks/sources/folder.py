@@ -43,11 +43,22 @@ class FolderItems:
         path = self.list_file.parent / self.paths[position]
         try:
             with Image.open(path) as image:
-                return np.asarray(image.convert("RGB"))
+                return np.asarray(eight_bits(image).convert("RGB"))
         except _BROKEN as error:
             raise ValueError(
                 f"{self.list_file}:{position + 1}: {path} cannot be read as an image ({error}): fetch this file again"
             ) from error
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """The image, if its pixels have 8 bits: Pillow would make all brighter ones of more bits white.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(f"its pixels are of Pillow's mode {image.mode}: write it with 8 bits")
+    return image
 
 
 def layouts(task: Task) -> list[str]:
@@ -100,6 +111,7 @@ def _origin(folder: Path) -> tuple[str, str]:
     try:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
         came_from = origin["source"]
+        what = origin["description"] if came_from == "rendered" else description
     except FileNotFoundError:
         return "folder", description
     except (ValueError, KeyError, TypeError) as error:
@@ -107,8 +119,8 @@ def _origin(folder: Path) -> tuple[str, str]:
             f"{folder / ORIGIN} does not tell where the images came from ({error}): export again"
         ) from error
     if came_from == "rendered":
-        return "rendered", f"{origin['description']}; written to {folder}"
-    return "folder", f"{description}, written as PNG from {came_from} {origin.get('location') or ''}".rstrip()
+        return "rendered", f"{what}; written to {folder}"
+    return "folder", f"{what}, written as PNG from {came_from} {origin.get('location') or ''}".rstrip()
 
 
 def _entries(task: Task, list_file: Path) -> Iterator[tuple[str, int]]:
