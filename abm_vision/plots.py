@@ -314,6 +314,7 @@ def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     config = result["config"]
     axes.set(xlabel="epoch", ylabel="training loss (cross-entropy)", xlim=(0, config["epochs"] + 0.1))
     axes.set_title(f"{config['model'].split('.')[0]}, LoRA r = {config['rank']}, start: {config['init']}", fontsize=10)
+    _plain_log(axes)
     _tidy(axes)
     handles, labels = axes.get_legend_handles_labels()
     followed = result.get("top1_per_epoch", {})

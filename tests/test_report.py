@@ -175,10 +175,19 @@ def test_other_weights_or_precision_or_data_are_other_methods(put, tmp_path):
 
 def test_the_same_run_twice_counts_once(put, tmp_path):
     put("dtd", workers=0, top1=0.4)
-    put("dtd", workers=1, top1=0.6)
+    put("dtd", workers=1, top1=0.4)
     report = collect(tmp_path / "runs")
     assert str(report.sections[0].cells["dtd", "kaiming"]) == "40.0"
     assert report.unfinished == (("run1/result.json", "left out, it is run0/result.json again"),)
+
+
+def test_the_same_settings_with_another_result_are_told(put, tmp_path):
+    """Two folders of images, say: the record knows that they are folders."""
+    put("dtd", top1=0.4, data_dir="one")
+    put("dtd", top1=0.6, data_dir="two")
+    ((file, why),) = collect(tmp_path / "runs").unfinished
+    assert file == "run1/result.json"
+    assert why.startswith("left out, it has the settings of run0/result.json and another result")
 
 
 def test_settings_without_use_are_none(put, tmp_path):

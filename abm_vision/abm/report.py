@@ -79,14 +79,15 @@ class ABMReport:
         )
 
     def __str__(self) -> str:
+        width = max(len(name) for name in (OVERALL, *(layer.name for layer in self.layers)))
         head = (
             f"ABM: {len(self.layers)} layers matched to {self.reference}"
             f"{', each on its own' if self.config.fit == 'local' else f' in {self.config.steps} steps'}, "
             f"{self.samples} of {self.config.samples} samples, {self.seconds:.1f} s\n"
-            f"{'layer':<32} {'w^2':>5} {'margin':>6}   {'loss':^17}  {'match rate':^15}  {'inside margin':^15}"
+            f"{'layer':<{width}} {'w^2':>5} {'margin':>6}   {'loss':^17}  {'match rate':^15}  {'inside margin':^15}"
         )
-        rows = [_row(r.name, f"{r.weight:5.3f} {r.margin:6.3f}", r.before, r.after) for r in self.layers]
-        return "\n".join([head, *rows, _row("all (weighted loss)", " " * 12, self.before, self.after)])
+        rows = [_row(f"{r.name:<{width}} {r.weight:5.3f} {r.margin:6.3f}", r.before, r.after) for r in self.layers]
+        return "\n".join([head, *rows, _row(f"{OVERALL:<{width}}{'':13}", self.before, self.after)])
 
 
 def layer_reports(
@@ -102,8 +103,11 @@ def layer_reports(
     return layers, BoundaryState(*overall[0]), BoundaryState(*overall[1])
 
 
-def _row(name: str, middle: str, before: BoundaryState, after: BoundaryState) -> str:
+OVERALL = "all (weighted loss)"
+
+
+def _row(left: str, before: BoundaryState, after: BoundaryState) -> str:
     return (
-        f"{name:<32} {middle}   {before.loss:.5f} > {after.loss:.5f}  "
+        f"{left}   {before.loss:.5f} > {after.loss:.5f}  "
         f"{before.match:.4f} > {after.match:.4f}  {before.inside:.4f} > {after.inside:.4f}"
     )

@@ -322,7 +322,13 @@ def _once(runs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tu
         key = run["config"]["task"], run["method"], run["config"]["seed"], source(run) == "rendered"
         first = found.setdefault(key, run)
         if first is not run:
-            again.append((run["file"], f"left out, it is {first['file']} again"))
+            same = all(run[part] == first[part] for part in ("loss_per_step", "test"))
+            why = (
+                "it is {} again"
+                if same
+                else "it has the settings of {} and another result: of other data? Report each apart"
+            )
+            again.append((run["file"], f"left out, {why.format(first['file'])}"))
     return list(found.values()), again
 
 
