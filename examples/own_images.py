@@ -6,6 +6,7 @@ python examples/own_images.py my/folder        # with train/<class>/*.jpg and te
 from __future__ import annotations
 
 import argparse
+import random
 
 import timm.data
 import torch
@@ -29,6 +30,7 @@ def main(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     classes = ImageFolder(f"{folder}/train").classes
     torch.manual_seed(0)
+    random.seed(0)  # of timm's augmentation
     backbone, _ = create_backbone(name, num_classes=len(classes), img_size=size, weights=weights)
     recorded = timm.data.resolve_model_data_config(backbone) | {"input_size": (3, size, size), "crop_pct": 1.0}
     augmented = timm.data.create_transform(**recorded, is_training=True, scale=(0.6, 1.0))
