@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +17,12 @@ from torch import Tensor, nn
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import guard_saved_modules, modes_given_back
 from abm_vision.abm.conversion import as_plain_lora, changes_base
-from abm_vision.abm.files import write_json, writing
+from abm_vision.abm.files import read_object, write_json, writing
 from abm_vision.abm.lora import bare_model, restrict_to_blocks
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
 
 ABM_FILE, FORMAT = "abm.json", 1
+REMEDY = "save or copy the adapter again"  # of a damaged file
 
 
 def save_adapter(
@@ -174,24 +174,13 @@ def _read_config(directory: str | os.PathLike[str]) -> LoraConfig:
     path, weights = folder / "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
     if not path.is_file():
         raise FileNotFoundError(f"no {path.name} in {directory}: pass a folder that save_adapter wrote")
-    kind = _read_object(path).get("peft_type")
+    kind = read_object(path, REMEDY).get("peft_type")
     if kind != "LORA":
         raise ValueError(f"{path} has peft_type {kind!r}; only LoRA adapters can be loaded")
     if not any((folder / name).is_file() for name in weights):  # peft would ask a hub for it
         raise FileNotFoundError(f"no {weights[0]} in {directory}: pass a folder that save_adapter wrote")
     config = PeftConfig.from_pretrained(str(directory))
     return config
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; raises ValueError."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
-    return content
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
@@ -204,7 +193,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     path = folder / ABM_FILE
     if not path.is_file():
         raise FileNotFoundError(f"no {ABM_FILE} in {folder}: pass the folder of a finished run, or its adapter folder")
-    settings = _read_object(path)
+    settings = read_object(path, REMEDY)
     if settings.get("format") != FORMAT:
         raise ValueError(f"{path} has format {settings.get('format')}, this version reads {FORMAT}")
     return settings

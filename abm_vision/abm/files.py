@@ -49,3 +49,18 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON; NaN and infinities are refused, as the JSON standard has none."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it is damaged; the message names it, and the remedy.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}); {remedy}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; {remedy}")
+    return content

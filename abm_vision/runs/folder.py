@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterator
@@ -16,7 +15,7 @@ from filelock import FileLock, Timeout
 from peft import PeftModel
 
 from abm_vision.abm.adapters import save_adapter
-from abm_vision.abm.files import write_json, writing
+from abm_vision.abm.files import read_object, write_json, writing
 from abm_vision.runs.device import choose_precision, resolve_device
 from abm_vision.runs.settings import AdapterSettings
 
@@ -123,13 +122,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged; the message names it.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}); move it away to run again") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; move it away to run again")
-    return content
+    return read_object(path, "move it away to run again")
 
 
 def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
