@@ -181,7 +181,15 @@ def confirmation() -> str:
         head = ["start", "best lr", "information loss (seen)", "training loss, mean over steps", "ratio to the default"]
         head += ["start's time counted", "start costs (epochs)", "test top-1 (%)", "gain"]
         device = whole[0]["environment"]["device"]
-        parts.append(f"{task}, rendered; 12 epochs, seeds 0 to 2; {device}:\n\n{table(head, rows)}")
+        default: dict[float, list[float]] = {}
+        for config, top1 in ((r["config"], r["test"]["top1"]) for r in whole):
+            if config["init"] == "kaiming":
+                default.setdefault(config["lr"], []).append(100 * top1)
+        rates = ", ".join(f"{statistics.mean(values):.1f} at {lr:g}" for lr, values in sorted(default.items()))
+        parts.append(
+            f"{task}, rendered; 12 epochs, seeds 0 to 2; {device}:\n\n{table(head, rows)}\n\n"
+            f"`kaiming` at every rate, test top-1 (%): {rates}."
+        )
     return "\n\n".join(parts)
 
 
@@ -263,9 +271,12 @@ def suite() -> str:
     rates = {s: sorted({f"{r['config']['lr']:g}" for r in runs if r["config"]["init"] == s}) for s in starts}
     head = ["rendered task", "linear probe", *(f"`{s}`, lr {' or '.join(rates[s])}" for s in starts)]
     seeds = len({r["config"]["seed"] for r in runs})
+    matched = [r["abm"] for r in runs if r["config"]["init"] == "abm"]
+    risen = sum(report["after"]["loss"] > report["before"]["loss"] for report in matched)
     note = (
         f"Test top-1 (%), mean and standard deviation over {seeds} seeds; quick preset, {runs[0]['config']['epochs']} "
-        f"epochs; {runs[0]['environment']['device']}. Rendered surrogates: not VTAB-1K."
+        f"epochs; {runs[0]['environment']['device']}. Rendered surrogates: not VTAB-1K.\n"
+        f"The start `abm` left the boundary loss above where it began in {risen} of {len(matched)} runs."
     )
     return f"{table(head, rows)}\n\n{note}"
 
