@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.func import functional_call
 
 import abm_vision
 from abm_vision import ABMConfig, AlignConfig, add_lora, initialize_lora, load_adapter, save_adapter
@@ -33,13 +34,18 @@ CHANGES_BASE = ("pissa", "lora_ga")
 # ------------------------------------------------------------------------------------------------------------ by hand
 
 
-def small_vit():
+@cache
+def _small_vit():
     return build_vit(embed_dim=32, depth=2, num_heads=2).eval()
+
+
+def small_vit():
+    return copy.deepcopy(_small_vit())
 
 
 def weights(model, *adapters):
     """What a plain timm model must hold to compute what these adapters stand for, in float64: W0 + s B A."""
-    plain = {name: value.double() for name, value in small_vit().state_dict().items()}
+    plain = {name: value.double() for name, value in _small_vit().state_dict().items()}
     for name, module in model.named_modules():
         name = name.replace("base_model.model.", "").replace("_orig_mod.", "")
         if isinstance(module, LoraLayer):
@@ -53,23 +59,16 @@ def weights(model, *adapters):
     return plain
 
 
-def plain_vit(state):
-    model = small_vit().double()
-    model.load_state_dict(state)
-    return model
-
-
-@torch.no_grad()
 def plain_output(state):
-    return plain_vit(state)(X.double())
+    return functional_call(_small_vit(), state, X.double())
 
 
 def gradients(state):
     """G of every adapted layer, of the plain model."""
-    model = plain_vit(state)
-    layers = {n: m.weight for n, m in model.named_modules() if any(n.endswith(t) for t in TARGETS)}
-    found = torch.autograd.grad(F.cross_entropy(model(X.double()), Y), list(layers.values()))
-    return dict(zip(layers, found, strict=True))
+    names = [f"{n}.weight" for n, _ in _small_vit().named_modules() if n.endswith(tuple(TARGETS))]
+    state = {name: value.clone().requires_grad_(name in names) for name, value in state.items()}
+    found = torch.autograd.grad(F.cross_entropy(plain_output(state), Y), [state[name] for name in names])
+    return {name.removesuffix(".weight"): gradient for name, gradient in zip(names, found, strict=True)}
 
 
 def lost(gradient, a, b):
@@ -188,14 +187,14 @@ def merged(trained, folder):
 def switched_off(trained, folder):
     state = plain(adapted(trained))
     state.model.base_model.disable_adapter_layers()
-    state.shows = weights(small_vit())
+    state.shows = weights(_small_vit())
     return state
 
 
 def inside(trained, folder):
     state = plain(adapted(trained))
     state.stack.enter_context(state.model.disable_adapter())
-    state.shows = weights(small_vit())
+    state.shows = weights(_small_vit())
     return state
 
 
@@ -445,7 +444,7 @@ def check_beside(verb, init, state, result, before, after, folder, saved):
     if verb == "load_adapter":
         near(state, saved[1])
     else:
-        near(state, weights(small_vit()))
+        near(state, weights(_small_vit()))
         near(state, weights(train(model, "new"), "new"))
     save_adapter(model, folder / "both")
     stock_computes(folder / "both" / "new", weights(model, "new"), state.tolerance)
@@ -542,7 +541,7 @@ def is_pissa(layers, result, before, state):
     """s B A: the untouched weight's first r singular pairs."""
     for name, layer in layers.items():
         a, b = pair(layer)
-        u, s, v = torch.linalg.svd(weights(small_vit())[f"{name}.weight"], full_matrices=False)
+        u, s, v = torch.linalg.svd(weights(_small_vit())[f"{name}.weight"], full_matrices=False)
         torch.testing.assert_close(SCALE * b @ a, (u[:, :4] * s[:4]) @ v[:4], rtol=0, atol=state.tolerance)
 
 
