@@ -232,7 +232,7 @@ def _eva(given: Ingredients) -> None:
     smallest = min(given.batches, key=batch_size)
     for name, shape in _input_shapes(given, smallest).items():
         mask = given.backbone.input_mask(smallest, name)
-        tokens = int(counted(torch.ones(shape[:-1]), mask).sum())
+        tokens = shape[:-1].numel() if mask is None else int(whole_mask(mask, torch.empty(shape)).sum())
         wanted = round(config.rho * layers[name].r[given.adapter_name])
         if tokens < wanted:  # peft would wait for a larger batch for ever
             raise ValueError(

@@ -43,10 +43,10 @@ WITH_NAN[2, 0, 3, 3] = float("nan")
 WITH_INFINITY = X.clone()
 WITH_INFINITY[2, 0, 3, 3] = float("inf")
 LOADERS = {
-    "wrong size": ([(images(4, side=48), Y[:4])], r"cannot take a batch \(tuple with float32 \(4, 3, 48, 48\)"),
-    "swapped tuple": ([(Y, X)], r"cannot take a batch \(tuple with int64 \(8,\), float32"),
-    "no batch dimension": ([(X[0], Y[0])], r"cannot take a batch \(tuple with float32 \(3, 32, 32\)"),
-    "one channel": ([(X[:, :1], Y)], r"cannot take a batch \(tuple with float32 \(8, 1, 32, 32\)"),
+    "wrong size": ([(images(4, side=50), Y[:4])], r"cannot take a batch \(tuple with float32 \(., 3, 50, 50\)"),
+    "swapped tuple": ([(Y, X)], r"cannot take a batch \(tuple with int64 \(.,\), float32"),
+    "no batch dimension": ([(X[0], Y[0])], r"cannot take a batch \(tuple with float32 \(., 32, 32\)"),
+    "one channel": ([(X[:, :1], Y)], r"cannot take a batch \(tuple with float32 \(., 1, 32, 32\)"),
     "foreign mapping": ([{"pictures": X, "labels": Y}], "cannot take a batch .*no images among the batch"),
     "data set": (TensorDataset(X, Y), "TensorDataset is a data set.*DataLoader"),
     "empty batch": ([(X[:0], Y[:0])], "batch 1 of the loader .* holds no sample"),
@@ -183,7 +183,7 @@ def test_patches_of_padding_do_not_count(wrap):
 
 
 def test_a_mask_that_does_not_fit():
-    with pytest.raises(ValueError, match=r"token mask \(8, 9\) does not fit values \(8, 5, 64\)"):
+    with pytest.raises(ValueError, match=r"token mask \(8, 9\) does not fit values \(8, 5, 96\)"):
         initialize_lora_abm_weights(
             adapted(), [X], FAST, token_mask_fn=lambda batch, stack: torch.ones(8, 9).bool(), show_progress_bar=False
         )
