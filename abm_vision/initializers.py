@@ -15,20 +15,20 @@ from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
+from abm_vision.abm.adapter import Adapter, adapted_layers, changes_base, remember_base_change
 from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.backbone import Backbone, find_backbone
-from abm_vision.abm.calibration import batch_size, collect_batches, is_zero
-from abm_vision.abm.checks import evaluate, modes_given_back
+from abm_vision.abm.batches import batch_size, check_finite, collect, explained, one_by_one
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.conversion import changes_base, remember_start
-from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
-from abm_vision.abm.guards import check_float_base, seeded
+from abm_vision.abm.gradient import LossFn, weight_gradients
 from abm_vision.abm.initialize import initialize_lora_abm_weights
+from abm_vision.abm.lora import settle_modes
+from abm_vision.abm.loss import counted, whole_mask
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.record import ForwardFn
 from abm_vision.abm.report import ABMReport
+from abm_vision.abm.restore import evaluate, initialising
 
 NEEDS = ("nothing", "batches", "labelled batches", "batches and a reference")
 RANDOM_B_STD = 0.01
@@ -136,34 +136,32 @@ def initialize_lora(
             that needs them, a kind of layer or adapter that the start cannot serve, or an adapter that is not fresh.
     """
     start = get_initializer(init)
-    config = config or ABMConfig()
+    config, align = config or ABMConfig(), align or AlignConfig()
+    adapter = Adapter(model, adapter_name)
+    adapter.check_fresh()
+    _check_served(adapter, start)
     backbone = backbone or find_backbone(model)
-    _check_fresh(model, start, adapter_name)
     if start.needs != "nothing" and dataloader is None:
         raise ValueError(f"{init} needs {start.needs}: pass a dataloader")
     if "reference" in start.needs and reference is None:
         raise ValueError(f"{init} needs a reference: the name of an adapter tuned on the task, or a tuned model")
-    align = align or AlignConfig()
     samples = align.samples if start.apply is _align else config.samples
-    with seeded(config.seed), _undone_on_error(model, start, adapter_name):
-        device = next(model.parameters()).device
+    with initialising(adapter, config.seed, base=start.changes_base):
         given = Ingredients(
             model=model,
             adapter_name=adapter_name,
-            batches=[] if start.needs == "nothing" else collect_batches(dataloader, samples, device),
+            batches=[] if start.needs == "nothing" else collect(dataloader, adapter.device, samples),
             backbone=backbone,
-            forward_fn=forward_fn or backbone.forward_fn,
+            forward_fn=explained(forward_fn or backbone.forward_fn),
             loss_fn=loss_fn or backbone.loss_fn,
             reference=reference,
             abm=config,
             align=align,
             progress=show_progress_bar,
         )
-        with modes_given_back(model):
-            report = start.apply(given)
-        for layer in adapted_layers(model, adapter_name).values():
-            layer.train(layer.training)  # peft makes the inner modules anew, in a mode of its own
-        return report
+        report = start.apply(given)
+    settle_modes(model, adapter_name)  # peft has made the inner modules anew
+    return report
 
 
 def get_initializer(name: str) -> Initializer:
@@ -179,69 +177,21 @@ def get_initializer(name: str) -> Initializer:
     return INITIALIZERS[name]
 
 
-def _check_fresh(model: PeftModel, start: Initializer, adapter_name: str) -> None:
-    if not isinstance(model, PeftModel):
-        raise ValueError(f"{type(model).__name__} is no PeftModel: call add_lora first")
-    if list(model.active_adapters) != [adapter_name]:
-        raise ValueError(
-            f"the active adapters are {model.active_adapters}, but exactly {adapter_name!r} is to be started: "
-            f"call model.set_adapter({adapter_name!r}) first"
-        )
-    shared = next((name for name, config in model.peft_config.items() if changes_base(config)), None)
-    if shared:
-        raise ValueError(f"adapter {shared!r} has changed the base weights: begin with the bare model")
-    if model.peft_config[adapter_name].init_lora_weights is not True or not is_zero(model, adapter_name):
-        raise ValueError(f"adapter {adapter_name!r} is not fresh, it was started or trained: begin with add_lora")
-    if len(model.peft_config) > 1 and not start.in_factors:
-        others = ", ".join(name for name in model.peft_config if name != adapter_name)
+def _check_served(adapter: Adapter, start: Initializer) -> None:
+    """Raise a ValueError if a kind of layer, adapter or model is not what the initialisation is made for."""
+    others = ", ".join(name for name in adapter.model.peft_config if name != adapter.name)
+    if others and not start.in_factors:
         raise ValueError(f"{start.name} changes more than its adapter, which {others} would suffer: start it alone")
     if start.reads_weights:
-        check_float_base(model, adapter_name, start.name)
+        adapter.check_weights(start.name)
     if start.blocks:
         return
-    for name, layer in adapted_layers(model, adapter_name).items():
-        if isinstance(layer.lora_B[adapter_name], BlockLinear):
+    for name, layer in adapter.layers.items():
+        if isinstance(layer.lora_B[adapter.name], BlockLinear):
             raise ValueError(f"{start.name} cannot leave k alone inside the fused {name}: use qkv='full'")
         if not isinstance(layer.get_base_layer(), nn.Linear):
             kind = type(layer.get_base_layer()).__name__
             raise ValueError(f"{start.name} starts nn.Linear layers alone, {name} is a {kind}: leave it out of targets")
-
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-@contextmanager
-def _undone_on_error(model: PeftModel, start: Initializer, adapter_name: str) -> Iterator[None]:
-    """If anything raises, the adapter is fresh again, the base as it was, and nothing of peft's is left on the model.
-
-    What was trainable before is so afterwards in any case: peft's `disable_adapter` thaws a frozen head.
-    """
-    config = model.peft_config[adapter_name]
-    settings, flags = dict(vars(config)), [(p, p.requires_grad) for p in model.parameters()]
-    hooks = [(getattr(m, name), dict(getattr(m, name))) for m in model.modules() for name in _HOOKS]
-    layers = adapted_layers(model, adapter_name).values()
-    factors = [(table, table[adapter_name]) for layer in layers for table in (layer.lora_A, layer.lora_B)]
-    bases = [layer.get_base_layer() for layer in layers]
-    attributes = [(base, set(vars(base))) for base in bases]
-    weights = [(base.weight, base.weight.detach().clone()) for base in bases] if start.changes_base else []
-    try:
-        yield
-    except BaseException:
-        vars(config).update(settings)
-        for weight, value in weights:
-            weight.data = value
-        for live, before in hooks:
-            live.clear()
-            live.update(before)
-        for table, module in factors:
-            table[adapter_name] = module
-        for base, before in attributes:
-            for name in set(vars(base)) - before:
-                delattr(base, name)
-        raise
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 # ---------------------------------------------------------------------------------------------- peft's own starts
@@ -269,7 +219,7 @@ def _restart(given: Ingredients, value: str, **fields: Any) -> None:
     cast_adapter_dtype(given.model, given.adapter_name)
     if changes_base(config):
         for layer in layers:
-            remember_start(layer, given.adapter_name)
+            remember_base_change(layer, given.adapter_name)
 
 
 def _no_autocast(model: PeftModel) -> AbstractContextManager[None]:
@@ -282,7 +232,7 @@ def _eva(given: Ingredients) -> None:
     smallest = min(given.batches, key=batch_size)
     for name, shape in _input_shapes(given, smallest).items():
         mask = given.backbone.input_mask(smallest, name)
-        tokens = shape[:-1].numel() if mask is None else int(mask.sum())
+        tokens = shape[:-1].numel() if mask is None else int(whole_mask(mask, torch.empty(shape)).sum())
         wanted = round(config.rho * layers[name].r[given.adapter_name])
         if tokens < wanted:  # peft would wait for a larger batch for ever
             raise ValueError(
@@ -291,10 +241,11 @@ def _eva(given: Ingredients) -> None:
             )
     names = {id(layer): name for name, layer in layers.items()}
 
-    def counted(layer_input: Any, batch: Any, peft_name: str) -> Tensor:
+    def counted_inputs(layer_input: Any, batch: Any, peft_name: str) -> Tensor:
         x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-        mask = given.backbone.input_mask(batch, names[id(given.model.get_submodule(peft_name))])
-        return x.flatten(0, -2) if mask is None else x[mask.to(x.device)]
+        name = names[id(given.model.get_submodule(peft_name))]
+        check_finite(x, f"the input of {name}")
+        return counted(x, given.backbone.input_mask(batch, name)).flatten(0, -2)
 
     _restart(given, "eva", eva_config=config)
     with _no_autocast(given.model):
@@ -304,7 +255,7 @@ def _eva(given: Ingredients) -> None:
             # peft itself calls eval() alone
             forward_fn=lambda model, batch: given.forward_fn(evaluate(model), batch),
             prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=counted,
+            prepare_layer_inputs_fn=counted_inputs,
             adapter_name=given.adapter_name,
             show_progress_bar=given.progress,
         )
@@ -313,18 +264,23 @@ def _eva(given: Ingredients) -> None:
 
 @torch.no_grad()
 def _input_shapes(given: Ingredients, batch: Any) -> dict[str, torch.Size]:
-    """The shape of what goes into every adapted layer."""
+    """The shape of what goes into every adapted layer, which must be finite."""
     shapes: dict[str, torch.Size] = {}
+
+    def look(name: str, x: Tensor) -> None:
+        check_finite(x, f"the input of {name}")
+        shapes[name] = x.shape
+
     with ExitStack() as stack:
         for name, layer in adapted_layers(given.model, given.adapter_name).items():
-            handle = layer.register_forward_pre_hook(lambda _, args, name=name: shapes.__setitem__(name, args[0].shape))
+            handle = layer.register_forward_pre_hook(lambda _, args, name=name: look(name, args[0]))
             stack.callback(handle.remove)
         given.forward_fn(evaluate(given.model), batch)
     return shapes
 
 
 def _corda(given: Ingredients) -> None:
-    samples = [sample for batch in given.batches for sample in _one_by_one(batch)]  # its hook takes one at a time
+    samples = [sample for batch in given.batches for sample in one_by_one(batch)]  # its hook takes one at a time
     for name, shape in _input_shapes(given, samples[0]).items():
         if len(shape) != 3 or shape[0] != 1:
             raise ValueError(f"corda takes one sample's tokens, (1, tokens, in); {name} sees {tuple(shape)}")
@@ -351,12 +307,16 @@ def _corda(given: Ingredients) -> None:
 @contextmanager
 def _padding_zeroed(backbone: Backbone, layers: Mapping[str, LoraLayer], sample: Any) -> Iterator[None]:
     """Nothing reads what layers make of padding; with inputs of zero it adds nothing to their covariance either."""
+
+    def zeroed(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        check_finite(args[0], f"the input of {name}")
+        mask = backbone.input_mask(sample, name)
+        return args if mask is None else (args[0] * whole_mask(mask, args[0])[..., None].to(args[0]), *args[1:])
+
     with ExitStack() as stack:
         for name, layer in layers.items():
-            mask = backbone.input_mask(sample, name)
-            if mask is not None:
-                zero = lambda _, args, mask=mask: (args[0] * mask[..., None].to(args[0]), *args[1:])  # noqa: E731
-                stack.callback(layer.get_base_layer().register_forward_pre_hook(zero).remove)
+            base = layer.get_base_layer()
+            stack.callback(base.register_forward_pre_hook(lambda _, args, name=name: zeroed(name, args)).remove)
         yield
 
 
@@ -369,14 +329,6 @@ def _lora_ga(given: Ingredients) -> None:
 
     weight_gradients(given.model, given.batches, given.loss_fn, attach, given.adapter_name)
     _restart(given, "lora_ga", lora_ga_config=LoraGAConfig())
-
-
-def _one_by_one(batch: Any) -> Iterable[Any]:
-    count = batch_size(batch)
-    for k in range(count):
-        yield tree_map(
-            lambda v, k=k: v[k : k + 1] if isinstance(v, Tensor) and v.ndim and len(v) == count else v, batch
-        )
 
 
 # ----------------------------------------------------------------------------------------------------------- ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch.nn.functional as F
@@ -37,6 +38,9 @@ _Q_THEN_K_THEN_V = (
     "timm.models.vision_transformer_sam",
     "timm.models.xcit",
 )
+
+
+_PATCHES = ("patches", "patch_coord", "patch_valid")
 
 
 def _timm_model(model: nn.Module) -> nn.Module:
@@ -79,11 +83,13 @@ def _prepare(model: nn.Module, adapted: list[str]) -> None:
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:
-    """Images alone, (images, ...) or a mapping with "pixel_values", "image" or "images"."""
+    """Images alone, (images, ...) or a mapping with "pixel_values", "image", "images", or NaFlexViT's "patches"."""
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, (tuple, list)):
         return model(batch[0])
+    if "patches" in batch:  # what timm's NaFlex loader yields
+        return model({key: batch[key] for key in _PATCHES if key in batch})
     for key in ("pixel_values", "image", "images"):
         if key in batch:
             return model(batch[key])
@@ -110,8 +116,10 @@ def _labels(batch: Any) -> Tensor | None:
     return next((batch[key] for key in ("labels", "label", "target") if key in batch), None)
 
 
-def _no_mask(batch: Any, stack: str) -> None:
-    return None
+def _valid_patches(batch: Any, stack: str) -> Tensor | None:
+    """NaFlexViT's images differ in their number of patches, and are padded to the largest: (batch, patches)."""
+    inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
+    return inputs.get("patch_valid") if isinstance(inputs, Mapping) else None
 
 
 VIT = Backbone(
@@ -128,5 +136,5 @@ VIT = Backbone(
     prepare=_prepare,
     forward_fn=_forward,
     loss_fn=_loss,
-    token_mask_fn=_no_mask,
+    token_mask_fn=_valid_patches,
 )

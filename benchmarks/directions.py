@@ -24,7 +24,8 @@ from torch import Tensor
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora_abm_weights
-from abm_vision.abm.gradient import adapted_layers, weight_gradients
+from abm_vision.abm.adapter import adapted_layers
+from abm_vision.abm.gradient import weight_gradients
 from abm_vision.provenance import environment
 from abm_vision.runs.device import autocast, has_fast_bf16
 from abm_vision.vtab import make_config

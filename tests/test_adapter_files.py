@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import build_vit, images, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from abm_vision import ABMConfig, add_lora, check_adapters, initialize_lora_abm_weights, load_adapter, save_adapter
 from abm_vision.abm.files import write_atomically, write_json
@@ -226,3 +226,119 @@ def test_files_are_whole_or_absent(tmp_path):
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(target, {"a": float("nan")})
     assert json.loads(target.read_text()) == {"a": 1}
+
+
+# What is not whole is not loaded
+
+
+def changed_tensors(folder, change):
+    tensors = load_file(folder / "adapter_model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+def changed_json(folder, name, change):
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+def without(part):
+    def change(tensors):
+        for name in [name for name in tensors if part in name]:
+            del tensors[name]
+
+    return change
+
+
+def with_nan(tensors):
+    next(value for name, value in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
+
+
+DAMAGED = {
+    "a block is missing": (lambda f: changed_tensors(f, without("blocks.1.")), r"lacks .*blocks\.1\..* more"),
+    "a factor is missing": (
+        lambda f: changed_tensors(f, without("blocks.1.mlp.fc1.lora_B")),
+        r"lacks .*blocks\.1\.mlp",
+    ),
+    "the head is missing": (lambda f: changed_tensors(f, without("head")), r"lacks .*head\.bias"),
+    "nothing is there": (lambda f: changed_tensors(f, dict.clear), "lacks"),
+    "a layer too many": (
+        lambda f: changed_tensors(f, lambda t: t.update({k.replace("blocks.5", "blocks.6"): v for k, v in t.items()})),
+        r"the model lacks the layers of .*blocks\.6\.",
+    ),
+    "a base weight": (
+        lambda f: changed_tensors(f, lambda t: t.update({"base_model.model.norm.weight": torch.ones(64)})),
+        r"holds base_model\.model\.norm\.weight, which is of no LoRA layer and of no module .* saves \(head\)",
+    ),
+    "not finite": (lambda f: changed_tensors(f, with_nan), "lora_A.weight is NaN or infinite"),
+    "no lora_alpha": (
+        lambda f: changed_json(f, "adapter_config.json", lambda c: c.pop("lora_alpha")),
+        "lacks lora_alpha, which decides",
+    ),
+    "no r": (lambda f: changed_json(f, "adapter_config.json", lambda c: c.pop("r")), "lacks r, which decides"),
+    "r is text": (
+        lambda f: changed_json(f, "adapter_config.json", lambda c: c.update(r="4")),
+        "has r '4', it must be a whole number",
+    ),
+    "rsLoRA is text": (
+        lambda f: changed_json(f, "adapter_config.json", lambda c: c.update(use_rslora="no")),
+        "has use_rslora 'no', it must be true or false",
+    ),
+    "another r": (lambda f: changed_json(f, "adapter_config.json", lambda c: c.update(r=3)), "size mismatch"),
+    "abm.json without fields": (
+        lambda f: (f / "abm.json").write_text('{"format": 1}'),
+        "qv_only None, it must be a list",
+    ),
+    "abm.json of other types": (
+        lambda f: changed_json(f, "abm.json", lambda c: c.update(qv_only="blocks.0.attn.qkv")),
+        "qv_only 'blocks.0.attn.qkv', it must be a list of module names",
+    ),
+    "q and v of an fc1": (
+        lambda f: changed_json(f, "abm.json", lambda c: c.update(qv_only=["blocks.0.mlp.fc1"])),
+        r"says that blocks\.0\.mlp\.fc1 adapts q and v alone, and it is no adapted fused qkv",
+    ),
+    "q and v of a whole qkv": (
+        lambda f: changed_json(f, "abm.json", lambda c: c.update(qv_only=["blocks.0.attn.qkv"])),
+        "adapts q and v alone, and its B has other entries",
+    ),
+    "pickled objects": (
+        lambda f: [(f / "adapter_model.safetensors").unlink(), torch.save({"a": pickled}, f / "adapter_model.bin")],
+        r"adapter_model\.bin cannot be read: damaged, or pickled objects, which are never loaded",
+    ),
+    "half a file": (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"half a file"),
+        r"adapter_model\.safetensors cannot be read",
+    ),
+}
+
+
+def pickled():
+    raise AssertionError("a pickle was loaded")
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_that_is_not_whole_is_not_loaded(saved, tmp_path, kind, beside):
+    damage, message = DAMAGED[kind]
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved[0][0], folder)
+    damage(folder)
+    model = add_lora(build_vit()) if beside else build_vit()
+    model.eval()
+    before, flags = {n: v.clone() for n, v in model.state_dict().items()}, [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match=message):
+        load_adapter(model, folder, adapter_name="other")
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[n], v) for n, v in before.items())
+    assert flags == [p.requires_grad for p in model.parameters()]
+    if not beside:  # it can be tried again
+        load_adapter(model, saved[0][0], adapter_name="other")
+
+
+def test_tensors_pickled_by_torch_are_read(saved, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(saved[0][0], folder)
+    torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    torch.testing.assert_close(load_adapter(build_vit(), folder).eval()(images()), saved[0][1])

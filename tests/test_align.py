@@ -11,7 +11,7 @@ from test_tangent import gradients_by_autograd
 
 from abm_vision import AlignConfig, add_lora, information_loss, initialize_lora_aligned_weights
 from abm_vision.abm import align
-from abm_vision.abm.gradient import adapted_layers
+from abm_vision.abm.adapter import adapted_layers
 from abm_vision.vit import VIT
 
 X, Y = images(16), torch.arange(16) % 5
@@ -113,6 +113,7 @@ def test_everything_is_given_back_and_an_error_leaves_the_adapter():
     initialize_lora_aligned_weights(model, [(X, Y)])
     assert model.training and flags == [p.requires_grad for p in model.parameters()]
     assert all(p.grad is None for p in model.parameters())
+    model = add_lora(small_vit(), rank=3).train()
     before = [p.clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="holds no labels"):
         initialize_lora_aligned_weights(model, [X])
@@ -125,7 +126,7 @@ def test_everything_is_given_back_and_an_error_leaves_the_adapter():
         ("samples", 0, "1 or more"),
         ("norm", 0, "more than 0"),
         ("size", -1, "more than 0"),
-        ("match", 0, r"in \(0, 1\]"),
+        ("match", 2, r"in \(0, 1\]"),
     ],
 )
 def test_settings_out_of_range(field, value, words):
@@ -135,7 +136,7 @@ def test_settings_out_of_range(field, value, words):
 
 
 def test_refused():
-    with pytest.raises(ValueError, match="the aligned start is made for W0 .*dora=False"):
+    with pytest.raises(ValueError, match="the aligned initialisation is made for W0 .*dora=False"):
         aligned(dora=True)
     with pytest.raises(ValueError, match="gradient at .* is zero.*draw it at random first"):
         aligned(base=with_zero_head())

@@ -10,7 +10,7 @@ from test_abm import factors, figures, match, rows_of, same, values
 
 from abm_vision import ABMConfig, add_lora
 from abm_vision.abm import local
-from abm_vision.abm.gradient import adapted_layers
+from abm_vision.abm.adapter import adapted_layers
 
 LOCAL = ABMConfig(fit="local", samples=8)
 

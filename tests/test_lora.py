@@ -275,7 +275,7 @@ def test_second_add_lora_of_the_same_name_is_refused_with_the_reason(vit):
 
 
 def test_compiled_model_is_refused(vit):
-    with pytest.raises(ValueError, match=r"is compiled: .* call torch.compile afterwards"):
+    with pytest.raises(ValueError, match=r"is compiled: call torch.compile last"):
         add_lora(torch.compile(vit, backend="eager"))
 
 
@@ -307,7 +307,7 @@ def test_merge_and_unload_equals_the_adapted_model(targets, options):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"rank": 0}, r"rank 0 for blocks\.0\.attn\.qkv \(192, 64\): allowed are 1 \.\. 64"),
+        ({"rank": 0}, "rank is 0; it must be a whole number of 1 or more"),
         ({"rank": 65}, r"rank 65 for .* 1 \.\. 64"),
         ({"rank": 40, "qkv": "qv", "targets": "mlp"}, "hold no attention input projection"),
         ({"rank_pattern": {"fc1": 100}}, r"rank 100 for blocks\.0\.mlp\.fc1"),
@@ -319,8 +319,8 @@ def test_merge_and_unload_equals_the_adapted_model(targets, options):
         ({"targets": ["patch_embed.proj"]}, "matches no projection inside a block"),
         ({"qkv": "kv"}, "qkv is 'kv'; allowed are 'full', 'qv'"),
         ({"qkv": "qv", "dora": True}, 'use qkv="full" with dora=True'),
-        ({"alpha": 0}, r"alpha 0 for blocks\.0\.attn\.qkv: it must be positive and finite"),
-        ({"alpha_pattern": {"fc1": float("nan")}}, r"alpha nan for blocks\.0\.mlp\.fc1"),
+        ({"alpha": 0}, "alpha is 0; it must be more than 0"),
+        ({"alpha_pattern": {"fc1": float("nan")}}, r"alpha_pattern\['fc1'\] is nan; it must be more than 0"),
         ({"dropout": 1.0}, r"dropout is 1\.0; it must lie in \[0, 1\)"),
     ],
 )

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 import nlp_ext
 from abm_vision import find_backbone
-from abm_vision.abm.gradient import adapted_layers
+from abm_vision.abm.adapter import adapted_layers
 from nlp_ext import LLAMA, T5, ABMConfig, add_lora, answer_tokens, check_adapters, initialize_lora_abm_weights
 from nlp_ext.ranks import _started
 

@@ -14,7 +14,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from abm_vision import add_lora, information_loss, initialize_lora
-from abm_vision.abm.gradient import adapted_layers, weight_gradients
+from abm_vision.abm.adapter import adapted_layers
+from abm_vision.abm.gradient import weight_gradients
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.tangent import leading_energy, reached_energy
 from abm_vision.initializers import INITIALIZERS
@@ -265,7 +266,7 @@ def refused(message, model=None, batches=None, loss=VIT.loss_fn, **options):
 def test_refused():
     refused("VisionTransformer is no PeftModel", model=small_vit())
     refused("at least one batch", batches=[])
-    refused("no layer has an adapter 'other'; the model has default", adapter_name="other")
+    refused("there is no adapter 'other'; the model has 'default'", adapter_name="other")
     refused("holds no labels.*loss_fn=lambda", batches=[images(2).double()])
     refused(r"scalar tensor.*returned a tensor \(6, 5\)", loss=lambda m, b: m(b[0]))
     refused("scalar tensor.*returned float", loss=lambda m, b: 1.0)

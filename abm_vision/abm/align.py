@@ -22,15 +22,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
+from abm_vision.abm.adapter import Adapter, adapted_layers
 from abm_vision.abm.backbone import Backbone, find_backbone
-from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, collect_batches, measure
-from abm_vision.abm.checks import evaluate
+from abm_vision.abm.batches import collect, explained
+from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, measure
+from abm_vision.abm.checks import check_real, check_whole
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
-from abm_vision.abm.guards import check_no_dora, check_ready, given_back, seeded
+from abm_vision.abm.gradient import LossFn, weight_gradients
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.record import ForwardFn
 from abm_vision.abm.report import BoundaryState, LayerReport, layer_reports
+from abm_vision.abm.restore import evaluate, initialising
 
 HALVINGS = 30  # 1e-9 of the size: below the rounding of every precision
 
@@ -55,13 +57,12 @@ class AlignConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.samples < 1:
-            raise ValueError(f"samples is {self.samples}; it must be 1 or more")
-        for field in ("norm", "size"):
-            if not getattr(self, field) > 0:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be more than 0")
-        if not 0 < self.match <= 1:
+        check_whole("samples", self.samples, 1)
+        for field in ("norm", "size", "match"):
+            check_real(field, getattr(self, field), 0, above=True)
+        if self.match > 1:
             raise ValueError(f"match is {self.match}; it must lie in (0, 1]")
+        check_whole("seed", self.seed, 0)
 
 
 @dataclass(frozen=True)
@@ -122,23 +123,25 @@ def initialize_lora_aligned_weights(
         backbone: the record of the model's family; found from the model if None.
 
     Raises:
-        ValueError: the model is not ready, the loader is empty or without labels, or a batch cannot be run.
+        ValueError: the adapter is not fresh or cannot run, the loader is empty or without labels, or a batch cannot be
+            run.
     """
     start = time.perf_counter()
     config = config or AlignConfig()
-    factors = check_ready(model, "pretrained", adapter_name)
-    check_no_dora(model, adapter_name, "the aligned start")
+    adapter = Adapter(model, adapter_name)
+    adapter.check_fresh()
+    adapter.check_no_dora("the aligned initialisation")
     backbone = backbone or find_backbone(model)
-    forward_fn, loss_fn = forward_fn or backbone.forward_fn, loss_fn or backbone.loss_fn
-    with given_back(model, adapter_name, factors), seeded(config.seed):
+    forward_fn = explained(forward_fn or backbone.forward_fn)
+    with initialising(adapter, config.seed):
         evaluate(model)
-        batches = collect_batches(dataloader, config.samples, factors[0].device)
+        batches = collect(dataloader, adapter.device, config.samples)
         boundaries = choose_layers(model.get_base_model(), backbone, ABMConfig())
         calibration = calibrate(
-            model, batches, boundaries, ABMConfig(), "pretrained", adapter_name, forward_fn, backbone.token_mask_fn
+            adapter, batches, boundaries, ABMConfig(), "pretrained", forward_fn, backbone.token_mask_fn
         )
         before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
-        _point(model, batches, loss_fn, adapter_name, config)
+        _point(model, batches, loss_fn or backbone.loss_fn, adapter_name, config)
         size, after = _shrink(model, calibration, forward_fn, adapter_name, config)
     seconds = time.perf_counter() - start
     return AlignReport(*layer_reports(calibration, before, after), size, calibration.samples, seconds, config)

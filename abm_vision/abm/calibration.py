@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
+from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.backbone import Backbone
-from abm_vision.abm.checks import evaluate, modes_given_back
+from abm_vision.abm.batches import batch_size, check_finite, cut
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.loss import boundary_figures, counted, layer_weight, pack_signs, unpack_signs
-from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations, to_device
+from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
+from abm_vision.abm.restore import evaluate, restored
 
 
 @dataclass(frozen=True)
@@ -59,12 +58,9 @@ class Part:
         return [self._cut(int(c[0]), int(c[-1]) + 1, count) for c in cuts]
 
     def _cut(self, start: int, stop: int, count: int) -> Part:
-        def cut(value: Any) -> Any:
-            by_sample = isinstance(value, Tensor) and value.ndim and len(value) == count
-            return value[start:stop] if by_sample else value
-
         packed = {n: (b[start:stop], torch.Size((stop - start, *s[1:]))) for n, (b, s) in self.packed.items()}
-        return Part(tree_map(cut, self.batch), packed, {stack: cut(mask) for stack, mask in self.masks.items()})
+        masks = {stack: cut(mask, start, stop, count) for stack, mask in self.masks.items()}
+        return Part(cut(self.batch, start, stop, count), packed, masks)
 
 
 @dataclass(frozen=True)
@@ -114,39 +110,13 @@ def choose_layers(model: nn.Module, backbone: Backbone, config: ABMConfig) -> di
     }
 
 
-def collect_batches(dataloader: Iterable[Any], samples: int, device: torch.device) -> list[Any]:
-    """Whole batches on `device` until there are `samples` samples, or the loader ends.
-
-    Raises:
-        ValueError: the loader yields nothing, or a batch without tensors.
-    """
-    batches, seen = [], 0
-    for batch in dataloader:
-        batches.append(to_device(batch, device))
-        seen += batch_size(batches[-1])
-        if seen >= samples:
-            break
-    if not batches:
-        raise ValueError("the dataloader is empty: boundary matching needs at least one batch of samples")
-    return batches
-
-
-def batch_size(batch: Any) -> int:
-    """The first dimension of the first tensor in a batch of any structure."""
-    for leaf in tree_leaves(batch):
-        if isinstance(leaf, Tensor) and leaf.ndim:
-            return len(leaf)
-    raise ValueError(f"a batch of type {type(batch).__name__} holds no tensor; expected tensors, tuples or mappings")
-
-
 @torch.no_grad()
 def calibrate(
-    model: PeftModel,
+    adapter: Adapter,
     batches: list[Any],
     chosen: dict[str, tuple[str, float]],
     config: ABMConfig,
     reference: str | nn.Module,
-    adapter_name: str,
     forward_fn: ForwardFn,
     token_mask_fn: TokenMaskFn,
 ) -> Calibration:
@@ -162,14 +132,14 @@ def calibrate(
         absent = [name for name in chosen if name not in there]
         if absent:
             raise ValueError(f"the reference {type(reference).__name__} has no modules {', '.join(absent)}")
-    idle = reference == "pretrained" and _does_nothing(model, adapter_name)
+    idle = reference == "pretrained" and adapter.does_nothing
     layers: list[Layer] = []
     parts: list[Part] = []
     states: list[Tensor] = []
     for batch in batches:
-        with _as_reference(model, reference, adapter_name) as teacher:
-            recorded = _run(teacher, batch, list(chosen), forward_fn)
-        _check_finite(recorded, "reference")
+        with _as_reference(adapter, reference) as teacher:
+            recorded = preactivations(teacher, batch, list(chosen), forward_fn)
+        _check_recorded(recorded, "reference")
         masks = {stack: token_mask_fn(batch, stack) for stack in {stack for stack, _ in chosen.values()}}
         if not layers:
             layers = [
@@ -189,53 +159,18 @@ def _margin(z: Tensor, mask: Tensor | None, config: ABMConfig) -> float:
     return config.margin * counted(z, mask).float().square().mean().sqrt().item()
 
 
-def is_zero(model: PeftModel, adapter_name: str) -> bool:
-    """Whether every B of the adapter is zero."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and adapter_name in m.lora_B]
-    return all(not m.lora_B[adapter_name].weight.any() for m in layers)
-
-
-def _does_nothing(model: PeftModel, adapter_name: str) -> bool:
-    """Whether the adapted model is the pretrained one: B is zero, no variant, no saved module changed."""
-    return (
-        is_zero(model, adapter_name)
-        and not any(adapter_name in m.lora_variant for m in model.modules() if isinstance(m, LoraLayer))
-        and not any(_has_changed(m, adapter_name) for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
-    )
-
-
-def _has_changed(wrapper: ModulesToSaveWrapper, adapter_name: str) -> bool:
-    if adapter_name not in wrapper.modules_to_save:
-        return False
-    own, original = wrapper.modules_to_save[adapter_name].state_dict(), wrapper.original_module.state_dict()
-    return not all(torch.equal(value, original[name]) for name, value in own.items())
-
-
 @contextmanager
-def _as_reference(model: PeftModel, reference: str | nn.Module, adapter_name: str) -> Iterator[nn.Module]:
+def _as_reference(adapter: Adapter, reference: str | nn.Module) -> Iterator[nn.Module]:
     if isinstance(reference, nn.Module):
-        with modes_given_back(reference):
+        with restored(reference):
             yield evaluate(reference)
     elif reference == "pretrained":
-        with model.disable_adapter():
-            yield model
+        with adapter.model.disable_adapter():
+            yield adapter.model
     else:
-        model.set_adapter(reference)
-        try:
-            yield model
-        finally:
-            model.set_adapter(adapter_name)
-
-
-def _run(model: nn.Module, batch: Any, names: list[str], forward_fn: ForwardFn) -> dict[str, Tensor]:
-    try:
-        return preactivations(model, batch, names, forward_fn)
-    except (TypeError, AttributeError, KeyError, IndexError, RuntimeError) as error:
-        shapes = [tuple(v.shape) for v in tree_leaves(batch) if isinstance(v, Tensor)]
-        raise ValueError(
-            f"the model cannot take a calibration batch of type {type(batch).__name__} with tensors {shapes}: {error}. "
-            "Pass forward_fn=lambda model, batch: ... that runs the model on what the loader yields."
-        ) from error
+        with restored(adapter.model):
+            adapter.model.set_adapter(reference)
+            yield adapter.model
 
 
 @torch.no_grad()
@@ -248,18 +183,14 @@ def measure(model: PeftModel, calibration: Calibration, forward_fn: ForwardFn) -
     states = []
     for part in calibration.parts:
         recorded = preactivations(model, part.batch, calibration.names, forward_fn)
-        _check_finite(recorded, "adapted model")
+        _check_recorded(recorded, "adapted model")
         states.append(layer_states(calibration.layers, recorded, part))
     return _average(states, [batch_size(part.batch) for part in calibration.parts])
 
 
-def _check_finite(recorded: dict[str, Tensor], whose: str) -> None:
+def _check_recorded(recorded: dict[str, Tensor], whose: str) -> None:
     for name, z in recorded.items():
-        if not all(extreme.isfinite() for extreme in torch.aminmax(z)):  # NaN is passed on
-            raise ValueError(
-                f"the {whose}'s pre-activation at {name} is NaN or infinite: check the weights and the batch, "
-                "lower learning_rate, or match without autocast"
-            )
+        check_finite(z, f"the {whose}'s pre-activation at {name}")
 
 
 def layer_states(layers: list[Layer], recorded: dict[str, Tensor], part: Part) -> Tensor:

@@ -1,19 +1,23 @@
-"""Checks of models: that every adapter takes part, and that nothing is lost in silence."""
+"""Checks of arguments, and of models: that every adapter takes part."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from abm_vision.abm.adapter import Adapter, plain_name
 from abm_vision.abm.backbone import Backbone, find_backbone
-from abm_vision.abm.record import to_device
+from abm_vision.abm.batches import batch_size, explained, to_device
+from abm_vision.abm.restore import evaluate, restored, seeded, values_restored
 
 
 def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = "") -> None:
@@ -23,130 +27,103 @@ def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = 
         raise ValueError(f"{field} is {value!r}; allowed are {choices}{', ' + hint if hint else ''}")
 
 
-def is_compiled(model: nn.Module) -> bool:
-    """Whether `torch.compile(model)` made it, or `model.compile()` was called."""
-    return "_orig_mod" in model._modules or model._compiled_call_impl is not None
+def check_whole(field: str, value: object, low: int) -> None:
+    """Raise a ValueError unless `value` is a whole number of at least `low`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{field} is {value!r}; it must be a whole number of {low} or more")
 
 
-def guard_saved_modules(model: PeftModel) -> PeftModel:
-    """Make `state_dict()` (and so every save) fail if a module that is saved with the adapter was replaced.
-
-    timm's `reset_classifier()` puts a bare layer where peft's wrapper was; peft then writes no head at all.
-    """
-    model.register_state_dict_pre_hook(_check_before_saving)
-    return model
+def check_real(field: str, value: object, low: float, *, above: bool = False) -> None:
+    """Raise a ValueError unless `value` is a finite number of at least `low`, or `above` it."""
+    fits = isinstance(value, Real) and not isinstance(value, bool) and (value > low if above else value >= low)
+    if not fits or value == math.inf:
+        raise ValueError(f"{field} is {value!r}; it must be {f'more than {low:g}' if above else f'{low:g} or more'}")
 
 
-def _check_before_saving(model: PeftModel, prefix: str, keep_vars: bool) -> None:
-    check_saved_modules(model)
-
-
-def check_saved_modules(model: PeftModel) -> None:
-    """Raise a ValueError if a module of `modules_to_save` is no longer peft's wrapper."""
-    bare = model.get_base_model()
-    for config in model.peft_config.values():
-        for suffix in config.modules_to_save or ():
-            # By peft's rule, which lets a suffix of no module pass ("classifier" and "score" of task_type SEQ_CLS).
-            hits = [m for n, m in bare.named_modules() if n.endswith(suffix)]
-            if hits and not any(isinstance(m, ModulesToSaveWrapper) for m in hits):
-                raise ValueError(
-                    f"{suffix!r} was replaced after LoRA was added (reset_classifier?): it would neither be saved "
-                    "nor loaded. Reset the head first, then call add_lora."
-                )
-
-
-def check_adapters(model: PeftModel, batch: Any, *, backbone: Backbone | None = None) -> None:
+def check_adapters(model: nn.Module, batch: Any, *, backbone: Backbone | None = None) -> None:
     """One forward and backward pass that proves that every adapter of the active set takes part.
 
     Nothing is left behind: gradients, modes and the random state are as before.
 
     Args:
         model: the adapted model.
-        batch: as the user's loader yields it; it goes through the backbone's `forward_fn`.
+        batch: as the user's loader yields it; it goes through the backbone's `forward_fn`. Of several outputs
+            (features of every stage, a mapping) all count.
         backbone: as in `add_lora`.
 
     Raises:
-        ValueError: adapters received no gradient; the message names layer and adapter. Or a head was replaced.
+        ValueError: adapters received no gradient; the message names layer and adapter, and says why. Or adapters do
+            not run (merged, switched off, compiled ...), or a head was replaced.
     """
-    backbone = backbone or find_backbone(model)
-    check_saved_modules(model)
-    batch = to_device(batch, next(model.parameters()).device)
+    active = model.active_adapters if isinstance(model, PeftModel) else ["default"]
+    adapters = [Adapter(model, name) for name in active]
+    for adapter in adapters:
+        adapter.check_runs()
+    forward_fn = explained((backbone or find_backbone(model)).forward_fn)
+    batch = to_device(batch, adapters[0].device)
+    batch_size(batch)  # there are samples
     trainable = {
-        f"{name} ({adapter})": [p for p in factors if p.requires_grad]
-        for name, layer in model.get_base_model().named_modules()
-        if isinstance(layer, LoraLayer)
-        for adapter, factors in _active_factors(layer).items()
+        f"{name} ({adapter.name})": (layer, [p for p in _factors(layer, adapter.name) if p.requires_grad])
+        for adapter in adapters
+        for name, layer in adapter.layers.items()
     }
-    trainable = {name: factors for name, factors in trainable.items() if factors}  # a frozen adapter gets none
-    flat = [p for ps in trainable.values() for p in ps]
-    if not flat:
-        raise ValueError("no LoRA weight is trainable; load the adapter with is_trainable=True")
-    fitted = {id(p) for p in flat}
+    trainable = {name: found for name, found in trainable.items() if found[1]}  # a frozen adapter gets none
+    fitted = {id(p) for _, parameters in trainable.values() for p in parameters}
+    if not fitted:
+        raise ValueError("every adapter is frozen: load it with is_trainable=True, or thaw it")
     heads = [p for p in model.parameters() if p.requires_grad and id(p) not in fitted]
-    values = [p.detach().clone() for p in heads]
-    kept = [(p, p.grad) for p in model.parameters()]
-    try:
+    with seeded(0), restored(model), values_restored(heads), torch.enable_grad(), _called(model) as called:
+        evaluate(model)  # stochastic depth would skip blocks, batch norm would count the batch
         for parameter in model.parameters():
             parameter.grad = None
-        with modes_given_back(model), torch.random.fork_rng(), torch.enable_grad():
-            evaluate(model)  # stochastic depth would skip blocks, batch norm would count the batch
-            with torch.no_grad():
-                for head in heads:  # one that starts at zero passes nothing back until it has moved
-                    head.add_(torch.randn_like(head), alpha=0.02)
-            output = _first_tensor(backbone.forward_fn(model, batch)).float()
-            # A plain sum is blind behind a normalisation, so weigh the outputs at random.
-            if output.requires_grad:
-                (output * torch.randn_like(output)).sum().backward()
-        reached = {id(p) for p in flat if p.grad is not None and bool((p.grad != 0).any())}
-    finally:
         with torch.no_grad():
-            for head, value in zip(heads, values, strict=True):
-                head.copy_(value)
-        for parameter, grad in kept:
-            parameter.grad = grad
-    silent = [n for n, ps in trainable.items() if not any(id(p) in reached for p in ps)]
+            for head in heads:  # one that starts at zero passes nothing back until it has moved
+                head.add_(torch.randn_like(head), alpha=0.02)
+        outputs = [t.float() for t in _tensors(forward_fn(model, batch)) if t.requires_grad]
+        if outputs:  # a plain sum is blind behind a normalisation, so weigh them at random
+            sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
+        silent = {n: layer for n, (layer, ps) in trainable.items() if not any(_is_reached(p) for p in ps)}
     if silent:
         raise ValueError(
-            f"{len(silent)} of {len(trainable)} adapters received no gradient: {', '.join(silent)}. The model's "
-            "forward pass does not call them, or frozen weights behind them are zero; leave them out of targets."
+            f"{len(silent)} of {len(trainable)} adapters received no gradient: {', '.join(silent)}. "
+            f"{_why(model, silent.values(), called)}; or leave them out of targets."
         )
 
 
-def _active_factors(layer: LoraLayer) -> dict[str, list[nn.Parameter]]:
-    """A and B of each active adapter."""
-    return {
-        name: [p for factors in (layer.lora_A, layer.lora_B) for p in factors[name].parameters()]
-        for name in layer.active_adapters
-        if name in layer.lora_A
-    }
+def _factors(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
+    return [p for table in (layer.lora_A, layer.lora_B) for p in table[adapter_name].parameters()]
+
+
+def _is_reached(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool((parameter.grad != 0).any())
 
 
 @contextmanager
-def modes_given_back(model: nn.Module) -> Iterator[None]:
-    """Restore training or evaluation mode, module by module."""
-    training = [(m, m.training) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode
+def _called(model: nn.Module) -> Iterator[set[LoraLayer]]:
+    """The adapted layers that a forward pass calls."""
+    called: set[LoraLayer] = set()
+    with ExitStack() as stack:
+        for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+            stack.callback(layer.register_forward_pre_hook(lambda layer, _: called.add(layer)).remove)
+        yield called
 
 
-def evaluate(model: nn.Module) -> nn.Module:
-    """Evaluation mode, but for layers of bitsandbytes, which have nothing to switch off.
+def _why(model: nn.Module, silent: Iterable[LoraLayer], called: set[LoraLayer]) -> str:
+    if any(layer not in called for layer in silent):
+        return "The model's forward pass does not call them: pass a batch or a backbone whose forward_fn does"
+    zero = [n for n, p in model.named_parameters() if not p.requires_grad and p.numel() and not p.any()]
+    scales = [plain_name(n).removeprefix("base_model.model.") for n in zero if not n.endswith("bias")]
+    if scales:
+        return (
+            f"They run, but frozen weights behind them are zero, so that nothing comes back: {', '.join(scales[:4])}"
+            f"{f' and {len(scales) - 4} more' if len(scales) > 4 else ''}. Load pretrained weights"
+        )
+    return "They run, but the model's outputs do not depend on them: pass a forward_fn that returns what does"
 
-    On some CPUs those repack their weights in evaluation mode for good, and no gradient passes them from then on.
-    """
-    model.eval()
-    for module in model.modules():
-        if hasattr(getattr(module, "weight", None), "quant_state"):
-            module.training = True
-    return model
 
-
-def _first_tensor(output: Any) -> torch.Tensor:
-    if isinstance(output, torch.Tensor):
-        return output
-    if hasattr(output, "logits"):
-        return output.logits
-    return _first_tensor(next(iter(output.values() if isinstance(output, Mapping) else output)))
+def _tensors(output: Any) -> list[Tensor]:
+    """Every tensor that a model returned."""
+    if not isinstance(output, (Tensor, Mapping, list, tuple)) and hasattr(output, "logits"):
+        return [output.logits]
+    output = dict(output) if isinstance(output, Mapping) else output
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from abm_vision.abm.checks import check_choice
+from abm_vision.abm.checks import check_choice, check_real, check_whole
 
 FITS = ("end_to_end", "local")
 
@@ -47,13 +47,11 @@ class ABMConfig:
         check_choice("margin_unit", self.margin_unit, ("absolute", "relative"))
         check_choice("layer_weights", self.layer_weights, ("quadratic", "uniform"))
         check_choice("fit", self.fit, FITS)
-        if not self.margin >= 0:
-            raise ValueError(f"margin is {self.margin}; it must be 0 or more")
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; it must be more than 0")
+        check_real("margin", self.margin, 0)
+        check_real("learning_rate", self.learning_rate, 0, above=True)
         for field in ("steps", "samples", "batch_size"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"{field} is {getattr(self, field)}; it must be 1 or more")
+            check_whole(field, getattr(self, field), 1)
+        check_whole("seed", self.seed, 0)
         self._settle_layers()
 
     def _settle_layers(self) -> None:

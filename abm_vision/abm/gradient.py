@@ -16,17 +16,13 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from abm_vision.abm.calibration import batch_size
-from abm_vision.abm.checks import evaluate, modes_given_back
+from abm_vision.abm.adapter import adapted_layers
+from abm_vision.abm.batches import batch_size, check_finite, explained
+from abm_vision.abm.restore import evaluate, restored
 
+LOSS_SCALE = 2.0**12  # in float16, at first
 LossFn = Callable[[nn.Module, Any], Tensor]
 Receive = Callable[[str, Tensor], None]
-
-
-def adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
-    """Name in the bare model to the layers that carry the adapter, in the model's order."""
-    modules = model.get_base_model().named_modules()
-    return {n: m for n, m in modules if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
 
 
 def weight_gradients(
@@ -66,24 +62,46 @@ def weight_gradients(
     sums: dict[str, Tensor] = {}
     received: set[str] = set()
 
-    def add(name: str, gradient: Tensor) -> None:
-        sums[name] = sums[name].add_(gradient) if name in sums else gradient
-
     def hand_over(name: str, gradient: Tensor) -> None:
+        check_finite(gradient, f"the gradient at {name}")
         received.add(name)
         receive(name, gradient)
 
+    def add(name: str, gradient: Tensor) -> None:
+        sums[name] = sums[name].add_(gradient) if name in sums else gradient
+
+    def backward(batch: Any, weight: float, receive_one: Receive) -> None:
+        with _gradients_formed(layers, receive_one):
+            loss = _scalar(explained(loss_fn)(model, batch)) * weight
+            torch.autograd.grad(loss, factors, allow_unused=True)
+
+    device = factors[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    half = torch.float16 in (autocast, *(p.dtype for p in model.parameters()))
     with _inputs_of_a_gradient(model, factors), torch.enable_grad():
         for batch, count in zip(batches, samples, strict=True):
-            one_by_one = hand_over if len(batches) == 1 else add
-            with _gradients_formed(layers, one_by_one):
-                loss = _scalar(loss_fn(model, batch)) * (count / sum(samples))
-                torch.autograd.grad(loss, factors, allow_unused=True)
+            weight = count / sum(samples)
+            if half:
+                for name, gradient in _scaled(backward, batch).items():
+                    add(name, gradient * weight)
+            else:
+                backward(batch, weight, hand_over if len(batches) == 1 else add)
     for name in list(sums):
         hand_over(name, sums.pop(name))
     silent = [name for name in layers if name not in received]
     if silent:
         raise ValueError(f"no gradient reaches {', '.join(silent)}: check_adapters(model, batch) says more")
+
+
+def _scaled(backward: Callable[[Any, float, Receive], None], batch: Any) -> dict[str, Tensor]:
+    """Every G of a batch, formed at a scale of the loss at which float16 neither rounds it to zero nor overflows."""
+    scale = LOSS_SCALE
+    while True:
+        formed: dict[str, Tensor] = {}
+        backward(batch, scale, formed.__setitem__)
+        if scale <= 1 or all(gradient.isfinite().all() for gradient in formed.values()):
+            return {name: gradient / scale for name, gradient in formed.items()}
+        scale /= 2
 
 
 def _scalar(loss: Any) -> Tensor:
@@ -100,16 +118,11 @@ def _scalar(loss: Any) -> Tensor:
 @contextmanager
 def _inputs_of_a_gradient(model: PeftModel, factors: list[nn.Parameter]) -> Iterator[None]:
     """Evaluation mode, and one weight a layer that requires gradient: with it the layer's output is in the graph."""
-    flags = [factor.requires_grad for factor in factors]
-    try:
-        with modes_given_back(model):
-            evaluate(model)
-            for factor in factors:
-                factor.requires_grad_(True)
-            yield
-    finally:
-        for factor, flag in zip(factors, flags, strict=True):
-            factor.requires_grad_(flag)
+    with restored(model):
+        evaluate(model)
+        for factor in factors:
+            factor.requires_grad_(True)
+        yield
 
 
 def _linear(layer: nn.Module) -> nn.Module:

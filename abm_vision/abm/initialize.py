@@ -13,23 +13,17 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from abm_vision.abm.adapter import Adapter, check_base
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.bars import progress
-from abm_vision.abm.calibration import (
-    Calibration,
-    Layer,
-    calibrate,
-    choose_layers,
-    collect_batches,
-    measure,
-)
-from abm_vision.abm.checks import evaluate
+from abm_vision.abm.batches import collect, explained
+from abm_vision.abm.calibration import Calibration, Layer, calibrate, choose_layers, measure
 from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.guards import check_float_base, check_no_dora, check_ready, given_back, seeded
 from abm_vision.abm.local import fit_locally
 from abm_vision.abm.loss import boundary_loss
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
 from abm_vision.abm.report import ABMReport, layer_reports
+from abm_vision.abm.restore import evaluate, initialising
 
 
 def initialize_lora_abm_weights(
@@ -77,23 +71,25 @@ def initialize_lora_abm_weights(
     """
     start = time.perf_counter()
     config = config or ABMConfig()
-    factors = check_ready(model, reference, adapter_name)
+    adapter = Adapter(model, adapter_name)
+    adapter.check_alone()
+    _check_reference(adapter, reference)
     if config.fit == "local":
-        check_no_dora(model, adapter_name, 'fit="local"')
-        check_float_base(model, adapter_name, 'fit="local"')
+        adapter.check_no_dora('fit="local"')
+        adapter.check_weights('fit="local"')
     backbone = backbone or find_backbone(model)
-    forward_fn = forward_fn or backbone.forward_fn
+    forward_fn = explained(forward_fn or backbone.forward_fn)
     token_mask_fn = token_mask_fn or backbone.token_mask_fn
-    with given_back(model, adapter_name, factors), seeded(config.seed), torch.enable_grad():
+    with initialising(adapter, config.seed), torch.enable_grad():
         evaluate(model)
         layers = choose_layers(model.get_base_model(), backbone, config)
-        batches = collect_batches(dataloader, config.samples, factors[0].device)
-        calibration = calibrate(model, batches, layers, config, reference, adapter_name, forward_fn, token_mask_fn)
+        batches = collect(dataloader, adapter.device, config.samples)
+        calibration = calibrate(adapter, batches, layers, config, reference, forward_fn, token_mask_fn)
         before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
         if config.fit == "local":
             losses = fit_locally(model, calibration, adapter_name, forward_fn)
         else:
-            losses = _optimise(model, calibration, factors, forward_fn, config, show_progress_bar)
+            losses = _optimise(model, calibration, adapter.trained, forward_fn, config, show_progress_bar)
         after = measure(model, calibration, forward_fn)
     return ABMReport(
         *layer_reports(calibration, before, after),
@@ -103,6 +99,17 @@ def initialize_lora_abm_weights(
         reference=_reference_name(reference),
         config=config,
     )
+
+
+def _check_reference(adapter: Adapter, reference: str | nn.Module) -> None:
+    if isinstance(reference, nn.Module):
+        return
+    if reference == "pretrained":
+        check_base(adapter.model, "Pass reference=<an unchanged copy of the model>")
+        return
+    others = [name for name in adapter.model.peft_config if name != adapter.name]
+    if reference not in others:
+        raise ValueError(f"reference {reference!r} is neither 'pretrained' nor one of the other adapters {others}")
 
 
 def _optimise(
@@ -117,7 +124,9 @@ def _optimise(
 
     The rate falls linearly towards zero: a constant one ends wherever its last batch, often a single one, has pushed.
     """
-    optimiser = torch.optim.AdamW(factors, lr=config.learning_rate)
+    # Half precision has no room for AdamW's steps: they are made on float32 copies.
+    masters = [f if torch.finfo(f.dtype).bits >= 32 else f.detach().float() for f in factors]
+    optimiser = torch.optim.AdamW(masters, lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 1.0 / config.steps, total_iters=config.steps - 1)
     parts = [small for part in calibration.parts for small in part.split(config.batch_size)]
     losses: list[Tensor] = []
@@ -142,9 +151,13 @@ def _optimise(
             )
         loss = per_layer.mean()
         gradients, scale = _gradients(loss, factors, scale)
-        for factor, gradient in zip(factors, gradients, strict=True):
-            factor.grad = gradient  # None behind the last boundary: AdamW leaves such a factor alone
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient  # None behind the last boundary: AdamW leaves such a factor alone
         optimiser.step()
+        with torch.no_grad():
+            for factor, master in zip(factors, masters, strict=True):
+                if master is not factor:
+                    factor.copy_(master)
         schedule.step()
         losses.append(loss.detach())
         if not bar.disable:
@@ -153,7 +166,7 @@ def _optimise(
 
 
 def _gradients(loss: Tensor, factors: list[Tensor], scale: float) -> tuple[list[Tensor | None], float]:
-    """dL/dA and dL/dB, and the scale at which they were finite.
+    """dL/dA and dL/dB in float32 at least, and the scale at which they were finite.
 
     In float16 the gradient of a mean over all units is rounded to zero, so the loss is multiplied by `scale`, which is
     halved for as long as the gradient overflows.
@@ -161,7 +174,9 @@ def _gradients(loss: Tensor, factors: list[Tensor], scale: float) -> tuple[list[
     while True:
         scaled = torch.autograd.grad(loss * scale, factors, allow_unused=True, retain_graph=scale > 1)
         if scale <= 1 or all(g is None or g.isfinite().all() for g in scaled):
-            return [None if g is None else g / scale for g in scaled], scale
+            return [
+                g if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) / scale for g in scaled
+            ], scale
         scale /= 2
 
 

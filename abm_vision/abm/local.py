@@ -19,8 +19,9 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.calibration import Calibration, Layer, Part
-from abm_vision.abm.gradient import adapted_layers
+from abm_vision.abm.loss import counted
 from abm_vision.abm.record import ForwardFn, preactivations
 
 NEWTON_STEPS = 5
@@ -65,7 +66,7 @@ def fit_locally(model: PeftModel, calibration: Calibration, adapter_name: str, f
 def _fit_layer(layer: Layer, feeder: LoraLayer, inputs: Tensor, part: Part, adapter_name: str) -> Tensor:
     a, b = feeder.lora_A[adapter_name].weight, feeder.lora_B[adapter_name].weight
     base, mask, sign = feeder.get_base_layer(), part.mask(layer), part.sign(layer.name)
-    x, sign = (t.flatten(0, -2) if mask is None else t[mask.to(t.device)] for t in (inputs, sign))
+    x, sign = (counted(t, mask).flatten(0, -2) for t in (inputs, sign))
     kept = torch.linspace(0, len(x) - 1, min(TOKENS, len(x)), device=x.device).long()
     with torch.autocast(x.device.type, enabled=False):
         x, tau = x[kept].float(), 2.0 * sign[kept] - 1.0

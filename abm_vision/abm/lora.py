@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
+from abm_vision.abm.adapter import absence, adapted_layers, check_room, guard
 from abm_vision.abm.backbone import Backbone, find_backbone, layer_kind
-from abm_vision.abm.checks import check_choice, guard_saved_modules, is_compiled
+from abm_vision.abm.checks import check_choice, check_real, check_whole
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
 
 KINDS = ("all", "attention", "mlp")
@@ -64,10 +67,13 @@ def add_lora(
         ValueError: an argument out of its range, a name that selects nothing, a model that has this adapter
             already or was reset after it was adapted, or a model of no known family.
     """
-    bare = bare_model(model, adapter_name)
+    bare = check_room(model, adapter_name)
     backbone = backbone or find_backbone(bare)
     check_choice("qkv", qkv, QKV_MODES)
-    if not 0 <= dropout < 1:
+    check_whole("rank", rank, 1)
+    check_real("alpha", alpha, 0, above=True)
+    check_real("dropout", dropout, 0)
+    if dropout >= 1:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1)")
     if dora and qkv == "qv":
         raise ValueError('DoRA rescales every row of the weight, k too: use qkv="full" with dora=True')
@@ -75,12 +81,12 @@ def add_lora(
     blocks = []
     if qkv == "qv":
         names, blocks = _without_keys(bare, backbone, names)
+    _check_patterns("rank_pattern", rank_pattern, names, lambda name, value: check_whole(name, value, 1))
+    _check_patterns("alpha_pattern", alpha_pattern, names, lambda name, value: check_real(name, value, 0, above=True))
     ranks = {n: _pattern_value(rank_pattern, n, rank) for n in names}
     alphas = {n: _pattern_value(alpha_pattern, n, alpha) for n in names}
-    _check_patterns("rank_pattern", rank_pattern, names)
-    _check_patterns("alpha_pattern", alpha_pattern, names)
     _check_ranks(bare, ranks)
-    _check_alphas(alphas)
+    saved = backbone.head_modules(bare) if modules_to_save is None else _saved_modules(bare, modules_to_save, names)
     for name in blocks:  # two blocks of rank r in one adapter of rank 2r, with the scaling of rank r
         ranks[name] *= 2
         alphas[name] *= math.sqrt(2) if rslora else 2
@@ -95,37 +101,18 @@ def add_lora(
         lora_dropout=dropout,
         use_rslora=rslora,
         use_dora=dora,
-        modules_to_save=backbone.head_modules(bare) if modules_to_save is None else list(modules_to_save),
+        modules_to_save=saved,
     )
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
+    on_meta = absence(bare) == "meta"  # then the adapter is made there, too
     if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config)
+        model.add_adapter(adapter_name, config, low_cpu_mem_usage=on_meta)
     else:
-        model = get_peft_model(model, config, adapter_name=adapter_name)
+        model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=on_meta)
+    settle_modes(model, adapter_name)
     restrict_to_blocks(model, adapter_name, blocks)
-    return guard_saved_modules(model)
-
-
-def bare_model(model: nn.Module, adapter_name: str) -> nn.Module:
-    """The model that an adapter of this name can be added to, without peft's wrapper; a ValueError if it cannot."""
-    if is_compiled(model):
-        raise ValueError(
-            "the model is compiled: add the adapter to the model itself, and call torch.compile afterwards"
-        )
-    if isinstance(model, PeftModel):
-        if adapter_name in model.peft_config:
-            raise ValueError(
-                f"the model already has an adapter named {adapter_name!r}: a second add_lora would train on top of "
-                "it. Give another adapter_name, or start from model.unload()."
-            )
-        return model.get_base_model()
-    if any(isinstance(m, LoraLayer) for m in model.modules()):
-        raise ValueError(
-            "the model contains LoRA layers but is no PeftModel: pass the PeftModel that get_peft_model returned, "
-            "or a bare model (model.unload())"
-        )
-    return model
+    return guard(model)
 
 
 def _select_targets(model: nn.Module, backbone: Backbone, targets: str | Sequence[str]) -> list[str]:
@@ -140,6 +127,8 @@ def _select_targets(model: nn.Module, backbone: Backbone, targets: str | Sequenc
     if isinstance(targets, str):
         check_choice("targets", targets, KINDS, hint="or a list of module names")
         return everything if targets == "all" else found[targets]
+    if not isinstance(targets, Iterable) or not all(isinstance(target, str) for target in targets):
+        raise ValueError(f"targets is {targets!r}; it must be one of {', '.join(KINDS)}, or a list of module names")
     selected: set[str] = set()
     for target in targets:
         hits = [n for n in everything if n == target or n.endswith(f".{target}")]
@@ -177,10 +166,38 @@ def _matches(key: str, name: str) -> bool:
     return re.match(rf"(.*\.)?({key})$", name) is not None  # peft's rule for rank_pattern keys
 
 
-def _check_patterns(field: str, pattern: Mapping[str, Any] | None, names: list[str]) -> None:
-    for key in pattern or {}:
-        if not any(_matches(key, n) for n in names):
+def _check_patterns(
+    field: str, pattern: Mapping[str, Any] | None, names: list[str], check: Callable[[str, Any], None]
+) -> None:
+    if pattern is not None and not isinstance(pattern, Mapping):
+        raise ValueError(f"{field} is {pattern!r}; it must map module names or regular expressions to values")
+    for key, value in (pattern or {}).items():
+        try:
+            hits = [n for n in names if _matches(key, n)]
+        except (re.error, TypeError) as error:
+            raise ValueError(f"{field} key {key!r} is no module name or regular expression: {error}") from None
+        if not hits:
             raise ValueError(f"{field} key {key!r} matches none of the {len(names)} adapted layers, e.g. {names[0]}")
+        check(f"{field}[{key!r}]", value)
+
+
+def _saved_modules(model: nn.Module, wanted: Sequence[str], names: list[str]) -> list[str]:
+    """The modules to be trained in full, each of which must be there (peft passes over what is not)."""
+    if isinstance(wanted, str) or not all(isinstance(name, str) and name for name in wanted):
+        raise ValueError(f"modules_to_save is {wanted!r}; it must be a list of module names, such as ['head']")
+    modules = [name for name, _ in model.named_modules() if name]
+    for name in wanted:
+        hits = [m for m in modules if m == name or m.endswith(f".{name}")]
+        if not hits:
+            parameter = any(n == name or n.endswith(f".{name}") for n, _ in model.named_parameters())
+            near = difflib.get_close_matches(name, {m.rpartition(".")[2] for m in modules}, n=3)
+            what = "a parameter, and only whole modules can be saved" if parameter else "which is no module"
+            hint = f"; near it are {', '.join(near)}" if near else ""
+            raise ValueError(f"modules_to_save names {name!r}, {what}{hint}")
+        adapted = next((n for n in names for hit in hits if n == hit or n.startswith(f"{hit}.")), None)
+        if adapted:
+            raise ValueError(f"modules_to_save names {name!r}, which holds the adapted layer {adapted}: choose one")
+    return list(wanted)
 
 
 def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
@@ -193,10 +210,17 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
             raise ValueError(f"rank {rank} for {name} {tuple(shape)}: allowed are 1 .. {min(shape)}")
 
 
-def _check_alphas(alphas: Mapping[str, float]) -> None:
-    for name, alpha in alphas.items():
-        if not 0 < alpha < math.inf:
-            raise ValueError(f"alpha {alpha} for {name}: it must be positive and finite")
+def settle_modes(model: PeftModel, adapter_name: str) -> None:
+    """Training or evaluation mode of what peft has made, which is always in training mode: that of what it is around.
+
+    LoRA dropout would go on in an evaluated model.
+    """
+    bare = model.get_base_model()
+    model.training = model.base_model.training = bare.training
+    for layer in adapted_layers(model, adapter_name).values():
+        layer.train(layer.get_base_layer().training)
+    for wrapper in (m for m in bare.modules() if isinstance(m, ModulesToSaveWrapper)):
+        wrapper.training = wrapper.modules_to_save.training = wrapper.original_module.training
 
 
 def restrict_to_blocks(model: PeftModel, adapter_name: str, names: Sequence[str]) -> None:

@@ -1,7 +1,8 @@
 """The boundary loss and what is reported beside it: tensors in, tensors out.
 
 Shapes: z (batch, ..., hidden) pre-activations, any float dtype; sign as z, boolean, true where the reference's
-z > 0 (tau = +1) and false elsewhere (tau = -1); mask (batch, tokens), true where a token counts, or None.
+z > 0 (tau = +1) and false elsewhere (tau = -1); mask (batch, tokens), true where a token counts, or None (see
+`whole_mask`).
 Every figure is computed in float32.
 """
 
@@ -52,8 +53,24 @@ def _share(chosen: Tensor) -> Tensor:
 
 
 def counted(values: Tensor, mask: Tensor | None) -> Tensor:
-    """The values of the tokens that count, on the values' device."""
-    return values if mask is None else values[mask.to(values.device)]
+    """The values (batch, tokens, ...) of the tokens that count: (counted, ...); all of them without a mask."""
+    return values if mask is None else values[whole_mask(mask, values)]
+
+
+def whole_mask(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask for all tokens of `values` (batch, tokens, ...), on their device.
+
+    A mask of fewer tokens is of the last ones: class and register tokens stand before the patches, and count.
+
+    Raises:
+        ValueError: it is of other samples, or of more tokens.
+    """
+    before = values.shape[1] - mask.shape[1] if mask.ndim == 2 and values.ndim > 2 else -1
+    if before < 0 or len(mask) != len(values):
+        raise ValueError(
+            f"a token mask {tuple(mask.shape)} does not fit values {tuple(values.shape)}: it must be (batch, tokens)"
+        )
+    return F.pad(mask.to(values.device).bool(), (before, 0), value=True)
 
 
 def pack_signs(sign: Tensor) -> Tensor:

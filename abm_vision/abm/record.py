@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 TokenMaskFn = Callable[[Any, str], Tensor | None]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch of any structure with its tensors on `device`; a mapping (transformers' BatchEncoding) as a dict."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
 
 
 class _AllRecorded(Exception):

@@ -25,9 +25,10 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
+from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.backbone import layer_kind
-from abm_vision.abm.calibration import batch_size
-from abm_vision.abm.gradient import LossFn, adapted_layers, weight_gradients
+from abm_vision.abm.batches import batch_size, collect
+from abm_vision.abm.gradient import LossFn, weight_gradients
 from abm_vision.abm.merged_linear import BlockLinear
 
 
@@ -112,25 +113,22 @@ def information_loss(
 
     Args:
         model: the adapted model, with exactly this adapter active and not merged.
-        batches: as `loss_fn` takes them, on the model's device.
+        batches: a loader, or a list of batches as `loss_fn` takes them; they are moved to the model's device.
         loss_fn: (model, batch) to the scalar mean loss over the batch's samples.
         adapter_name: peft's name of the adapter.
         unadapted: the names of linear layers that count with all they lose, such as those to which EVA gave rank 0.
 
     Raises:
-        ValueError: the model is no PeftModel; the adapter is frozen, merged, not the active one, or of a kind with
-            another tangent space (DoRA); or the gradient cannot be formed.
+        ValueError: the adapter does not run or is frozen, it is not the active one, or of a kind with another tangent
+            space (DoRA); there is no batch, or one that cannot be run; or the gradient cannot be formed.
     """
     start = time.perf_counter()
-    if not isinstance(model, PeftModel):
-        raise ValueError(
-            f"{type(model).__name__} is no PeftModel: pass what add_lora returned, not compiled or wrapped"
-        )
-    layers = adapted_layers(model, adapter_name)
-    _check_adapter(model, layers, adapter_name)
-    sides = {name: _blocks(layer, adapter_name) for name, layer in layers.items()}  # before flags are changed
+    adapter = Adapter(model, adapter_name)
+    adapter.check_alone()
+    adapter.check_no_dora("information loss")
+    sides = {name: _blocks(layer, adapter_name) for name, layer in adapter.layers.items()}  # before flags are changed
     found: dict[str, LayerLoss] = {}
-    batches = list(batches)
+    batches = collect(batches, adapter.device)
 
     def take(name: str, gradient: Tensor) -> None:
         found[name] = _layer_loss(name, gradient, sides.get(name, []))
@@ -138,18 +136,6 @@ def information_loss(
     weight_gradients(model, batches, loss_fn, take, adapter_name, unadapted)
     in_order = [found[name] for name, _ in model.get_base_model().named_modules() if name in found]
     return InformationLoss(tuple(in_order), sum(map(batch_size, batches)), time.perf_counter() - start)
-
-
-def _check_adapter(model: PeftModel, layers: dict[str, LoraLayer], adapter_name: str) -> None:
-    if not layers:
-        raise ValueError(f"no layer has an adapter {adapter_name!r}; the model has {', '.join(model.peft_config)}")
-    if list(model.active_adapters) != [adapter_name]:
-        raise ValueError(f"the active adapters are {model.active_adapters}: call model.set_adapter({adapter_name!r})")
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(f"{name} is merged into the base weights: call model.unmerge_adapter() first")
-        if layer.use_dora.get(adapter_name):
-            raise ValueError(f"{name} uses DoRA, whose tangent space is not that of A and B alone")
 
 
 @dataclass(frozen=True)
@@ -172,8 +158,6 @@ class Block:
 def _blocks(layer: LoraLayer, adapter_name: str) -> list[Block]:
     """One block for an ordinary adapter; q and v apart for one that leaves k alone."""
     a, b = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight
-    if not (a.requires_grad or b.requires_grad):
-        raise ValueError(f"adapter {adapter_name!r} is frozen: load it with is_trainable=True")
     steps_a, steps_b = a.requires_grad, b.requires_grad
     a, b = a.detach().flatten(1), b.detach().flatten(1)
     if not isinstance(layer.lora_B[adapter_name], BlockLinear):

@@ -14,8 +14,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from peft import PeftModel
 
-from abm_vision.abm.adapters import save_adapter
 from abm_vision.abm.files import read_object, write_json, writing
+from abm_vision.abm.saving import save_adapter
 from abm_vision.runs.device import choose_precision, resolve_device
 from abm_vision.runs.settings import AdapterSettings
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from abm_vision.abm.adapters import ABM_FILE, load_adapter, read_settings
+from abm_vision.abm.saving import ABM_FILE, load_adapter, read_settings
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.vtab.data import Preprocessing
 from abm_vision.weights import create_backbone

@@ -11,9 +11,9 @@ import torch
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from abm_vision.abm.adapters import load_adapter
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically, write_json
+from abm_vision.abm.saving import load_adapter
 from abm_vision.runs import folder as files
 from abm_vision.runs.device import autocast
 from abm_vision.runs.log import Log

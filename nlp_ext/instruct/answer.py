@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from abm_vision.abm.checks import evaluate
+from abm_vision.abm.restore import evaluate
 from abm_vision.runs.device import autocast
 from nlp_ext.batches import IGNORED, forward
 from nlp_ext.instruct.data import Conversation, end_of_turn, prompt

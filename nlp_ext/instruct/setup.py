@@ -11,8 +11,9 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abm_vision.abm.backbone import Backbone
-from abm_vision.abm.checks import check_adapters, evaluate
+from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
+from abm_vision.abm.restore import evaluate
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, settle_device, stopwatch
 from nlp_ext.batches import answer_tokens

@@ -13,9 +13,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from abm_vision.abm.adapters import ABM_FILE, load_adapter, read_settings
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically
+from abm_vision.abm.saving import ABM_FILE, load_adapter, read_settings
 from abm_vision.runs.folder import ADAPTER
 from nlp_ext.instruct.answer import answer
 from nlp_ext.instruct.data import Conversation

@@ -1,0 +1,319 @@
+"""Adapter: one LoRA adapter of a model, what is known of it, and what may be done with it.
+
+Every verb asks here, once, at its public edge, so that a question has one answer in one set of words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+# Initialisations of peft that move a part of the base weights into the adapter.
+CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
+# What torch puts into the names of modules that it wraps.
+_WRAPPERS = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+
+
+def plain_name(name: str) -> str:
+    """A module's or tensor's name without the names of torch's wrappers (`torch.compile` and others)."""
+    return _WRAPPERS.sub("", name)
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile(model)` made it, or `model.compile()` was called."""
+    return "_orig_mod" in model._modules or model._compiled_call_impl is not None
+
+
+def check_eager(model: nn.Module) -> None:
+    """Raise a ValueError if the model or a part of it is compiled, so that hooks might not fire and names differ."""
+    compiled = next((plain_name(f"{n}.").rstrip(".") for n, m in model.named_modules() if is_compiled(m)), None)
+    if compiled is not None:
+        raise ValueError(f"{compiled or 'the model'} is compiled: call torch.compile last, on what is finished")
+
+
+def changes_base(config: LoraConfig) -> bool:
+    """Whether an adapter of this configuration was taken out of the base weights."""
+    return str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
+
+
+def adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
+    """Name in the bare model to the layers that carry the adapter, in the model's order."""
+    modules = model.get_base_model().named_modules()
+    return {plain_name(n): m for n, m in modules if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
+
+
+class Adapter:
+    """One LoRA adapter of a model.
+
+    Args:
+        model: what `add_lora`, `load_adapter` or `get_peft_model` returned.
+        name: peft's name of the adapter.
+
+    Raises:
+        ValueError: the model is no PeftModel, or has no LoRA adapter of this name.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "default") -> None:
+        if not isinstance(model, PeftModel):
+            hint = "it is compiled: call torch.compile last" if is_compiled(model) else "call add_lora first"
+            raise ValueError(f"{type(model).__name__} is no PeftModel: {hint}")
+        if name not in model.peft_config:
+            known = ", ".join(map(repr, model.peft_config))
+            raise ValueError(f"there is no adapter {name!r}; the model has {known}")
+        if not isinstance(model.peft_config[name], LoraConfig):
+            raise ValueError(f"adapter {name!r} is {model.peft_config[name].peft_type.value}, not LoRA")
+        self.model, self.name = model, name
+
+    @property
+    def config(self) -> LoraConfig:
+        """Peft's configuration of it."""
+        return self.model.peft_config[self.name]
+
+    @property
+    def layers(self) -> dict[str, LoraLayer]:
+        """Name in the bare model to the layers that carry it, in the model's order."""
+        return adapted_layers(self.model, self.name)
+
+    @property
+    def factors(self) -> list[nn.Parameter]:
+        """A and B of every layer, and their biases where there are any."""
+        return [
+            parameter
+            for layer in self.layers.values()
+            for table in (layer.lora_A, layer.lora_B)
+            for parameter in table[self.name].parameters()
+        ]
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """Those of `factors` that require gradient."""
+        return [parameter for parameter in self.factors if parameter.requires_grad]
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.factors[0].device
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether every B is zero."""
+        return not any(layer.lora_B[self.name].weight.any() for layer in self.layers.values())
+
+    @property
+    def does_nothing(self) -> bool:
+        """Whether the adapted model is the pretrained one: B is zero, no variant, no saved module changed."""
+        return (
+            self.is_zero
+            and not any(self.name in layer.lora_variant for layer in self.layers.values())
+            and not any(self._has_changed(wrapper) for wrapper in _saved_modules(self.model))
+        )
+
+    def _has_changed(self, wrapper: ModulesToSaveWrapper) -> bool:
+        if self.name not in wrapper.modules_to_save:
+            return False
+        own, original = wrapper.modules_to_save[self.name].state_dict(), wrapper.original_module.state_dict()
+        return not all(torch.equal(value, original[name]) for name, value in own.items())
+
+    # ------------------------------------------------------------------------------------ what may be done with it
+
+    def check_runs(self) -> None:
+        """Raise a ValueError unless a forward pass runs the adapter, with hooks that fire and factors that are there.
+
+        Merged, switched off, compiled, on the meta device, offloaded: the message says which, and what to do.
+        """
+        check_eager(self.model)
+        check_saved_modules(self.model)
+        self._check_here()
+        for name, layer in self.layers.items():
+            if layer.merged:
+                raise ValueError(f"{name} is merged into the base weights: call model.unmerge_adapter() first")
+            if layer.disable_adapters:
+                raise ValueError(
+                    "adapters are disabled: leave model.disable_adapter(), or call "
+                    "model.base_model.enable_adapter_layers() first"
+                )
+
+    def check_alone(self) -> None:
+        """Raise a ValueError unless a forward pass runs this adapter, no other one, and it can be trained."""
+        self.check_runs()
+        if list(self.model.active_adapters) != [self.name]:
+            raise ValueError(
+                f"the active adapters are {self.model.active_adapters}, but exactly {self.name!r} is wanted: call "
+                f"model.set_adapter({self.name!r}) first"
+            )
+        if not self.trained:
+            raise ValueError(f"adapter {self.name!r} is frozen: load it with is_trainable=True, or thaw it")
+
+    def check_fresh(self) -> None:
+        """Raise a ValueError unless it is as `add_lora` made it, on base weights that nobody has changed."""
+        self.check_alone()
+        check_base(self.model)
+        if self.config.init_lora_weights is not True or not self.is_zero:
+            raise ValueError(f"adapter {self.name!r} is not fresh, it was initialised or trained: begin with add_lora")
+
+    def check_weights(self, what: str) -> None:
+        """Raise a ValueError unless the base weights can be computed with: plain, finite, floating-point numbers."""
+        for name, layer in self.layers.items():
+            weight = layer.get_base_layer().weight
+            if weight.device.type == "meta":
+                raise ValueError(
+                    f"{what} computes with the base weights, and those of {name} are offloaded: initialise the adapter "
+                    "before, or take an initialisation that runs the model alone, such as abm, abm_aligned or eva"
+                )
+            if not _is_plain_float(weight):
+                kind = weight.dtype if type(weight) is nn.Parameter else f"a {type(weight.data).__name__}"
+                raise ValueError(
+                    f"{what} computes with the base weights, and those of {name} are quantised ({kind}): take an "
+                    "initialisation that runs the model alone, such as abm, abm_aligned or eva"
+                )
+            if not weight.isfinite().all():
+                raise ValueError(f"the base weight of {name} is NaN or infinite: load the pretrained weights again")
+
+    def check_no_dora(self, what: str) -> None:
+        """Raise a ValueError if it is DoRA, whose weight is not W0 + s B A."""
+        if self.config.use_dora:
+            raise ValueError(f"{what} is made for W0 + s B A, which DoRA rescales: use dora=False")
+
+    def _check_here(self) -> None:
+        absent = absence(self.model)
+        if absent == "meta" or self.device.type == "meta":
+            raise ValueError(
+                "the adapter is offloaded: initialise, check and measure it first, then offload the model"
+                if absent == "offloaded"
+                else "the model is on the meta device, without values: load its weights first"
+            )
+
+
+def absence(model: nn.Module) -> str | None:
+    """Where a model's values are, if not all are here: "offloaded" by accelerate's hooks, or "meta": nowhere."""
+    if not any(p.device.type == "meta" for p in model.parameters()):
+        return None
+    return "offloaded" if any(hasattr(module, "_hf_hook") for module in model.modules()) else "meta"
+
+
+def _is_plain_float(weight: Tensor) -> bool:
+    """Whether products and decompositions of a weight are those of its numbers: torchao's tensors only look so."""
+    return type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
+
+
+# ------------------------------------------------------------------------------------------- the model around adapters
+
+
+def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
+    """The bare model of one that an adapter of this name can be added to.
+
+    Raises:
+        ValueError: it cannot: compiled, offloaded, merged, on changed base weights, or the name is taken.
+    """
+    check_eager(model)
+    if absence(model) == "offloaded":
+        raise ValueError("the model is offloaded, and a new adapter would have no values: add it first, then offload")
+    if not isinstance(model, PeftModel):
+        if any(isinstance(m, LoraLayer) for m in model.modules()):
+            raise ValueError(
+                "the model contains LoRA layers but is no PeftModel: pass the PeftModel that get_peft_model returned, "
+                "or a bare model (model.unload())"
+            )
+        return model
+    if adapter_name in model.peft_config:
+        raise ValueError(
+            f"the model already has an adapter named {adapter_name!r}: a second add_lora would train on top of it. "
+            "Give another adapter_name, or start from model.unload()."
+        )
+    check_base(model)
+    check_saved_modules(model)
+    merged = next((n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer) and m.merged), None)
+    if merged:
+        raise ValueError(f"{merged} is merged into the base weights: call model.unmerge_adapter() first")
+    return model.get_base_model()
+
+
+def check_base(model: PeftModel, remedy: str = "begin with the bare model") -> None:
+    """Raise a ValueError if an adapter has changed the base weights that others would be made for."""
+    name = next((name for name, config in model.peft_config.items() if changes_base(config)), None)
+    name = name or next((adapter for _, layer in _lora_layers(model) for adapter in base_changes(layer)), None)
+    if name:
+        raise ValueError(f"the initialisation of adapter {name!r} has changed the base weights: {remedy}")
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    return ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer))
+
+
+def _saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
+    return (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
+
+
+def check_saved_modules(model: PeftModel) -> None:
+    """Raise a ValueError if a module of `modules_to_save` is no longer peft's wrapper.
+
+    timm's `reset_classifier()` puts a bare layer where peft's wrapper was; peft would then write no head at all.
+    """
+    bare = model.get_base_model()
+    for config in model.peft_config.values():
+        for suffix in config.modules_to_save or ():
+            # By peft's rule, which lets a suffix of no module pass ("classifier" and "score" of task_type SEQ_CLS).
+            hits = [m for n, m in bare.named_modules() if plain_name(n).endswith(suffix)]
+            if hits and not any(isinstance(m, ModulesToSaveWrapper) for m in hits):
+                raise ValueError(
+                    f"{suffix!r} was replaced after LoRA was added (reset_classifier?): it would neither be saved "
+                    "nor loaded. Reset the head first, then call add_lora."
+                )
+
+
+# ------------------------------------------------------------------ what an initialisation took out of the base weights
+
+
+_TAKEN = re.compile(r"start_A_(?P<adapter>.+)")
+
+
+def remember_base_change(layer: LoraLayer, adapter_name: str) -> None:
+    """Keep A0 and B0 with the layer whose base weight has lost s B0 A0.
+
+    They are buffers that move with it, and are in its `state_dict`: whoever restores base weights without them would
+    save an adapter for the wrong base.
+    """
+    for factor, module in (("A", layer.lora_A), ("B", layer.lora_B)):
+        layer.register_buffer(f"start_{factor}_{adapter_name}", module[adapter_name].weight.detach().clone())
+
+
+def base_changes(layer: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
+    """Adapter to the A0 and B0 that it has taken out of a layer's base weight."""
+    names = [match["adapter"] for name in layer._buffers if (match := _TAKEN.fullmatch(name))]
+    return {name: (layer._buffers[f"start_A_{name}"], layer._buffers[f"start_B_{name}"]) for name in names}
+
+
+def guard(model: PeftModel) -> PeftModel:
+    """Make `state_dict()` and `load_state_dict()` fail where they would lose a part of an adapter in silence."""
+    if _check_saved_modules in model._state_dict_pre_hooks.values():
+        return model
+    model.register_state_dict_pre_hook(_check_saved_modules)
+    model.register_load_state_dict_pre_hook(_check_base_change)
+    return model
+
+
+def _check_saved_modules(model: PeftModel, prefix: str, keep_vars: bool) -> None:
+    check_saved_modules(model)
+
+
+def _check_base_change(model: PeftModel, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """Base weights and what was taken out of them belong together."""
+    for name, layer in _lora_layers(model):
+        if f"{prefix}{name}.base_layer.weight" not in state:  # an adapter alone
+            continue
+        there = {key for key in state if _TAKEN.fullmatch(key.removeprefix(f"{prefix}{name}."))}
+        here = {f"{prefix}{name}.start_A_{adapter}" for adapter in base_changes(layer)}
+        if there != here:
+            raise ValueError(
+                f"the base weight of {name} in this state dict "
+                f"{'was changed by the initialisation of its adapter' if there else 'is unchanged'}, the model's "
+                f"{'was changed' if here else 'is unchanged'}: initialise the adapter as it was there "
+                "(initialize_lora), then load the state dict; or load what save_adapter wrote"
+            )
