@@ -264,7 +264,9 @@ DAMAGED = {
     "the head is missing": (lambda f: changed_tensors(f, without("head")), r"lacks .*head\.bias"),
     "nothing is there": (lambda f: changed_tensors(f, dict.clear), "lacks"),
     "a layer too many": (
-        lambda f: changed_tensors(f, lambda t: t.update({k.replace("blocks.5", "blocks.6"): v for k, v in t.items()})),
+        lambda f: changed_tensors(
+            f, lambda t: t.update({k.replace("blocks.5", "blocks.6"): v.clone() for k, v in t.items()})
+        ),
         r"the model lacks the layers of .*blocks\.6\.",
     ),
     "a base weight": (

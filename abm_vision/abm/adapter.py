@@ -235,10 +235,11 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
     return model.get_base_model()
 
 
-def check_base(model: PeftModel, remedy: str = "begin with the bare model") -> None:
-    """Raise a ValueError if an adapter has changed the base weights that others would be made for."""
-    name = next((name for name, config in model.peft_config.items() if changes_base(config)), None)
-    name = name or next((adapter for _, layer in _lora_layers(model) for adapter in base_changes(layer)), None)
+def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, but: str | None = None) -> None:
+    """Raise a ValueError if an adapter (`but` one) has changed the base weights that others would be made for."""
+    changed = [name for name, config in model.peft_config.items() if changes_base(config)]
+    changed += [name for _, layer in _lora_layers(model) for name in base_changes(layer)]
+    name = next((name for name in changed if name != but), None)
     if name:
         raise ValueError(f"the initialisation of adapter {name!r} has changed the base weights: {remedy}")
 
