@@ -304,7 +304,7 @@ DAMAGED = {
     ),
     "q and v of a whole qkv": (
         lambda f: changed_json(f, "abm.json", lambda c: c.update(qv_only=["blocks.0.attn.qkv"])),
-        "adapts q and v alone, and its B has other entries",
+        "a lora_B for q and v alone has values outside its two blocks: it adapts k as well",
     ),
     "pickled objects": (
         lambda f: [(f / "adapter_model.safetensors").unlink(), torch.save({"a": pickled}, f / "adapter_model.bin")],
