@@ -352,7 +352,7 @@ def _some(names: list[str]) -> str:
 
 
 def _check_blocks(model: PeftModel, adapter_name: str, names: list[str], backbone: Backbone) -> None:
-    """Raise a ValueError unless the layers are fused ones of q, k and v, with a half of the rank for q and one for v."""
+    """Raise a ValueError unless the layers are fused ones of q, k and v, of even rank: half for q, half for v."""
     layers = adapted_layers(model, adapter_name)
     fused = {plain_name(name) for name in backbone.fused_qkv(model.get_base_model())}
     for name in names:
