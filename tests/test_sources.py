@@ -434,8 +434,26 @@ def test_an_absurdly_large_image_is_refused(community, tmp_path, monkeypatch):
 def test_an_image_lost_after_loading(community, tmp_path):
     data = load_folder(tmp_path)
     (community / "images/train800/000000.png").unlink()
-    with pytest.raises(ValueError, match="train800.txt:1: .*cannot be read"):
+    with pytest.raises(ValueError, match="train800.txt:1: no image .*000000.png: fetch"):
         data.images([0])
+
+
+def test_a_flipped_bit_gives_no_other_picture(community, tmp_path):
+    """PNG has checksums, which Pillow passes over when it decodes a small one."""
+    path, data = community / "images/train800/000004.png", load_folder(tmp_path)
+    shades = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)[..., None].repeat(3, -1)
+    Image.fromarray(shades).save(path)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert np.array_equal(data[4][0], shades), f"bit {bit}"
+        except ValueError as error:
+            assert f"train800.txt:5: {path} cannot be read as an image" in str(error)
+            refused += 1
+    assert refused > len(whole)
 
 
 def test_images_may_differ_in_size(community, tmp_path):

@@ -30,7 +30,7 @@ ORIGIN = "origin.json"  # written beside the lists by `vtab_tasks.export`
 # What a split is tested against. train800val200 is train800 and val200, so it shares their images.
 _TRAINED = {"val200": ("train800",), "test": ("train800val200", "train800", "val200")}
 # What Pillow raises on files that are no image, are cut short, damaged, or claim an absurd size.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,17 +48,34 @@ class FolderItems:
         return self.all_labels[positions]
 
     def _image(self, position: int) -> NDArray[np.uint8]:
-        path = self.list_file.parent / self.paths[position]
         try:
-            with Image.open(path) as image:
-                return np.asarray(eight_bits(image).convert("RGB"))
-        except _BROKEN as error:
-            raise ValueError(
-                f"{self.list_file}:{position + 1}: {path} cannot be read as an image ({error}): fetch this file again"
-            ) from error
+            return read_image(self.list_file.parent / self.paths[position])
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{_line(self.list_file, position)}: {error}: fetch this file again") from error
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
+def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """An image file of any format that Pillow reads, as RGB, uint8 (H, W, 3).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no image, is damaged, or its pixels have more than 8 bits.
+    """
+    try:
+        with open(path, "rb") as file:
+            with Image.open(file) as image:
+                if image.format == "PNG":
+                    image.verify()  # of every part's checksum, which decoding passes over
+            file.seek(0)
+            with Image.open(file) as image:
+                return np.array(_eight_bits(image).convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image {path}") from None
+    except _BROKEN as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
     """The image, if its pixels have 8 bits: Pillow would make all brighter ones of more bits white.
 
     Raises:
