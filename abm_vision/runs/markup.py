@@ -1,0 +1,49 @@
+"""Names and values, which may hold any character, inside Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+
+# Character references and not backslashes: every dialect reads them, in tables and elsewhere.
+_MARKDOWN = {ord(character): f"&#{ord(character)};" for character in "\\`*[]<>|&~#$"}
+_LATEX = {
+    ord(character): escaped
+    for character, escaped in {
+        **{character: f"\\{character}" for character in "{}$&#_%"},
+        **{character: f"{{{character}}}" for character in "[]*"},  # behind \\ they would be its arguments
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "±": r"$\pm$",
+        "†": r"$^\dagger$",
+        "–": "--",
+    }.items()
+}
+
+
+def one_line(text: object) -> str:
+    """The text without line ends and tabs; other control characters, which a terminal would obey, become `\\ufffd`."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(str(text).split()))
+
+
+def markdown(text: object) -> str:
+    """Text that Markdown shows as it is. Underscores inside words are left: they mean nothing there."""
+    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", one_line(text).translate(_MARKDOWN))
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], bold: Collection[str] = ()) -> str:
+    """A table of cells that are shown as they are; the names (first cells) among `bold` are set off."""
+    lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
+    strong = {markdown(name) for name in bold}
+    lines = [[f"**{name}**" if name in strong else name, *cells] for name, *cells in lines]
+    lines.insert(1, ["---"] * len(head))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def latex(text: object) -> str:
+    """Text that LaTeX sets as it is."""
+    return one_line(text).translate(_LATEX)
