@@ -1,7 +1,8 @@
-"""Names and values, which may hold any character, inside Markdown and LaTeX."""
+"""Names and values, which may hold any character, inside Markdown, LaTeX and the code and head of a model card."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 
@@ -33,6 +34,18 @@ def one_line(text: object) -> str:
 def markdown(text: object) -> str:
     """Text that Markdown shows as it is. Underscores inside words are left: they mean nothing there."""
     return re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", one_line(text).translate(_MARKDOWN))
+
+
+def code(text: object) -> str:
+    """Text as code in Markdown: between more backticks than it has."""
+    line = one_line(text)
+    fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
+    return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
+
+
+def quoted(text: object) -> str:
+    """A string in double quotes, as YAML and Python read it."""
+    return json.dumps(str(text), ensure_ascii=False)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], bold: Collection[str] = ()) -> str:
