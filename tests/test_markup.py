@@ -18,7 +18,7 @@ ODD = (
     "# head",
     "$x_{$ and $$",
     r"C:\_new\*",
-    "[text](https://example.org) ![i](j) [k]: l",
+    "[text](https://example.org) ![i](j) [k]: l [k][k]",
     "~a~ ~~b~~ ^c^",
     "{braces} {: .class }",
     "- list",
@@ -85,6 +85,7 @@ def test_any_cell_comes_back(name):
 
 def test_ordinary_names_stay_readable():
     assert markdown("dsprites_loc, lr 5e-4 (rank 8); attn.qkv") == "dsprites_loc, lr 5e-4 (rank 8); attn.qkv"
+    assert markdown("dsprites_loc [rendered], 3 seeds") == "dsprites_loc [rendered], 3 seeds"
     assert latex("ABM, m19 (mean)") == "ABM, m19 (mean)"
 
 

@@ -6,8 +6,9 @@ import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-# Character references and not backslashes: every dialect reads them, in tables and elsewhere.
-_MARKDOWN = {ord(character): f"&#{ord(character)};" for character in "\\`*[]<>|&~#$"}
+# What means something to Markdown, wherever it stands: an underscore does so at the edge of a word, a bracket before what
+# makes a link of it.
+_MARKDOWN = re.compile(r"[\\`*<>|&~#$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
 _LATEX = {
     ord(character): escaped
     for character, escaped in {
@@ -32,8 +33,8 @@ def one_line(text: object) -> str:
 
 
 def markdown(text: object) -> str:
-    """Text that Markdown shows as it is. Underscores inside words are left: they mean nothing there."""
-    return re.sub(r"(?<![^\W_])_|_(?![^\W_])", "&#95;", one_line(text).translate(_MARKDOWN))
+    """Text that Markdown shows as it is, by character references: every dialect reads them, in tables and elsewhere."""
+    return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def code(text: object) -> str:
