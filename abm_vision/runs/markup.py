@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-# What means something to Markdown, wherever it stands: an underscore does so at the edge of a word, a bracket before what
+# What means something to Markdown, wherever it stands: an underscore does at the edge of a word, a bracket before what
 # makes a link of it.
 _MARKDOWN = re.compile(r"[\\`*<>|&~#$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
 _LATEX = {
