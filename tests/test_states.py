@@ -673,13 +673,25 @@ def compiled_itself(model):
     return model
 
 
-@pytest.mark.parametrize("verb", ["add_lora", "load_adapter"])
+@pytest.mark.parametrize("verb", ["add_lora", "load_adapter", "initialize_lora", "save_adapter"])
 def test_who_changed_the_base_was_deleted(verb, saved, tmp_path):
-    """peft forgets the adapter; the base stays as it was made."""
-    state = changed_the_base(False, tmp_path)
-    state.model.delete_adapter("default")
+    """peft forgets the adapter; the base stays as it was made, under the other ones."""
+    state = another_changed_the_base(verb not in NEEDS_FRESH, tmp_path)
+    state.model.delete_adapter("other")
+    before = snapshot(state.model, X)
     with pytest.raises(ValueError, match="changed the base"):
-        call(verb, "", state, tmp_path, saved)
+        call(verb, "random_b", state, tmp_path, saved)
+    assert changes(before, snapshot(state.model, X)) == []
+
+
+@pytest.mark.parametrize("make", [trained, changed_the_base])
+@pytest.mark.parametrize("verb", CHECKS)
+def test_every_adapter_was_deleted(verb, make, saved, tmp_path):
+    """Nothing of peft's works on such a model, `get_base_model()` included."""
+    state = make(True, tmp_path)
+    state.model.delete_adapter("default")
+    with pytest.raises(ValueError, match="no adapter|changed the base"):
+        call(verb, "random_b", state, tmp_path, saved)
 
 
 BARE = {  # bare models: the word of the refusal
