@@ -211,7 +211,9 @@ def draw_tasks(section: Any) -> Figure:
         places = np.arange(len(cells)) + (k - (count - 1) / 2) * 0.8 / count
         means = [np.nan if cell is None else cell.mean for cell in cells]
         spread = [0 if cell is None or cell.std is None else cell.std for cell in cells]
-        axes.bar(places, means, 0.74 / count, yerr=spread, color=colour, label=method, error_kw={"linewidth": 1})
+        axes.bar(
+            places, means, 0.74 / count, yerr=spread, color=colour, label=_shown(method), error_kw={"linewidth": 1}
+        )
     axes.set_xticks(range(len(section.tasks)), section.tasks, rotation=30, ha="right")
     axes.set(ylabel="test top-1 (%)", ylim=(0, 100), title=_kind(section))
     _tidy(axes)
@@ -262,7 +264,7 @@ def draw_lost(section: Any) -> Figure | None:
     for axes, ((method, kinds, _), values) in zip(panels, maps, strict=True):
         image = axes.imshow(np.mean(values, axis=0), vmin=0, vmax=1, cmap="cividis", aspect="auto")
         axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
-        axes.set_title(method, fontsize=10)
+        axes.set_title(_shown(method), fontsize=10)
     panels[0].set(ylabel="depth", yticks=range(deepest), yticklabels=range(1, deepest + 1), ylim=(deepest - 0.5, -0.5))
     figure.colorbar(image, ax=panels, label="information loss")
     figure.suptitle(_kind(section))
@@ -271,6 +273,11 @@ def draw_lost(section: Any) -> Figure | None:
 
 def _kind(section: Any) -> str:
     return "rendered data, not VTAB-1K" if section.kind == "rendered" else "VTAB-1K"
+
+
+def _shown(name: str) -> str:
+    """A name as it is: between two dollar signs matplotlib would read a formula."""
+    return name.replace("$", r"\$")
 
 
 def _plain_log(axes: Axes) -> None:
@@ -284,7 +291,7 @@ def _plain_log(axes: Axes) -> None:
 def _line_with_band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, label: str) -> None:
     """`values` is (seeds, points)."""
     mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    axes.plot(x, mean, "o-", color=colour, markersize=3, linewidth=1.4, label=label)
+    axes.plot(x, mean, "o-", color=colour, markersize=3, linewidth=1.4, label=_shown(label))
     axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
 
 
@@ -338,7 +345,7 @@ def _draw_boundaries(axes: Axes, report: dict[str, Any]) -> None:
         axes.plot(depth, after, "o-", color=colour, markersize=4, label=label)
     axes.plot([], [], "--", color=GREY, label="before matching")
     axes.set(xlabel="matched layer, in order of depth", ylabel="share of hidden units (%)", ylim=(0, 103))
-    axes.set_title(f"boundaries matched to {report['reference']} in {report['seconds']:.0f} s", fontsize=10)
+    axes.set_title(f"boundaries matched to {_shown(report['reference'])} in {report['seconds']:.0f} s", fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     _tidy(axes)
     axes.legend(frameon=False, loc="lower left")

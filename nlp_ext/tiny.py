@@ -29,7 +29,7 @@ from transformers import (
 )
 
 from abm_vision.abm.bars import progress
-from abm_vision.abm.files import write_json, writing
+from abm_vision.abm.files import read_object, write_json, writing
 from abm_vision.runs.device import autocast, has_fast_bf16
 from nlp_ext.batches import IGNORED
 from nlp_ext.corpus import documentation
@@ -107,7 +107,7 @@ def make_model(name: str) -> PreTrainedModel:
 
 
 def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
-    """The folder of a pretrained tiny model, in transformers' format; made first if it is not in the cache.
+    """The folder of a pretrained tiny model, in transformers' format; made first if it is not whole in the cache.
 
     Raises:
         CannotWrite: the cache cannot be written.
@@ -118,16 +118,29 @@ def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
-        if not (folder / RECIPE).is_file():
+        if not _is_whole(folder):
             model = pretrain(name, show_progress_bar=show_progress_bar)
             beside = folder.with_suffix(f".{os.getpid()}.part")
             with writing(folder):
                 model.save_pretrained(beside)
                 ByT5Tokenizer().save_pretrained(beside)
-                write_json(beside / RECIPE, {**recipe, "torch": torch.__version__})
+                write_json(beside / RECIPE, {**recipe, "torch": torch.__version__, "sha256": _hashes(beside)})
                 shutil.rmtree(folder, ignore_errors=True)
                 os.replace(beside, folder)
     return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        return read_object(folder / RECIPE, "it is made again").get("sha256") == _hashes(folder)
+    except (FileNotFoundError, ValueError):
+        return False
+
+
+def _hashes(folder: Path) -> dict[str, str]:
+    """Of every file but the recipe."""
+    files = (path for path in sorted(folder.iterdir()) if path.name != RECIPE)
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _code_hash() -> str:

@@ -251,6 +251,10 @@ def without(part):
     return change
 
 
+def with_a_seventh_block(tensors):
+    tensors.update({name.replace("blocks.5", "blocks.6"): value.clone() for name, value in tensors.items()})
+
+
 def with_nan(tensors):
     next(value for name, value in tensors.items() if "lora_A" in name)[0, 0] = float("nan")
 
@@ -264,12 +268,12 @@ DAMAGED = {
     "the head is missing": (lambda f: changed_tensors(f, without("head")), r"lacks .*head\.bias"),
     "nothing is there": (lambda f: changed_tensors(f, dict.clear), "lacks"),
     "a layer too many": (
-        lambda f: changed_tensors(f, lambda t: t.update({k.replace("blocks.5", "blocks.6"): v for k, v in t.items()})),
+        lambda f: changed_tensors(f, with_a_seventh_block),
         r"the model lacks the layers of .*blocks\.6\.",
     ),
     "a base weight": (
         lambda f: changed_tensors(f, lambda t: t.update({"base_model.model.norm.weight": torch.ones(64)})),
-        r"holds base_model\.model\.norm\.weight, which is of no LoRA layer and of no module .* saves \(head\)",
+        r"holds base_model\.model\.norm\.weight, of no LoRA layer and of no module .* saves \(head\)",
     ),
     "not finite": (lambda f: changed_tensors(f, with_nan), "lora_A.weight is NaN or infinite"),
     "no lora_alpha": (
@@ -300,7 +304,7 @@ DAMAGED = {
     ),
     "q and v of a whole qkv": (
         lambda f: changed_json(f, "abm.json", lambda c: c.update(qv_only=["blocks.0.attn.qkv"])),
-        "adapts q and v alone, and its B has other entries",
+        "a lora_B for q and v alone has values outside its two blocks: it adapts k as well",
     ),
     "pickled objects": (
         lambda f: [(f / "adapter_model.safetensors").unlink(), torch.save({"a": pickled}, f / "adapter_model.bin")],

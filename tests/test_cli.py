@@ -2,18 +2,22 @@
 
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from PIL import Image
 from test_vtab import TINY, tiny
 
+import vtab_tasks
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.parsers import run_parser
+from vtab_tasks.tasks import Edition, Part, get_task
 
 FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
 COMMAND = [sys.executable, "-m", "abm_vision.vtab"]
@@ -203,14 +207,17 @@ def test_file_of_another_schema(capsys, tmp_path):
 
 
 @pytest.fixture
-def community(tmp_path):
-    """A folder in the community's layout; every line of its lists names the same picture."""
+def community(tmp_path, monkeypatch):
+    """A folder in the community's layout, of 25 images for training and 20 for testing."""
+    small = Edition((("train", 60),), Part("train", 0, 20), Part("train", 30, 35), Part("train", 40, 60))
+    monkeypatch.setitem(vtab_tasks.TASKS, "dsprites_loc", replace(get_task("dsprites_loc"), editions=(small,)))
     folder = tmp_path / "data" / "vtab-1k" / "dsprites_loc"
-    (folder / "images" / "train800val200").mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(folder / "images" / "train800val200" / "000000.png")
-    lines = ["images/train800val200/000000.png 3"] * 1000
-    (folder / "train800val200.txt").write_text("\n".join(lines) + "\n")
-    (folder / "test.txt").write_text("images/train800val200/000000.png 3\n" * 73_728)
+    for split, count, red in (("train800val200", 25, 0), ("test", 20, 200)):
+        (folder / "images" / split).mkdir(parents=True)
+        names = [f"images/{split}/{k:06d}.png" for k in range(count)]
+        for k, name in enumerate(names):
+            Image.new("RGB", (64, 64), (red, k, 0)).save(folder / name)
+        (folder / f"{split}.txt").write_text("".join(f"{name} 3\n" for name in names))
     return folder
 
 
@@ -224,17 +231,29 @@ def test_community_folder_runs(community, capsys, tmp_path):
     words = [*FLAGS, "--epochs", 1, "--data-dir", community.parents[1], "--out", tmp_path / "out", "--json"]
     assert main([str(w) for w in words]) == 0
     result = json.loads(capsys.readouterr().out)
-    assert result["data"]["test"]["source"] == "folder" and result["data"]["train"]["images"] == 1000
+    assert result["data"]["test"]["source"] == "folder" and result["data"]["train"]["images"] == 25
+    assert result["test"]["count"] == 20
+
+
+def test_images_that_are_trained_and_tested_on_are_counted_in_the_result(community, capsys, tmp_path):
+    shutil.copy(community / "images/train800val200/000003.png", community / "images/test/000007.png")
+    words = [*FLAGS, "--epochs", 1, "--data-dir", community.parents[1], "--out", tmp_path / "out", "--json"]
+    with pytest.warns(UserWarning, match="1 of its 20 images has the same content as a training image"):
+        assert main([str(w) for w in words]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert "1 of its 20 images has the same content as a training image" in result["data"]["test"]["description"]
 
 
 @pytest.mark.parametrize(
     "line, message",
     [
-        ("images/train800val200/000009.png 3", r"train800val200\.txt:17: there is no .*000009\.png: fetch the missing"),
+        ("images/train800val200/000099.png 3", r"train800val200\.txt:17: there is no .*000099\.png: fetch the missing"),
         (
             "images/train800val200/broken.png 3",
             r"train800val200\.txt:17: .*broken\.png is cut short, or no JPEG or PNG",
         ),
+        ("images/train800val200/000000.png 4", r"txt:17: .*000000\.png is in line 1 too, with label 3: leave one"),
+        ("../x.png 3", r"txt:17: \.\./x\.png leaves the folder: write it relative to the list"),
         ("images/train800val200/000000.png 16", r"txt:17: the label 16 is out of range: dsprites_loc has classes 0 to"),
         ("images/train800val200/000000.png", r"txt:17: .* is not of the form"),
     ],

@@ -48,9 +48,12 @@ def test_synthetic(name):
     ("rows", "message"),
     [
         ([{"sentence1": "a", "label": 0}], "has the columns sentence1, label; rte needs sentence2 as well"),
-        ([{**ROWS[0], "label": 2}], r"train.jsonl, example 1: rte has the label 2; allowed are 0 \(entailment\)"),
-        ([ROWS[0], {**ROWS[0], "label": None}], "example 2: the label is None; a number is needed"),
-        ([{**ROWS[0], "label": "entailment"}], "example 1: the label is 'entailment'; a number is needed"),
+        ([{**ROWS[0], "label": 2}], r"train.jsonl:1: rte has the label 2; allowed are 0 \(entailment\)"),
+        ([ROWS[0], {**ROWS[0], "label": None}], "train.jsonl:2: the label is None; a number is needed"),
+        ([{**ROWS[0], "label": "entailment"}], "train.jsonl:1: the label is 'entailment'; a number is needed"),
+        ([{**ROWS[0], "sentence1": ["a"]}], r"train.jsonl:1: sentence1 is \['a'\]; a text is needed"),
+        ([ROWS[0], {**ROWS[0], "idx": "x"}], "train.jsonl:2: idx is 'x'; a whole number is needed"),
+        ([ROWS[0], {"sentence1": "a", "sentence2": "b", "label": 0}], "train.jsonl:2 has the columns .* needs idx as"),
         ([], "train.jsonl is empty"),
     ],
 )
@@ -66,7 +69,7 @@ def test_what_is_not_there(tmp_path):
     with pytest.raises(ValueError, match="mnli has no split 'validation'; there are train, validation_matched"):
         read(get_task("mnli"), "validation", tmp_path)
     (tmp_path / "train.json").write_text("{ no json")
-    with pytest.raises(ValueError, match=r"train\.json cannot be read as json"):
+    with pytest.raises(ValueError, match=r"train\.json:1 is not JSON"):
         read(get_task("rte"), "train", tmp_path)
 
 
@@ -77,10 +80,20 @@ def test_words_of_csv_stay_words(tmp_path):
 
 def test_texts_are_texts_and_test_labels_are_not_needed(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"sentence": "a", "label": 1}\n{"sentence": null, "label": 0}')
-    with pytest.raises(ValueError, match=r"train.jsonl, example 2: sentence is None; a text is needed"):
+    with pytest.raises(ValueError, match=r"train.jsonl:2: sentence is None; a text is needed"):
         read(get_task("sst2"), "train", tmp_path)
     (tmp_path / "test.jsonl").write_text('{"sentence": "a"}')
     assert read(get_task("sst2"), "test", tmp_path).to_list() == [{"sentence": "a", "label": -1, "idx": 0}]
+
+
+def test_texts_stay_as_they_are(tmp_path):
+    """Those that look like dates or numbers too."""
+    for ending, text in ((".csv", "sentence,label\n2020-01-01,1\n12,0\n"), (".jsonl", None)):
+        rows = [{"sentence": "2020-01-01", "label": 1}, {"sentence": "12", "label": 0}]
+        path = tmp_path / ending[1:] / f"train{ending}"
+        path.parent.mkdir()
+        path.write_text(text or "".join(json.dumps(row) + "\n" for row in rows))
+        assert read(get_task("sst2"), "train", path.parent)["sentence"][:] == ["2020-01-01", "12"]
 
 
 def test_no_hub(monkeypatch):

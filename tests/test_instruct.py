@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from nlp_ext.instruct.answer import answer
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.run import run
 from nlp_ext.instruct.setup import prepare
+from nlp_ext.instruct.talk import mt_bench
 from nlp_ext.ranks import join
 
 SMALL = {
@@ -91,18 +93,49 @@ def test_columns_that_are_known():
         assert data.conversation(row, "row") == [asked, answered]
 
 
+def said(role, content="a"):
+    return {"role": role, "content": content}
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"question": "a", "answer": "b"}, "has the columns question, answer; needed are instruction and output"),
-        ({"instruction": "a", "output": " "}, "ends without an answer"),
-        ({"messages": [{"role": "user", "content": "a"}]}, "ends without an answer"),
-        ({"messages": [{"role": "tool", "content": "a"}]}, "has a turn .*'tool'.*needed are role"),
+        ({}, "has the columns of nothing; needed are instruction"),
+        ({"instruction": "a", "output": " "}, "the assistant's answer is empty .turn 2.: leave this example out"),
+        ({"instruction": None, "output": "b"}, "3: instruction is None; a text is needed"),
+        ({"instruction": "a", "output": 4}, "3: output is 4; a text is needed"),
+        ({"instruction": "a", "input": ["b"], "output": "c"}, r"3: input is \['b'\]; a text is needed"),
+        ({"instruction": "\ud800", "output": "c"}, r"3: instruction has half a character \('.ud800'\) at 0: mend it"),
+        ({"messages": []}, "has the columns messages; needed are instruction"),
+        ({"messages": "hello"}, "messages is 'hello'; needed is a list of turns"),
+        ({"messages": {"role": "user"}}, "messages is .*; needed is a list of turns"),
+        ({"messages": ["a", "b"]}, "example 3, turn 1, is 'a'; needed are role and content"),
+        ({"messages": [[said("user")], [said("assistant")]]}, r"turn 1, is \[\{.*; needed are role and content"),
+        ({"messages": [said("tool")]}, "turn 1, has the role 'tool'; allowed are human, user, gpt, assistant, system"),
+        ({"messages": [said(["user"])]}, r"turn 1, has the role \['user'\]; allowed are"),
+        ({"messages": [{"content": "a"}]}, "turn 1, has the role None; allowed are"),
+        ({"messages": [said("user", None)]}, "turn 1: content is None; a text is needed"),
+        ({"messages": [said("user", [{"type": "text", "text": "a"}])]}, r"turn 1: content is \[\{.*; a text is needed"),
+        ({"messages": [said("user"), {**said("assistant"), "tool_calls": [{}]}]}, "turn 2, has tool_calls; .* tools"),
+        ({"messages": [said("user")]}, "3 ends without an answer"),
+        ({"messages": [said("system")]}, "3 ends without an answer"),
+        ({"messages": [said("user"), said("user"), said("assistant")]}, "turn 2, is the user's; the assistant's comes"),
+        ({"messages": [said("assistant"), said("user"), said("assistant")]}, "turn 1, is the assistant's; the user's"),
+        ({"messages": [said("user"), said("assistant"), said("assistant")]}, "turn 3, is the assistant's; the user's"),
+        ({"messages": [said("user"), said("system"), said("assistant")]}, "turn 2, is the system's; the assistant's"),
+        ({"messages": [said("system"), said("assistant")]}, "turn 2, is the assistant's; the user's comes there"),
+        ({"messages": [said("user"), said("assistant", "\n"), said("user"), said("assistant")]}, "is empty .turn 2."),
     ],
 )
 def test_rows_that_are_not(row, message):
     with pytest.raises(ValueError, match=message):
         data.conversation(row, "file, example 3")
+
+
+def test_an_empty_question_and_control_characters_are_texts():
+    (found,) = (data.conversation({"messages": [said("user", ""), said("assistant", "a\0b")]}, "file:1"),)
+    assert found == [said("user", ""), said("assistant", "a\0b")]
 
 
 @pytest.mark.parametrize(
@@ -210,14 +243,14 @@ def test_files(tmp_path):
     }.items():
         (tmp_path / name).write_text(text)
         assert [turns[-1]["content"] for turns in data.read(str(tmp_path / name))] == ["b", "e"]
-    for name, text, message in (
-        ("empty.json", "", "is empty"),
-        ("bad.json", "{", "cannot be read as json"),
-        ("columns.jsonl", '{"x": 1}', r"columns.jsonl, example 1 has the columns x; needed are instruction"),
+    (tmp_path / "columns.jsonl").write_text('\n{"x": 1}\n')
+    with pytest.raises(ValueError, match=r"columns\.jsonl:2 has the columns x; needed are instruction"):
+        data.read(str(tmp_path / "columns.jsonl"))
+    (tmp_path / "rows.csv").write_text("instruction,output\na,b\n")
+    with pytest.raises(
+        ValueError, match=r"rows\.csv ends in \.csv; files that are read are \.json, \.jsonl, \.parquet"
     ):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(ValueError, match=message):
-            data.read(str(tmp_path / name))
+        data.read(str(tmp_path / "rows.csv"))
     with pytest.raises(FileNotFoundError, match="no file"):
         data.read(str(tmp_path / "absent.jsonl"))
 
@@ -483,9 +516,23 @@ def test_mt_bench(finished, tmp_path, capsys):
         assert line["choices"][0]["index"] == 0 and len(line["choices"][0]["turns"]) == 2
     assert [a["choices"] for a in answers[0]] == [a["choices"] for a in answers[1]]  # drawn with a seed
     assert str(tmp_path / "model_answer" / "mine.jsonl") in capsys.readouterr().out
-    for text, message in (("{", "line 1, is not JSON"), ('{"a": 1}', "has question_id and turns"), ("", "is empty")):
+    for text, message in (
+        ("{", "question.jsonl:1 is not JSON"),
+        ('{"a": 1}', "question.jsonl:1: a question has question_id"),
+        ('{"question_id": [1], "turns": ["a"]}', "question.jsonl:1: a question has question_id"),
+        ('{"question_id": 1, "turns": "Write."}', "turns is 'Write.'; needed is a list of texts"),
+        ('{"question_id": 1, "turns": ["a", 2]}', "a turn is 2; a text is needed"),
+        ('{"question_id": 1, "turns": [" "]}', "a turn is empty"),
+        ('{"question_id": 1, "turns": ["a"], "category": ["math"]}', "category is ['math']; a text is needed"),
+        (2 * '{"question_id": 1, "turns": ["a"]}\n', "question.jsonl:2: question_id 1 is in"),
+        ("", "is empty"),
+    ):
         questions.write_text(text)
-        assert main([*words, f"--out={tmp_path}"]) == 2 and message in capsys.readouterr().err
+        with pytest.raises(ValueError, match=re.escape(message)):
+            mt_bench(None, questions, tmp_path, "mine", 0, False)
+    assert main([*words, f"--out={tmp_path}"]) == 2 and "is empty" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"name is 'a/b'; it names a file, so it has no / in it"):
+        mt_bench(None, questions, tmp_path, "a/b", 0, False)
     questions.unlink()
     assert main([*words, f"--out={tmp_path}"]) == 2 and "question.jsonl of FastChat" in capsys.readouterr().err
 

@@ -133,7 +133,7 @@ def test_qv_equals_two_adapters_of_rank_r(vit, rslora, merged):
     """Against the definition: q and v each get s B A of rank r, k gets nothing."""
     model = randomise(add_lora(vit, 4, 6, targets=["attn.qkv"], qkv="qv", rslora=rslora, merged_linear=merged))
     layer = model.get_base_model().blocks[1].attn.qkv
-    a, b, width = layer.lora_A["default"].weight, layer.lora_B["default"].masked_weight(), 64
+    a, b, width = layer.lora_A["default"].weight, layer.lora_B["default"].weight, 64
     assert a.shape == (8, width) and b.shape == (3 * width, 8)
     scaling = 6 / 4**0.5 if rslora else 6 / 4
     x = torch.randn(40, width)

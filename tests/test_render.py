@@ -3,8 +3,11 @@
 Brute force: points are taken along a ray in small steps, in double precision, and asked whether they are inside.
 """
 
+import contextlib
+import sqlite3
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -226,7 +229,7 @@ def test_pictures_are_drawn_once(tmp_path, monkeypatch):
     again = cache.drawn("some", "train", [2, 5, 3], picture)
     assert again[:, 0, 0, 0].tolist() == [2, 5, 3] and calls == [3, 1, 2, 5]
     assert cache.drawn("some", "test", [2], picture).shape[0] == 1 and calls[-1] == 2
-    assert [p.name for p in (tmp_path / "abm_lora").iterdir()] == ["rendered-some.sqlite"]
+    assert [p.name for p in (tmp_path / "abm_lora").iterdir()] == ["pictures-some.sqlite"]
 
 
 def test_without_a_cache_pictures_are_drawn_every_time(tmp_path, monkeypatch):
@@ -251,3 +254,60 @@ def test_a_killed_process_leaves_whole_pictures(tmp_path, monkeypatch):
     drawn = []
     found = cache.drawn("some", "train", range(5), lambda p: drawn.append(p) or np.full((2, 2, 3), p, np.uint8))
     assert drawn == [2, 3, 4] and found[:, 0, 0, 0].tolist() == [*range(5)]
+
+
+def noise(position):
+    return np.random.default_rng(position).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+
+
+def test_a_flipped_bit_gives_no_other_picture(tmp_path, monkeypatch):
+    """Anywhere in the file: pictures, their keys, the index, the pages' heads, the schema."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = cache.drawn("some", "train", range(20), noise)
+    (path,) = (tmp_path / "abm_lora").iterdir()
+    whole, random, drawn_again = path.read_bytes(), np.random.default_rng(0), 0
+    for bit in random.choice(8 * len(whole), 300, replace=False):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        drawn = []
+        with warnings.catch_warnings(record=True):
+            warnings.simplefilter("always")
+            found = cache.drawn(
+                "some", "train", range(20), lambda position, to=drawn: to.append(position) or noise(position)
+            )
+        assert np.array_equal(found, expected), f"bit {bit}"
+        drawn_again += 0 < len(drawn) < 20
+    assert drawn_again > 30  # of that picture alone
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE pictures SET png = x'00' WHERE position = 1",
+        "UPDATE pictures SET png = substr(png, 1, 100) WHERE position = 1",
+        "UPDATE pictures SET png = 'text' WHERE position = 1",
+        "UPDATE pictures SET png = NULL WHERE position = 1",
+        "UPDATE pictures SET png = (SELECT png FROM pictures WHERE position = 2) WHERE position = 1",
+        "DELETE FROM pictures WHERE position = 2; UPDATE pictures SET position = 2 WHERE position = 1",
+    ],
+)
+def test_a_damaged_picture_is_drawn_and_kept_anew(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected, again = cache.drawn("some", "train", range(3), noise), []
+    with contextlib.closing(sqlite3.connect(next((tmp_path / "abm_lora").iterdir()))) as store:
+        store.executescript(damage)
+        store.commit()
+    for _ in range(2):
+        found = cache.drawn("some", "train", range(3), lambda position: again.append(position) or noise(position))
+        assert np.array_equal(found, expected)
+    assert again in ([1], [1, 2])
+
+
+def test_a_damaged_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    expected = cache.drawn("some", "train", range(3), noise)
+    (path,) = (tmp_path / "abm_lora").iterdir()
+    path.write_bytes(b"no database" * 1000)
+    with pytest.warns(UserWarning, match="pictures-some.sqlite.*drawn again every time.*not a database.*delete"):
+        assert np.array_equal(cache.drawn("some", "train", range(3), noise), expected)

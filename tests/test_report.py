@@ -2,11 +2,13 @@
 
 import copy
 import csv
+import html.parser
 import io
 import itertools
 import json
 import re
 import shutil
+import urllib.parse
 
 import numpy as np
 import pytest
@@ -14,11 +16,12 @@ from conftest import TINY
 
 import vtab_tasks
 from abm_vision import plots
+from abm_vision.runs.markup import latex, one_line
 from abm_vision.vtab import executors
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.collection import collect
 from abm_vision.vtab.published import PUBLISHED
-from abm_vision.vtab.report import notes, published_means, to_csv, to_latex, to_markdown, write_report
+from abm_vision.vtab.report import notes, published_means, to_csv, to_html, to_latex, to_markdown, write_report
 from abm_vision.vtab.suite import Suite, run_suite
 
 TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
@@ -344,6 +347,85 @@ def test_the_command(whole, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "report").iterdir()) == [
         "report.csv", "report.html", "report.md", "report.tex"
     ]  # fmt: skip
+
+
+# ---- names with any characters -------------------------------------------------------------------
+
+ODD = "a|b <script>alert(1)</script> `c` _d_ 50% & # $x_{$ {g} \\h ~ ^ [i](j) *k*\nl"
+SHOWN = " ".join(ODD.split())
+
+
+@pytest.fixture
+def odd(put, tmp_path):
+    """Two starts whose settings, folders and reasons to fail have such names."""
+    for init in ("kaiming", "abm"):
+        for targets in (ODD, "all"):
+            folder = put("dtd", init, targets=targets, data_dir=f"/data/{ODD}")
+            folder.rename(folder.with_name(f"{folder.name} <b>#1? %20|_x_"))
+    failed = put("pets")
+    (failed / "result.json").unlink()
+    (failed / "failure.json").write_text(json.dumps({"schema": 4, "reason": f"ValueError: {ODD}", "time": ""}))
+    return tmp_path / "runs"
+
+
+def read_page(page):
+    """Opening tags, and all text outside styles and scripts."""
+    found = html.parser.HTMLParser()
+    tags, texts = [], []
+    found.handle_starttag = lambda tag, attributes: tags.append((tag, dict(attributes)))
+    found.handle_data = lambda text: tags and tags[-1][0] in ("style", "script") or texts.append(text)
+    found.feed(page)
+    return tags, texts
+
+
+def test_names_in_markdown_come_back(odd):
+    markdown = pytest.importorskip("markdown")
+    report = collect(odd)
+    (section,) = report.sections
+    tags, texts = read_page(markdown.markdown(to_markdown(report), extensions=["tables"]))
+    assert len(section.methods) == 4 and sum(SHOWN in method for method in map(one_line, section.methods)) == 2
+    assert {tag for tag, _ in tags} == {
+        "h1",
+        "h2",
+        "p",
+        "table",
+        "thead",
+        "tbody",
+        "tr",
+        "th",
+        "td",
+        "strong",
+        "ul",
+        "li",
+    }
+    for name in (*section.methods, *(run["file"] for run in report.runs)):
+        assert one_line(name) in texts
+    assert any(f"(ValueError: {SHOWN})" in text for text in texts)
+
+
+def test_names_in_html_come_back(odd):
+    report = collect(odd)
+    (section,) = report.sections
+    tags, texts = read_page(to_html(report, "../runs #1"))
+    assert [tag for tag, _ in tags].count("script") == 1 and not {"b", "em", "code"} & {tag for tag, _ in tags}
+    for name in (*section.methods, *(run["file"] for run in report.runs)):
+        assert name in texts
+    links = [urllib.parse.unquote(a["href"]) for tag, a in tags if tag == "a" and not a["href"].startswith("#")]
+    assert sorted(links) == sorted(f"../runs #1/{run['file']}" for run in report.runs)
+    assert not any("#" in a["href"][1:] or "?" in a["href"] for tag, a in tags if tag == "a" and a["href"][0] != "#")
+
+
+def test_names_in_latex_are_escaped(odd):
+    report = collect(odd)
+    text = to_latex(report)
+    body = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert latex(SHOWN) in body and SHOWN not in body
+    assert body.count(r"\begin{tabular}") == body.count(r"\end{tabular}") == 2
+    # Every row has the columns of its table: no & but those between.
+    for table in body.split(r"\begin{tabular}")[1:]:
+        rows = [line for line in table.splitlines() if line.endswith(r"\\")]
+        assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
+    assert all(line.startswith("%") for line in text.splitlines() if "alert(1)</script>" in line)
 
 
 # ---- the page ------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import sys
 from dataclasses import replace
 
@@ -254,9 +255,19 @@ def test_missing_list_of_one_split(community, tmp_path):
     ("line", "error", "message"),
     [
         ("images/train800/000002.png", ValueError, "is not of the form"),
-        ("images/train800/000002.png  2", ValueError, "is not of the form"),
-        ("images/train800/000002.png 2 2", ValueError, "is not of the form"),
-        ("", ValueError, "is not of the form"),
+        ("images/train800/000002.png 2 2", ValueError, "has 3 words.*a path has no blanks"),
+        ("images/train 800/000002.png 2", ValueError, "has 3 words.*a path has no blanks"),
+        ("", ValueError, "is empty.*blank lines only at its end"),
+        (" \t", ValueError, "is empty.*blank lines only at its end"),
+        ("images/train800/000001.png 1", ValueError, r"000001\.png is in line 2 too: leave one"),
+        ("images/train800/000001.png 9", ValueError, r"000001\.png is in line 2 too, with label 1: leave one"),
+        ("./images//train800/000001.png 1", ValueError, r"000001\.png is in line 2 too"),
+        ("images/../images/train800/000002.png 2", ValueError, "leaves the folder.*relative to the list"),
+        ("../dsprites_loc/images/train800/000002.png 2", ValueError, "leaves the folder.*relative to the list"),
+        ("/etc/hostname 2", ValueError, "leaves the folder.*relative to the list"),
+        ("C:\\images\\000002.png 2", ValueError, "leaves the folder.*relative to the list"),
+        ("images\\train800\\000002.png 2", ValueError, "is written with backslashes.*with / between"),
+        ("images/train800/0000\0002.png 2", FileNotFoundError, "there is no"),
         ("images/train800/000002.png two", ValueError, "the label 'two' is not an integer"),
         ("images/train800/000002.png 2.0", ValueError, "the label '2.0' is not an integer"),
         ("images/train800/000002.png 1_0", ValueError, "the label '1_0' is not an integer"),
@@ -276,7 +287,7 @@ def test_bad_line_is_named(community, tmp_path, line, error, message):
 
 @pytest.mark.parametrize("extra", [-1, 1])
 def test_wrong_length_names_both_numbers(community, tmp_path, extra):
-    line = None if extra < 0 else "images/train800/000019.png 3\nimages/train800/000019.png 3"
+    line = None if extra < 0 else "images/train800/000019.png 3\nimages/test/000019.png 3"
     edit(community / "train800.txt", 20, line)
     with pytest.raises(ValueError, match=f"has {20 + extra} lines, but dsprites_loc/train800 has 20 images"):
         load_folder(tmp_path)
@@ -294,10 +305,88 @@ def test_list_that_is_not_text(community, tmp_path):
         load_folder(tmp_path)
 
 
-def test_windows_line_ends(community, tmp_path):
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: "\ufeff" + text,
+        lambda text: text + "\n \n\r\n",
+        lambda text: text.rstrip("\n"),
+        lambda text: text.replace(" ", "\t"),
+        lambda text: text.replace(" ", "  ").replace("\n", " \t\n"),
+    ],
+    ids=["CRLF", "BOM", "blank last lines", "no last line end", "tabs", "blanks around"],
+)
+def test_lists_as_editors_write_them(community, tmp_path, written):
     path = community / "train800.txt"
-    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert load_folder(tmp_path).labels.tolist() == [i % 16 for i in range(20)]
+    path.write_bytes(written(path.read_text()).encode())
+    data = load_folder(tmp_path)
+    assert data.labels.tolist() == [i % 16 for i in range(20)] and np.array_equal(data[19][0], picture(19))
+
+
+# ---- folder: images that are there twice ---------------------------------------------------------
+
+
+@pytest.fixture
+def distinct(community):
+    """The community layout; images to be tested on are others than training images."""
+    for split, count, first in (("val200", 5, 60), ("test", 20, 100)):
+        for i in range(count):
+            Image.fromarray(picture(first + i)).save(community / f"images/{split}/{i:06d}.png")
+    return community
+
+
+def counted(recwarn):
+    return [str(w.message) for w in recwarn if "same content" in str(w.message)]
+
+
+def test_other_images_are_not_counted(distinct, tmp_path, recwarn):
+    for split in vtab_tasks.SPLITS:  # train800val200 holds the images of train800 and val200, as it should
+        data = load_folder(tmp_path, split)
+        assert data.description == f"folder: images and lists in {distinct}"
+    assert not counted(recwarn)
+
+
+@pytest.mark.parametrize(("split", "trained"), [("test", "train800val200"), ("test", "val200"), ("val200", "train800")])
+def test_a_path_in_training_and_in_test(distinct, tmp_path, split, trained):
+    edit(distinct / f"{split}.txt", 4, f"./images/{trained}/000002.png 2")
+    message = rf"{split}\.txt:4: .*images/{trained}/000002\.png is in {trained}\.txt:3 too.*fetch both lists again"
+    with pytest.raises(ValueError, match=message):
+        load_folder(tmp_path, split)
+
+
+@pytest.mark.parametrize("how", ["copy", "link", "symlink"])
+@pytest.mark.parametrize("large", [False, True])
+def test_the_same_content_in_training_and_in_test_is_counted(distinct, tmp_path, how, large):
+    """Official data hold such images, so it is no error."""
+    if large:  # beyond the bytes that are always read; the other training images have its size, and its ends
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        for i in range(25):
+            noise[32, 32] = i
+            Image.fromarray(noise).save(distinct / f"images/train800val200/{i:06d}.png", compress_level=0)
+        noise[32, 32] = 99
+        Image.fromarray(noise).save(distinct / "images/test/000000.png", compress_level=0)
+    path = distinct / "images/test/000007.png"
+    path.unlink()
+    put = {"copy": shutil.copy, "link": os.link, "symlink": os.symlink}[how]
+    put(distinct / "images/train800val200/000003.png", path)
+    words = "1 of its 20 images has the same content as a training image"
+    with pytest.warns(UserWarning, match=rf"test\.txt: {words}"):
+        data = load_folder(tmp_path, "test")
+    assert data.description == f"folder: images and lists in {distinct}; {words}"
+
+
+def test_the_same_content_twice_in_a_list_is_counted(distinct, tmp_path):
+    for source, target in ((0, 5), (0, 6), (1, 17)):  # 1 and 17 have the label 1, 0 and 5 and 6 have not
+        shutil.copy(distinct / f"images/train800/{source:06d}.png", distinct / f"images/train800/{target:06d}.png")
+    words = "5 of its 20 images have the same content as another, 3 of them with another label"
+    with pytest.warns(UserWarning, match=rf"train800\.txt: {words}"):
+        assert load_folder(tmp_path).description.endswith(f"; {words}")
+
+
+def test_training_images_that_are_elsewhere_are_not_needed_for_testing(distinct, tmp_path):
+    shutil.rmtree(distinct / "images/train800val200")
+    assert len(load_folder(tmp_path, "test")) == 20
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
@@ -345,8 +434,26 @@ def test_an_absurdly_large_image_is_refused(community, tmp_path, monkeypatch):
 def test_an_image_lost_after_loading(community, tmp_path):
     data = load_folder(tmp_path)
     (community / "images/train800/000000.png").unlink()
-    with pytest.raises(ValueError, match="train800.txt:1: .*cannot be read"):
+    with pytest.raises(ValueError, match="train800.txt:1: no image .*000000.png: fetch"):
         data.images([0])
+
+
+def test_a_flipped_bit_gives_no_other_picture(community, tmp_path):
+    """PNG has checksums, which Pillow passes over when it decodes a small one."""
+    path, data = community / "images/train800/000004.png", load_folder(tmp_path)
+    shades = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8)[..., None].repeat(3, -1)
+    Image.fromarray(shades).save(path)
+    whole, refused = path.read_bytes(), 0
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert np.array_equal(data[4][0], shades), f"bit {bit}"
+        except ValueError as error:
+            assert f"train800.txt:5: {path} cannot be read as an image" in str(error)
+            refused += 1
+    assert refused > len(whole)
 
 
 def test_images_may_differ_in_size(community, tmp_path):

@@ -79,5 +79,11 @@ def test_the_cache_is_whole_and_used(tmp_path, monkeypatch):
     (folder / tiny.RECIPE).unlink()  # half a model is made again
     tiny.tiny_folder("tiny-t5")
     assert made == ["tiny-t5"] * 2
+    for name in ("model.safetensors", "config.json", tiny.RECIPE):  # so is a damaged one
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / name).write_bytes(content)
+        made.clear()
+        assert tiny.tiny_folder("tiny-t5") == tiny.tiny_folder("tiny-t5") and made == ["tiny-t5"], name
     with pytest.raises(ValueError, match="unknown tiny model 'tiny-x'; there are tiny-t5, tiny-llama"):
         tiny.make_model("tiny-x")

@@ -677,13 +677,51 @@ def test_predict_on_what_is_not_there(from_file, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"bomb\.png cannot be read as an image"):
         predict(folder, [tmp_path / "bomb.png"])
     Image.fromarray(np.full((40, 40), 40_000, np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png cannot be read as an image: .*mode I;16: write it with 8 bits"):
+    with pytest.raises(ValueError, match=r"deep\.png cannot be read as an image \(.*mode I;16: write it with 8 bits"):
         predict(folder, [tmp_path / "deep.png"])
     with pytest.raises(FileNotFoundError, match=r"no abm\.json in .*folder of a finished run"):
-        predict(tmp_path, pictures)
-    (tmp_path / "abm.json").write_text('{"format": 1, "run": {"model": "test_vit"}}')
-    with pytest.raises(ValueError, match=r"abm\.json lacks 'weights': it is damaged, or was not written by a run"):
         predict(tmp_path, pictures)
     (tmp_path / "abm.json").write_text('{"format": 1, "qv_only": []}')
     with pytest.raises(ValueError, match="was not written by a run"):
         predict(tmp_path, pictures)
+
+
+DELETED = object()
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("run.model", DELETED, r"lacks run\.model: it is damaged, or no run of abm-vtab wrote it; save or copy"),
+        ("preprocessing", [1], r"lacks preprocessing\.image_size"),
+        ("weights", None, r"lacks weights\."),
+        ("run.model", 3, r"has run\.model 3; needed is a text: save or copy the adapter again"),
+        ("run.weights", None, r"has run\.weights None; needed is a text"),
+        ("run.task", ["x"], r"has run\.task \['x'\]; needed is a text"),
+        ("run.seed", 1.5, r"has run\.seed 1\.5; needed is a whole number from 0 on"),
+        ("run.seed", True, r"has run\.seed True; needed is a whole number"),
+        ("run.seed", -1, r"has run\.seed -1; needed is a whole number from 0 on"),
+        ("num_classes", 0, r"has num_classes 0; needed is a whole number from 1 on"),
+        ("num_classes", "16", r"has num_classes '16'; needed is a whole number"),
+        ("weights.sha256", 5, r"has weights\.sha256 5; needed is a text, or null"),
+        ("preprocessing.image_size", 10**12, r"has preprocessing\.image_size 1000000000000; needed is a whole number"),
+        ("preprocessing.interpolation", "best", r"has preprocessing\.interpolation 'best'; needed is one of nearest,"),
+        ("preprocessing.mean", 0.5, r"has preprocessing\.mean 0\.5; needed is three numbers"),
+        ("preprocessing.mean", [0, 0, float("nan")], r"has preprocessing\.mean \[0, 0, nan\]; needed is three numbers"),
+        ("preprocessing.std", [1, 1, 0], r"has preprocessing\.std \[1, 1, 0\]; needed is three positive numbers"),
+        ("data_source", {}, r"has data_source \{\}; needed is a text"),
+    ],
+)
+def test_predict_wants_a_whole_record_of_the_run(from_file, pictures, tmp_path, field, value, message):
+    shutil.copytree(f"{from_file[1]['folder']}/adapter", tmp_path / "adapter")
+    whole = json.loads((tmp_path / "adapter" / "abm.json").read_text())
+    *above, last = field.split(".")
+    place = whole
+    for word in above:
+        place = place[word]
+    place[last] = value
+    if value is DELETED:
+        del place[last]
+    (tmp_path / "adapter" / "abm.json").write_text(json.dumps(whole))
+    with pytest.raises(ValueError, match=rf"abm\.json {message}"):
+        predict(tmp_path / "adapter", pictures)

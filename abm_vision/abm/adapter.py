@@ -15,6 +15,8 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from abm_vision.abm.merged_linear import is_plain
+
 # Initialisations of peft that move a part of the base weights into the adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # What torch puts into the names of modules that it wraps.
@@ -167,8 +169,8 @@ class Adapter:
                     f"{what} computes with the base weights, and those of {name} are offloaded: initialise the adapter "
                     "before, or take an initialisation that runs the model alone, such as abm, abm_aligned or eva"
                 )
-            if not _is_plain_float(weight):
-                kind = weight.dtype if type(weight) is nn.Parameter else f"a {type(weight.data).__name__}"
+            if not is_plain(weight):
+                kind = weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
                 raise ValueError(
                     f"{what} computes with the base weights, and those of {name} are quantised ({kind}): take an "
                     "initialisation that runs the model alone, such as abm, abm_aligned or eva"
@@ -196,11 +198,6 @@ def absence(model: nn.Module) -> str | None:
     if not any(p.device.type == "meta" for p in model.parameters()):
         return None
     return "offloaded" if any(hasattr(module, "_hf_hook") for module in model.modules()) else "meta"
-
-
-def _is_plain_float(weight: Tensor) -> bool:
-    """Whether products and decompositions of a weight are those of its numbers: torchao's tensors only look so."""
-    return type(weight) in (Tensor, nn.Parameter) and type(weight.data) is Tensor and weight.is_floating_point()
 
 
 # ------------------------------------------------------------------------------------------- the model around adapters
@@ -235,10 +232,11 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
     return model.get_base_model()
 
 
-def check_base(model: PeftModel, remedy: str = "begin with the bare model") -> None:
-    """Raise a ValueError if an adapter has changed the base weights that others would be made for."""
-    name = next((name for name, config in model.peft_config.items() if changes_base(config)), None)
-    name = name or next((adapter for _, layer in _lora_layers(model) for adapter in base_changes(layer)), None)
+def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, but: str | None = None) -> None:
+    """Raise a ValueError if an adapter (`but` one) has changed the base weights that others would be made for."""
+    changed = [name for name, config in model.peft_config.items() if changes_base(config)]
+    changed += [name for _, layer in _lora_layers(model) for name in base_changes(layer)]
+    name = next((name for name in changed if name != but), None)
     if name:
         raise ValueError(f"the initialisation of adapter {name!r} has changed the base weights: {remedy}")
 

@@ -27,6 +27,7 @@ from abm_vision.abm.adapter import (
     adapted_layers,
     base_changes,
     changes_base,
+    check_base,
     check_room,
     guard,
     plain_name,
@@ -71,6 +72,7 @@ def save_adapter(
         raise ValueError(f"{type(model).__name__} is no PeftModel: pass what add_lora or load_adapter returned")
     with _uncompiled(model), as_plain_lora(model, state_dict) as state:
         for name in model.peft_config:
+            check_base(model, "an adapter beside it is of no use on the unchanged base", but=name)
             _check_loadable(Adapter(model, name), state)
         with writing(Path(directory)):
             model.save_pretrained(str(directory), state_dict=state)
@@ -219,7 +221,7 @@ def load_adapter(
         raise ValueError("the model is on the meta device and has no values: load its weights first")
     tensors = _read_tensors(folder)
     blocks = read_settings(folder)["qv_only"] if (folder / ABM_FILE).is_file() else []
-    _check_no_base_weights(tensors, bare, config, folder)
+    _check_saved_modules(tensors, bare, config, folder)
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
     with _taken_off_on_error(model, bare, adapter_name, f"the adapter {folder}"):
@@ -306,17 +308,25 @@ def load_reference(
 # ------------------------------------------------------------------------------------------------------ files, checked
 
 
-def _check_no_base_weights(tensors: Mapping[str, Tensor], bare: nn.Module, config: LoraConfig, folder: Path) -> None:
-    """Raise a ValueError if a file holds base weights, which peft would write into the model in silence."""
-    saved = [plain_name(n) for n, _ in bare.named_modules() if n.endswith(tuple(config.modules_to_save or ()))]
-    for key in tensors:
-        name = key.removeprefix(_PREFIX)
-        allowed = any(name == s or name.startswith(f"{s}.") for s in saved) or _is_embedding(key, bare)
-        if ".lora_" not in key and not allowed:
-            raise ValueError(
-                f"{folder} holds {key}, which is of no LoRA layer and of no module that its configuration saves "
-                f"({', '.join(config.modules_to_save or ()) or 'none'}): {REMEDY}"
-            )
+def _check_saved_modules(tensors: Mapping[str, Tensor], bare: nn.Module, config: LoraConfig, folder: Path) -> None:
+    """Raise a ValueError unless what is not LoRA in a file is just the modules that its configuration saves.
+
+    Base weights peft would write into the model in silence; of a module that is missing it says nothing of use.
+    """
+    saved = {plain_name(n): m for n, m in bare.named_modules() if n.endswith(tuple(config.modules_to_save or ()))}
+    wanted = {
+        f"{_PREFIX}{name}.{key}"
+        for name, module in saved.items()
+        for key in getattr(module, "original_module", module).state_dict()
+    }
+    given = {key for key in tensors if ".lora_" not in key and not _is_embedding(key, bare)}
+    if wanted - given:
+        raise ValueError(f"{folder / WEIGHTS} lacks {_some(sorted(wanted - given))}: {REMEDY}")
+    if given - wanted:
+        raise ValueError(
+            f"{folder / WEIGHTS} holds {_some(sorted(given - wanted))}, of no LoRA layer and of no module that its "
+            f"configuration saves ({', '.join(config.modules_to_save or ()) or 'none'}): {REMEDY}"
+        )
 
 
 def _is_embedding(key: str, bare: nn.Module) -> bool:
@@ -342,16 +352,12 @@ def _some(names: list[str]) -> str:
 
 
 def _check_blocks(model: PeftModel, adapter_name: str, names: list[str], backbone: Backbone) -> None:
-    """Raise a ValueError unless the layers are fused ones of q, k and v whose k rows of B are zero."""
-    layers, fused = adapted_layers(model, adapter_name), backbone.fused_qkv(model.get_base_model())
+    """Raise a ValueError unless the layers are fused ones of q, k and v, of even rank: half for q, half for v."""
+    layers = adapted_layers(model, adapter_name)
+    fused = {plain_name(name) for name in backbone.fused_qkv(model.get_base_model())}
     for name in names:
-        if name not in layers or name not in map(plain_name, fused):
+        if name not in layers or name not in fused or layers[name].r[adapter_name] % 2:
             raise ValueError(f"{ABM_FILE} says that {name} adapts q and v alone, and it is no adapted fused qkv here")
-        elsewhere = layers[name].lora_B[adapter_name].weight.detach().clone()  # (3 * dim, 2r)
-        dim, rank = len(elsewhere) // 3, elsewhere.shape[1] // 2
-        elsewhere[:dim, :rank] = elsewhere[2 * dim :, rank:] = 0
-        if elsewhere.shape[1] % 2 or elsewhere.any():
-            raise ValueError(f"{ABM_FILE} says that {name} adapts q and v alone, and its B has other entries, too")
 
 
 # What decides an adapter's function, and has stood in every version's files.

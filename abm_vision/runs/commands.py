@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import io
+import os
+import select
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import MISSING, asdict, fields
@@ -72,22 +75,39 @@ def print_config(config: AdapterSettings) -> None:
         print(f"{'*' if value != defaults[name] else ' '} {name:<18} {value}")
 
 
+UNREAD = 141  # 128 + SIGPIPE, which a shell reports of a Unix tool: that its output is not whole can be told
+
+
 def say(line: str) -> None:
-    """Print a line now, even into a pipe."""
-    print(line, flush=True)
+    """Print a line now, even into a pipe. Where nobody reads it any longer the command ends."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        _let_go()
+        raise SystemExit(UNREAD) from None
 
 
 def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
-    """The exit code of a command: its own, 2 for bad input, 130 after Ctrl-C.
+    """The exit code of a command: its own, 2 for bad input, 130 after Ctrl-C, 141 where its output is not read.
+
+    What a terminal cannot show is written as an escape (`\\u2020`).
 
     Args:
         program: its name, before every message.
         command: does the work.
         smaller: the flags that take less memory when they are lowered.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
-        return command()
+        try:
+            return command()
+        finally:  # --help exits; what is still held back is not to fail after this
+            print(end="", flush=True)
     except (ValueError, OSError) as error:
+        if isinstance(error, OSError) and _let_go() and isinstance(error, BrokenPipeError):
+            return UNREAD
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
@@ -109,6 +129,24 @@ def run_guarded(program: str, run: Callable[[], Any]) -> Any:
         words = "the same command (without --rerun) goes on from the last whole epoch"
         print(f"\n{program}: interrupted; {words}", file=sys.stderr)
         raise SystemExit(130) from None
+
+
+def _let_go() -> bool:
+    """Whether standard output cannot be written; it leads nowhere then, so that nothing fails at the process's end."""
+    try:
+        out, asked = sys.stdout.fileno(), select.poll()
+    except (AttributeError, OSError):  # there is no output, it is no file, or this is Windows
+        return False
+    # What a pipe refused is not always held back, to be refused again.
+    asked.register(out, 0)
+    lost = any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
+    try:
+        sys.stdout.flush()
+    except OSError:
+        lost = True
+    if lost:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), out)
+    return lost
 
 
 def _out_of_memory(error: Exception) -> bool:

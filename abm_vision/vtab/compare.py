@@ -13,6 +13,7 @@ from typing import Any
 from abm_vision import plots
 from abm_vision.abm.files import write_atomically
 from abm_vision.runs.folder import Diverged
+from abm_vision.runs.markup import markdown, markdown_table
 from abm_vision.runs.settings import check_used, uses
 from abm_vision.vtab.comparison import BASELINE, Comparison, Row
 from abm_vision.vtab.config import RunConfig, make_config
@@ -107,21 +108,21 @@ def to_markdown(comparison: Comparison) -> str:
     """The tables, and what every learning rate gave."""
     parts = ["# Starts compared\n"]
     for task, rows in _by_task(comparison).items():
-        lines = [list(_COLUMNS), ["---"] * len(_COLUMNS), *([c(row) for c in _COLUMNS.values()] for row in rows)]
-        parts.append(f"## {_title(task, rows)}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines))
+        table = markdown_table(list(_COLUMNS), ([c(row) for c in _COLUMNS.values()] for row in rows))
+        parts.append(f"## {markdown(_title(task, rows))}\n\n{table}")
         parts.append(_rates_table(comparison, task))
-    parts.append(_legend(comparison))
+    parts.append(markdown(_legend(comparison)))
     return "\n\n".join(parts) + "\n"
 
 
 def _rates_table(comparison: Comparison, task: str) -> str:
     spread = {init: rates for (t, init), rates in comparison.rates.items() if t == task}
     rates = sorted({lr for found in spread.values() for lr in found})
-    lines = [["start", *(f"lr {lr:g}" for lr in rates)], ["---"] * (len(rates) + 1)]
-    for init, found in spread.items():
-        cells = ("-" if lr not in found else _rate_cell(found[lr]) for lr in rates)
-        lines.append([init, *cells])
-    return "Area and test top-1 at every learning rate:\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    lines = (
+        [init, *("-" if lr not in found else _rate_cell(found[lr]) for lr in rates)] for init, found in spread.items()
+    )
+    table = markdown_table(["start", *(f"lr {lr:g}" for lr in rates)], lines)
+    return f"Area and test top-1 at every learning rate:\n\n{table}"
 
 
 def _rate_cell(found: tuple[float, float] | None) -> str:

@@ -2,21 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
+from torchvision.transforms import InterpolationMode
 
-from abm_vision.abm.saving import ABM_FILE, load_adapter, read_settings
+from abm_vision.abm.saving import ABM_FILE, REMEDY, load_adapter, read_settings
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.vtab.data import Preprocessing
 from abm_vision.weights import create_backbone
-from vtab_tasks.sources.folder import eight_bits
+from vtab_tasks.sources.folder import read_image
 
-RUN = ("model", "weights", "seed", "task")  # what is to be known of the run
+SHAPE = tuple(field.name for field in fields(Preprocessing))
+
+
+def _three(value: Any, above: float = -math.inf) -> bool:
+    kinds = (int, float)
+    return isinstance(value, list) and len(value) == 3 and all(type(v) in kinds and above < v < math.inf for v in value)
+
+
+def _count(value: Any, least: int) -> bool:
+    return type(value) is int and least <= value < 2**32
+
+
+# Of `abm.json`: what is to be known of the run, in words, and whether a value is that.
+FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    **dict.fromkeys(
+        ("run.model", "run.weights", "run.task", "weights.location", "data_source"),
+        ("a text", lambda value: isinstance(value, str)),
+    ),
+    "run.seed": ("a whole number from 0 on", lambda value: _count(value, 0)),
+    "num_classes": ("a whole number from 1 on", lambda value: _count(value, 1)),
+    "weights.sha256": ("a text, or null", lambda value: value is None or isinstance(value, str)),
+    "preprocessing.image_size": ("a whole number from 1 on", lambda value: _count(value, 1)),
+    "preprocessing.interpolation": (
+        f"one of {', '.join(mode.value for mode in InterpolationMode)}",
+        lambda value: isinstance(value, str) and value in {mode.value for mode in InterpolationMode},
+    ),
+    "preprocessing.mean": ("three numbers", _three),
+    "preprocessing.std": ("three positive numbers", lambda value: _three(value, 0)),
+}
 
 
 def predict(
@@ -39,23 +68,17 @@ def predict(
     """
     folder = Path(adapter)
     folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-    settings = read_settings(folder)
-    if "run" not in settings:
-        raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
-    try:
-        run, shape = {name: settings["run"][name] for name in RUN}, Preprocessing(**settings["preprocessing"])
-        classes, sha256, location = settings["num_classes"], *(settings["weights"][k] for k in ("sha256", "location"))
-        trained_on = settings["data_source"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / ABM_FILE} lacks {error}: it is damaged, or was not written by a run") from error
-    pixels = torch.cat([shape.resize(_read_image(path)[None]) for path in images])
-    torch.manual_seed(run["seed"])  # a run on random weights drew them from its seed
+    run = _read_run(folder)
+    shape = Preprocessing(**{name: run[f"preprocessing.{name}"] for name in SHAPE})
+    pixels = torch.cat([shape.resize(read_image(path)[None]) for path in images])
+    torch.manual_seed(run["run.seed"])  # a run on random weights drew them from its seed
     backbone, source = create_backbone(
-        run["model"], classes, shape.image_size, run["weights"] if weights is None else weights
+        run["run.model"], run["num_classes"], shape.image_size, run["run.weights"] if weights is None else weights
     )
-    if source.sha256 != sha256:
+    if source.sha256 != run["weights.sha256"]:
         raise ValueError(
-            f"{folder} was trained on {location} (sha256 {sha256}), found was {source}: pass the same weights"
+            f"{folder} was trained on {run['weights.location']} (sha256 {run['weights.sha256']}), found was {source}: "
+            "pass the same weights"
         )
     model = load_adapter(backbone, folder).eval().to(device)
     with torch.no_grad():
@@ -63,8 +86,8 @@ def predict(
     return [
         {
             "image": str(path),
-            "task": run["task"],
-            "trained_on": trained_on,
+            "task": run["run.task"],
+            "trained_on": run["data_source"],
             "label": int(p.argmax()),
             "probability": float(p.max()),
         }
@@ -72,11 +95,25 @@ def predict(
     ]
 
 
-def _read_image(path: str | Path) -> np.ndarray:
-    try:
-        with Image.open(path) as image:
-            return np.array(eight_bits(image).convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image {path}") from None
-    except (OSError, SyntaxError, ValueError, TypeError, RuntimeError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} cannot be read as an image: {error}") from None
+def _read_run(folder: Path) -> dict[str, Any]:
+    """The `FIELDS` of the run that wrote an adapter.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no `abm.json`, it is damaged, or another program wrote it.
+    """
+    settings = read_settings(folder)
+    if "run" not in settings:
+        raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
+    found: dict[str, Any] = {}
+    for name, (needed, fits) in FIELDS.items():
+        value: Any = settings
+        for word in name.split("."):
+            if not isinstance(value, dict) or word not in value:
+                raise ValueError(
+                    f"{folder / ABM_FILE} lacks {name}: it is damaged, or no run of abm-vtab wrote it; {REMEDY}"
+                )
+            value = value[word]
+        if not fits(value):
+            raise ValueError(f"{folder / ABM_FILE} has {name} {value!r}; needed is {needed}: {REMEDY}")
+        found[name] = value
+    return found

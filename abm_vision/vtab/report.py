@@ -6,7 +6,7 @@ import base64
 import csv
 import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 import vtab_tasks
 from abm_vision import plots
 from abm_vision.abm.files import write_atomically
+from abm_vision.runs.markup import latex, markdown, markdown_table, one_line
 from abm_vision.vtab.collection import Average, Paired, Report, Section, source
 from abm_vision.vtab.comparison import BASELINE, area
 from abm_vision.vtab.published import PUBLISHED, Published
@@ -82,33 +83,28 @@ def to_markdown(report: Report) -> str:
     """All tables, without figures."""
     parts = ["# Report"]
     for section in report.sections:
-        lines = [["task", *section.methods], ["---"] * (1 + len(section.methods))]
-        for kind, name, cells in rows_of(section):
-            strong = "**" if kind == "mean" else ""
-            lines.append([f"{strong}{name}{strong}", *cells])
-        parts.append(f"## {section.title}\n\n{_pipe(lines)}")
+        lines = rows_of(section)
+        bold = [name for kind, name, _ in lines if kind == "mean"]
+        table = markdown_table(["task", *section.methods], ([name, *cells] for _, name, cells in lines), bold)
+        parts.append(f"## {markdown(section.title)}\n\n{table}")
         if paired := section.paired():
-            lines = [PAIRED, ["---"] * len(PAIRED), *(_paired_cells(p) for p in paired)]
-            parts.append(f"Against {BASELINE}, paired over tasks:\n\n{_pipe(lines)}")
+            table = markdown_table(PAIRED, map(_paired_cells, paired))
+            parts.append(f"Against {BASELINE}, paired over tasks:\n\n{table}")
         if section.kind == "real":
-            lines = [BESIDE, ["---"] * len(BESIDE), *beside_published(section)]
-            parts.append(f"Means beside published ones (ViT-B/16 in21k):\n\n{_pipe(lines)}\n\n{published_note()}")
-    parts.append("\n".join(f"- {line}" for line in notes(report)))
-    parts.append("## Settings\n\n" + "\n".join(f"- {name}: {value}" for name, value in report.settings.items()))
+            table = markdown_table(BESIDE, beside_published(section))
+            parts.append(f"Means beside published ones (ViT-B/16 in21k):\n\n{table}\n\n{published_note()}")
+    parts.append("\n".join(f"- {markdown(line)}" for line in notes(report)))
+    settings = (f"- {name}: {markdown(value)}" for name, value in report.settings.items())
+    parts.append("## Settings\n\n" + "\n".join(settings))
     if report.differing:
         lines = [
-            f"- {name}: " + "; ".join(f"{value} ({len(files)} runs)" for value, files in values.items())
+            f"- {name}: " + "; ".join(f"{markdown(value)} ({len(files)} runs)" for value, files in values.items())
             for name, values in report.differing.items()
         ]
         parts.append("Settings that differ between runs:\n\n" + "\n".join(lines))
     head = ["task", "start", "seed", "top-1 (%)", "file"]
-    lines = [head, ["---"] * len(head), *(_run_cells(run) for run in report.runs)]
-    parts.append(f"## All runs\n\n{_pipe(lines)}")
+    parts.append(f"## All runs\n\n{markdown_table(head, map(_run_cells, report.runs))}")
     return "\n\n".join(parts) + "\n"
-
-
-def _pipe(lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 PAIRED = ["start", "against", "tasks", "better", "worse", "mean difference (points)", "training loss area (ratio)", "p"]
@@ -183,14 +179,20 @@ def to_latex(report: Report) -> str:
             if kind != last:
                 body.append(r"\midrule")
             last = kind
-            body.append(" & ".join([_tex(name), *map(_tex, cells)]) + r" \\")
+            body.append(" & ".join([latex(name), *map(latex, cells)]) + r" \\")
         columns = "l" + "r" * len(section.methods)
-        head = " & ".join(["task", *map(_tex, section.methods)])
-        above = [f"% {section.title}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", rf"{head} \\", r"\midrule"]
+        head = " & ".join(["task", *map(latex, section.methods)])
+        above = [
+            f"% {one_line(section.title)}",
+            rf"\begin{{tabular}}{{{columns}}}",
+            r"\toprule",
+            rf"{head} \\",
+            r"\midrule",
+        ]
         parts.append("\n".join([*above, *body, r"\bottomrule", r"\end{tabular}"]))
         if section.kind == "real":
             head = " & ".join(BESIDE)
-            rows = [" & ".join(map(_tex, cells)) + r" \\" for cells in beside_published(section)]
+            rows = [" & ".join(map(latex, cells)) + r" \\" for cells in beside_published(section)]
             above = [
                 "% Means beside published ones",
                 r"\begin{tabular}{lrrrrr}",
@@ -199,14 +201,8 @@ def to_latex(report: Report) -> str:
                 r"\midrule",
             ]
             parts.append("\n".join([*above, *rows, r"\bottomrule", r"\end{tabular}"]))
-    files = (f"% {' '.join(_run_cells(run))}" for run in report.runs)
-    return "\n\n".join([*parts, *(f"% {line}" for line in notes(report)), "\n".join(files)]) + "\n"
-
-
-def _tex(text: str) -> str:
-    for character, escaped in (("_", r"\_"), ("%", r"\%"), ("±", r"$\pm$"), ("†", r"$^\dagger$"), ("–", "--")):
-        text = text.replace(character, escaped)
-    return text
+    files = (f"% {one_line(' '.join(_run_cells(run)))}" for run in report.runs)
+    return "\n\n".join([*parts, *(f"% {one_line(line)}" for line in notes(report)), "\n".join(files)]) + "\n"
 
 
 def to_html(report: Report, to_runs: str = ".") -> str:

@@ -18,6 +18,7 @@ from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
 from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT
 from abm_vision.runs.log import LOGS
+from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.train import Progress
 
@@ -118,18 +119,21 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 def model_card(result: dict[str, Any]) -> str:
     """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
     config, test, weights = result["config"], result["test"], result["weights"]
-    arguments = f'"{config["model"]}", {result["num_classes"]}, {config["image_size"]}, "{config["weights"]}"'
+    name, file = quoted(config["model"]), quoted(config["weights"])
+    arguments = f"{name}, {result['num_classes']}, {config['image_size']}, {file}"
     train_data, test_data = (
-        f"{result['data'][k]['images']} images ({result['data'][k]['description']})" for k in ("train", "test")
+        f"{result['data'][k]['images']} images ({markdown(result['data'][k]['description'])})"
+        for k in ("train", "test")
     )
     return f"""---
 library_name: peft
-base_model: timm/{config["model"]}
+base_model: {quoted(f"timm/{config['model']}")}
 tags: [lora, abm-lora, timm]
 ---
-# {config["model"]}, adapted to {config["task"]}
+# {markdown(config["model"])}, adapted to {config["task"]}
 
-LoRA of rank {config["rank"]} (targets: {config["targets"]}, qkv: {config["qkv"]}), started with `{config["init"]}`.
+LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}, qkv: {config["qkv"]}), started with
+{code(config["init"])}.
 Trained for {config["epochs"]} epochs on {train_data}, seed {config["seed"]}.
 
 Top-1 on {test["split"]}: {100 * test["top1"]:.2f} % of {test_data}.

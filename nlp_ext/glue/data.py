@@ -5,18 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
+import reprlib
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nlp_ext.glue import synthetic
 from nlp_ext.glue.tasks import GlueTask
+from nlp_ext.rows import READERS, checked_text, read_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 HUB, SYNTHETIC = "nyu-mll/glue", "synthetic"
-# Ending of a local file to the reader of the package `datasets`.
-READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
 def read(task: GlueTask, split: str, data: str | os.PathLike[str] = "hub") -> Dataset:
@@ -69,34 +70,32 @@ def _from_file(task: GlueTask, split: str, folder: Path) -> Dataset:
     import datasets
 
     path = _find(task, split, folder)
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    try:
-        # In CSV "NA" and "None" are words like others.
-        options = {"keep_default_na": False} if path.suffix == ".csv" else {}
-        read = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", **options)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{path} cannot be read as {READERS[path.suffix]} ({' '.join(str(cause).split())})") from error
-    if not len(read):
-        raise ValueError(f"{path} has no examples")
-    if split.startswith("test") and "label" not in read.column_names:  # the server has them
-        read = read.add_column("label", [-1] * len(read))
-    absent = [column for column in (*task.columns, "label") if column not in read.column_names]
-    if absent:
-        raise ValueError(
-            f"{path} has the columns {', '.join(read.column_names)}; {task.name} needs {', '.join(absent)} as well"
-        )
-    for column in task.columns:
-        for number, text in enumerate(read[column], 1):
-            if not isinstance(text, str):
-                raise ValueError(f"{path}, example {number}: {column} is {text!r}; a text is needed")
-    if not split.startswith("test"):
-        for number, label in enumerate(read["label"], 1):
-            _check(task, label, f"{path}, example {number}")
-    if "idx" not in read.column_names:
-        read = read.add_column("idx", list(range(len(read))))
-    return read.select_columns([*task.columns, "label", "idx"])
+    rows = read_rows(path)
+    labels = [] if split.startswith("test") else ["label"]  # the server has those of test splits
+    numbered = ["idx"] if any("idx" in row for _, row in rows) else []
+    needed = [*task.columns, *labels, *numbered]
+    found = []
+    for number, (where, row) in enumerate(rows):
+        if absent := [column for column in needed if column not in row]:
+            raise ValueError(f"{where} has the columns {', '.join(row)}; {task.name} needs {', '.join(absent)} as well")
+        texts = {column: checked_text(row[column], f"{where}: {column}") for column in task.columns}
+        numbers = {"label": row["label"] if labels else -1, "idx": row.get("idx", number)}
+        if path.suffix == ".csv":
+            numbers = {column: _number(value) for column, value in numbers.items()}
+        if labels:
+            _check(task, numbers["label"], where)
+        if type(numbers["idx"]) is not int:
+            raise ValueError(f"{where}: idx is {reprlib.repr(numbers['idx'])}; a whole number is needed")
+        found.append({**texts, **numbers})
+    return datasets.Dataset.from_list(found)
+
+
+def _number(value: str | int) -> int | float | str:
+    """What a value of CSV, a text, says, if it is a number."""
+    text = str(value)
+    if re.fullmatch("-?[0-9]{1,9}", text):
+        return int(text)
+    return float(text) if re.fullmatch(r"-?[0-9]+\.[0-9]+", text) else text
 
 
 def _find(task: GlueTask, split: str, folder: Path) -> Path:
@@ -113,7 +112,7 @@ def _find(task: GlueTask, split: str, folder: Path) -> Path:
 
 def _check(task: GlueTask, label: object, where: str) -> None:
     if not isinstance(label, (int, float)) or isinstance(label, bool):
-        raise ValueError(f"{where}: the label is {label!r}; a number is needed")
+        raise ValueError(f"{where}: the label is {reprlib.repr(label)}; a number is needed")
     try:
         task.target(label)
     except ValueError as error:

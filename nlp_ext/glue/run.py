@@ -17,6 +17,7 @@ from abm_vision.abm.saving import load_adapter
 from abm_vision.runs import folder as files
 from abm_vision.runs.device import autocast
 from abm_vision.runs.log import Log
+from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.glue.config import SCHEMA, GlueConfig
 from nlp_ext.glue.scores import score
@@ -219,27 +220,29 @@ def scores_in_words(result: dict[str, Any]) -> str:
 def model_card(result: dict[str, Any]) -> str:
     """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
     config, weights = result["config"], result["weights"]
-    base = f"base_model: {config['model']}\n" if weights["revision"] else ""
+    base = f"base_model: {quoted(config['model'])}\n" if weights["revision"] else ""
     stand_in = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
-    base_code = f'tiny_folder("{config["model"]}")' if result["tiny"] else f'"{config["model"]}"'
+    name = quoted(config["model"])
+    revision = f" at {markdown(weights['revision'])}" if weights["revision"] else ""
     return f"""---
 library_name: peft
 {base}tags: [lora, abm-lora, t5]
 ---
-# {config["model"]}, adapted to GLUE's {config["task"]}
+# {markdown(config["model"])}, adapted to GLUE's {config["task"]}
 
-LoRA of rank {config["rank"]} (targets: {config["targets"]}), started with `{config["init"]}`. Trained for
-{config["epochs"]} epochs on {result["data"]["train"]["examples"]} examples of {result["data"]["train"]["source"]} as
-text to text, seed {config["seed"]}. Validation: {scores_in_words(result)}.
+LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}), started with {code(config["init"])}. Trained for
+{config["epochs"]} epochs on {result["data"]["train"]["examples"]} examples of
+{markdown(result["data"]["train"]["source"])} as text to text, seed {config["seed"]}. Validation:
+{scores_in_words(result)}.
 {stand_in if result["tiny"] else ""}
-Base weights: {weights["location"]}{f" at {weights['revision']}" if weights["revision"] else ""}, sha256
+Base weights: {markdown(weights["location"])}{revision}, sha256
 {weights["sha256"]}.
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForSeq2SeqLM
 {"from nlp_ext.tiny import tiny_folder" if result["tiny"] else ""}
-model = AutoModelForSeq2SeqLM.from_pretrained({base_code})
+model = AutoModelForSeq2SeqLM.from_pretrained({f"tiny_folder({name})" if result["tiny"] else name})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 ```
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,21 +126,32 @@ def _chat(words: list[str]) -> int:
     from nlp_ext.quiet import only_our_own_words
 
     options = chat_parser().parse_args(words)
-    if options.temperature < 0:
-        raise ValueError(f"temperature is {options.temperature}; it must be 0 or more")
+    if not 0 <= options.temperature < math.inf:
+        raise ValueError(f"temperature is {options.temperature}; it must be 0 or more, and finite")
     with only_our_own_words():
         assistant = _assistant(options)
         turns: list[dict[str, str]] = []
         while True:
-            try:
-                line = input("you> " if sys.stdin.isatty() else "")
-            except EOFError:
-                return 0
+            line = _typed()
             if not line.strip():
                 return 0
             turns.append({"role": "user", "content": line})
             turns.append({"role": "assistant", "content": assistant.reply(turns, options.temperature)})
             say(turns[-1]["content"])
+
+
+def _typed() -> str:
+    """The next line, empty at the end of the input."""
+    try:
+        line = input("you> " if sys.stdin.isatty() else "")
+        line.encode()  # where Python takes any byte, it hands on those that are no text
+    except EOFError:
+        return ""
+    except UnicodeError as error:
+        raise ValueError(
+            f"a line is no text in {sys.stdin.encoding} ({error}): set PYTHONIOENCODING to its encoding"
+        ) from None
+    return line
 
 
 def _mt_bench(words: list[str]) -> int:

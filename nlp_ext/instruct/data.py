@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from nlp_ext.batches import IGNORED
 from nlp_ext.instruct import synthetic
+from nlp_ext.rows import checked_text, read_rows
 
 WIZARD, SYNTHETIC = "WizardLMTeam/WizardLM_evol_instruct_70k", "synthetic"
-READERS = {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+FILES = (".json", ".jsonl", ".parquet")
 Conversation = list[dict[str, str]]  # turns with `role` and `content`, as transformers' chat templates take them
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
@@ -37,31 +39,17 @@ def read(source: str) -> list[Conversation]:
             perhaps `input`, and `output`, or with `messages` (or ShareGPT's `conversations`).
 
     Raises:
-        ValueError: an empty file, other columns, or a conversation without an answer.
+        ValueError: an empty file or one of another kind, and as `conversation`.
         OSError: the file is not there, or the hub cannot be reached.
     """
     if source == SYNTHETIC:
         return [conversation(row, f"example {k}") for k, row in enumerate(synthetic.examples())]
     path = Path(source).expanduser()
-    rows = _from_file(path) if path.suffix in READERS else _from_hub(source)
-    return [conversation(row, f"{source}, example {number}") for number, row in enumerate(rows, 1)]
-
-
-def _from_file(path: Path) -> Any:
-    import datasets
-
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
-    try:
-        rows = datasets.load_dataset(READERS[path.suffix], data_files=str(path), split="train", keep_in_memory=True)
-    except (datasets.exceptions.DatasetGenerationError, ValueError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"{path} cannot be read as {READERS[path.suffix]} ({' '.join(str(cause).split())})") from error
-    if not len(rows):
-        raise ValueError(f"{path} has no examples")
-    return rows
+    if path.suffix.lower() in FILES:
+        return [conversation(row, where) for where, row in read_rows(path)]
+    if path.is_file():
+        raise ValueError(f"{path} ends in {path.suffix or 'nothing'}; files that are read are {', '.join(FILES)}")
+    return [conversation(row, f"{source}, example {number}") for number, row in enumerate(_from_hub(source), 1)]
 
 
 def _from_hub(name: str) -> Any:
@@ -72,37 +60,62 @@ def _from_hub(name: str) -> Any:
     except (OSError, ValueError) as error:  # a hub that is not reached, whatever the layer that notices
         raise OSError(
             f"{name} cannot be read from the hub ({' '.join(str(error).split())}): give a local file "
-            f"({', '.join(READERS)}) with --data FILE, or --data {SYNTHETIC}"
+            f"({', '.join(FILES)}) with --data FILE, or --data {SYNTHETIC}"
         ) from error
 
 
 def conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    """The turns that a row says.
+    """The turns that a row says: perhaps the system's, then the user's and the assistant's, one after the other.
 
     Raises:
-        ValueError: the row has other columns, a turn of an unknown role, or no answer at its end.
+        ValueError: the row has other columns, a turn of an unknown role or out of order, an empty answer, or none at
+            its end.
     """
-    turns = row.get("messages") or row.get("conversations")
-    if turns:
-        found = [_turn(turn, where) for turn in turns]
-    elif isinstance(row.get("instruction"), str) and isinstance(row.get("output"), str):
-        asked = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-        found = [{"role": "user", "content": asked}, {"role": "assistant", "content": row["output"]}]
+    name = next((name for name in ("messages", "conversations") if row.get(name)), None)
+    if name is not None:
+        if not isinstance(row[name], list):
+            raise ValueError(f"{where}: {name} is {reprlib.repr(row[name])}; needed is a list of turns")
+        found = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(row[name], 1)]
+    elif "instruction" in row and "output" in row:
+        asked = checked_text(row["instruction"], f"{where}: instruction")
+        if row.get("input"):
+            asked = f"{asked}\n\n{checked_text(row['input'], f'{where}: input')}"
+        answered = checked_text(row["output"], f"{where}: output")
+        found = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
     else:
         raise ValueError(
-            f"{where} has the columns {', '.join(row)}; needed are instruction and output (and perhaps input), or "
-            "messages with role and content"
+            f"{where} has the columns {', '.join(row) or 'of nothing'}; needed are instruction and output (and perhaps "
+            "input), or messages with role and content"
         )
-    if found[-1]["role"] != "assistant" or not found[-1]["content"].strip():
-        raise ValueError(f"{where} ends without an answer of the assistant")
+    _check_order([turn["role"] for turn in found], where)
+    for number, turn in enumerate(found, 1):
+        if turn["role"] == "assistant" and not turn["content"].strip():
+            raise ValueError(f"{where}: the assistant's answer is empty (turn {number}): leave this example out")
     return found
 
 
-def _turn(turn: Mapping[str, Any], where: str) -> dict[str, str]:
+def _check_order(roles: Sequence[str], where: str) -> None:
+    first = int(roles[0] == "system")
+    for number, role in enumerate(roles[first:], first):
+        expected = "assistant" if (number - first) % 2 else "user"
+        if role != expected:
+            raise ValueError(
+                f"{where}, turn {number + 1}, is the {role}'s; the {expected}'s comes there (turns are perhaps the "
+                "system's, then the user's and the assistant's, one after the other)"
+            )
+    if roles[-1] != "assistant":
+        raise ValueError(f"{where} ends without an answer of the assistant")
+
+
+def _turn(turn: object, where: str) -> dict[str, str]:
+    if not isinstance(turn, Mapping):
+        raise ValueError(f"{where}, is {reprlib.repr(turn)}; needed are role and content")
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-    if role not in ROLES or not isinstance(content, str):
-        raise ValueError(f"{where} has a turn {dict(turn)}; needed are role ({', '.join(ROLES)}) and content")
-    return {"role": ROLES[role], "content": content}
+    if not isinstance(role, str) or role not in ROLES:
+        raise ValueError(f"{where}, has the role {reprlib.repr(role)}; allowed are {', '.join(ROLES)}")
+    if calls := next((name for name in ("tool_calls", "function_call") if turn.get(name)), None):
+        raise ValueError(f"{where}, has {calls}; conversations with tools cannot be tuned on: leave this example out")
+    return {"role": ROLES[role], "content": checked_text(content, f"{where}: content")}
 
 
 def digest(conversations: Sequence[Conversation]) -> str:

@@ -16,6 +16,7 @@ from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
 from abm_vision.runs.device import autocast, resolve_device
 from abm_vision.runs.log import Log
+from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import SCHEMA, InstructConfig
@@ -202,27 +203,28 @@ def perplexity_in_words(result: dict[str, Any]) -> str:
 def model_card(result: dict[str, Any]) -> str:
     """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
     config, weights, train = result["config"], result["weights"], result["data"]["train"]
-    base = f"base_model: {config['model']}\n" if weights["revision"] else ""
+    base = f"base_model: {quoted(config['model'])}\n" if weights["revision"] else ""
     stand_in = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
-    base_code = f'tiny_folder("{config["model"]}")' if result["tiny"] else f'"{config["model"]}"'
+    name = quoted(config["model"])
+    revision = f" at {markdown(weights['revision'])}" if weights["revision"] else ""
     return f"""---
 library_name: peft
 {base}tags: [lora, abm-lora, instruction-tuning]
 ---
-# {config["model"]}, tuned on instructions
+# {markdown(config["model"])}, tuned on instructions
 
-LoRA of rank {config["rank"]} (targets: {config["targets"]}), started with `{config["init"]}`. Trained for
-{config["epochs"]} epochs on {train["conversations"]} conversations of {train["source"]}, loss on the answers only, seed
-{config["seed"]}. Held-out {perplexity_in_words(result)}.
+LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}), started with {code(config["init"])}. Trained for
+{config["epochs"]} epochs on {train["conversations"]} conversations of {markdown(train["source"])}, loss on the answers
+only, seed {config["seed"]}. Held-out {perplexity_in_words(result)}.
 {stand_in if result["tiny"] else ""}
-Base weights: {weights["location"]}{f" at {weights['revision']}" if weights["revision"] else ""} in {config["base"]},
+Base weights: {markdown(weights["location"])}{revision} in {config["base"]},
 sha256 {weights["sha256"]}.
 
 ```python
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 {"from nlp_ext.tiny import tiny_folder" if result["tiny"] else ""}
-model = AutoModelForCausalLM.from_pretrained({base_code})
+model = AutoModelForCausalLM.from_pretrained({f"tiny_folder({name})" if result["tiny"] else name})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 ```
 

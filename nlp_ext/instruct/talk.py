@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import reprlib
 import time
 import uuid
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from abm_vision.runs.folder import ADAPTER
 from nlp_ext.instruct.answer import answer
 from nlp_ext.instruct.data import Conversation
 from nlp_ext.models import load_model
+from nlp_ext.rows import checked_text, json_rows
 
 # How boldly each kind of question is answered (Zheng et al., arXiv:2306.05685); the others' temperature is 0.7.
 TEMPERATURES = {
@@ -86,9 +88,11 @@ def mt_bench(assistant: Assistant, questions: Path, out: Path, model_id: str, se
         show_bar: a bar over the questions.
 
     Raises:
-        FileNotFoundError, ValueError: there are no questions, or not in that form.
+        FileNotFoundError, ValueError: there are no questions, or not in that form, or the name is none of a file.
         CannotWrite: the answers cannot be written.
     """
+    if Path(model_id).name != model_id or not model_id.strip("."):
+        raise ValueError(f"name is {model_id!r}; it names a file, so it has no / in it")
     lines = []
     for question in progress(list(_questions(questions)), "MT-Bench", show=show_bar):
         torch.manual_seed(seed)
@@ -115,17 +119,21 @@ def mt_bench(assistant: Assistant, questions: Path, out: Path, model_id: str, se
 
 
 def _questions(path: Path) -> Iterator[dict[str, Any]]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no file {path}: it is question.jsonl of FastChat's MT-Bench") from None
-    for number, line in enumerate(lines, 1):
-        try:
-            question = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}, is not JSON: {error}") from None
-        if not isinstance(question, dict) or "question_id" not in question or not question.get("turns"):
-            raise ValueError(f"{path}, line {number}: a question has question_id and turns")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {path}: it is question.jsonl of FastChat's MT-Bench")
+    known: dict[int | str, str] = {}
+    for where, question in json_rows(path):
+        if not isinstance(question, dict) or not isinstance(question.get("question_id"), (int, str)):
+            raise ValueError(f"{where}: a question has question_id (a number or a text) and turns")
+        turns, number = question.get("turns"), question["question_id"]
+        if not isinstance(turns, list) or not turns:
+            raise ValueError(f"{where}: turns is {reprlib.repr(turns)}; needed is a list of texts")
+        for turn in turns:
+            if not checked_text(turn, f"{where}: a turn").strip():
+                raise ValueError(f"{where}: a turn is empty")
+        if not isinstance(question.get("category"), str | None):
+            raise ValueError(f"{where}: category is {reprlib.repr(question['category'])}; a text is needed")
+        if number in known:
+            raise ValueError(f"{where}: question_id {number} is in {known[number]} too")
+        known[number] = where
         yield question
-    if not lines:
-        raise ValueError(f"{path} is empty")

@@ -1,10 +1,14 @@
-"""Pictures kept on disk once they are drawn: one SQLite file a scene, which processes may share."""
+"""Pictures kept on disk once they are drawn: one SQLite file a scene, which processes may share.
+
+Every picture has a checksum of its place and content: a damaged one is drawn anew.
+"""
 
 import hashlib
 import io
 import os
 import sqlite3
 import warnings
+import zlib
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -41,27 +45,31 @@ def drawn(
     name: str, split: str, positions: Sequence[int], draw: Callable[[int], NDArray[np.uint8]]
 ) -> NDArray[np.uint8]:
     """Pictures (n, H, W, 3) at these positions of a split, from the cache `name` or drawn and put there."""
+    file = f"pictures-{name}.sqlite"
     try:
-        with _open(name) as store:
+        with _open(file) as store:
             return np.stack(_all(store, split, positions, draw))
     except (OSError, RuntimeError, sqlite3.DatabaseError) as error:  # RuntimeError: no home
-        warnings.warn(f"pictures cannot be kept, they are drawn again every time: {error}", stacklevel=2)
+        advice = "; delete it if it is damaged" if isinstance(error, sqlite3.DatabaseError) else ""
+        warnings.warn(
+            f"pictures cannot be kept in {file}, they are drawn again every time: {error}{advice}", stacklevel=2
+        )
         return np.stack([draw(position) for position in positions])
 
 
 class _open:
     """The database, made if it is not there, closed afterwards."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, file: str) -> None:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        self.store = sqlite3.connect(folder / f"rendered-{name}.sqlite", timeout=PATIENCE)
+        self.store = sqlite3.connect(folder / file, timeout=PATIENCE)
 
     def __enter__(self) -> sqlite3.Connection:
         self.store.execute("PRAGMA journal_mode=WAL")
         self.store.execute(
             "CREATE TABLE IF NOT EXISTS pictures "
-            "(split TEXT, position INTEGER, png BLOB, PRIMARY KEY (split, position))"
+            "(split TEXT, position INTEGER, png BLOB, checksum INTEGER, PRIMARY KEY (split, position))"
         )
         return self.store
 
@@ -74,10 +82,12 @@ def _all(
 ) -> list[NDArray[np.uint8]]:
     pictures, fresh = [], []
     for position in positions:
-        found = store.execute("SELECT png FROM pictures WHERE split = ? AND position = ?", (split, position)).fetchone()
-        if found is None:
+        place = (split, position)
+        found = store.execute("SELECT png, checksum FROM pictures WHERE split = ? AND position = ?", place).fetchone()
+        if found is None or not isinstance(found[0], bytes) or found[1] != _checksum(*place, found[0]):
             pictures.append(draw(position))
-            fresh.append((split, position, _png(pictures[-1])))
+            png = _png(pictures[-1])
+            fresh.append((*place, png, _checksum(*place, png)))
         else:
             with Image.open(io.BytesIO(found[0])) as image:
                 pictures.append(np.asarray(image))
@@ -88,9 +98,13 @@ def _all(
     return pictures
 
 
-def _keep(store: sqlite3.Connection, fresh: Sequence[tuple[str, int, bytes]]) -> None:
+def _keep(store: sqlite3.Connection, fresh: Sequence[tuple[str, int, bytes, int]]) -> None:
     with store:
-        store.executemany("INSERT OR IGNORE INTO pictures VALUES (?, ?, ?)", fresh)
+        store.executemany("INSERT OR REPLACE INTO pictures VALUES (?, ?, ?, ?)", fresh)
+
+
+def _checksum(split: str, position: int, png: bytes) -> int:
+    return zlib.crc32(png, zlib.crc32(f"{split}/{position}".encode()))
 
 
 def _png(picture: NDArray[np.uint8]) -> bytes:

@@ -2,27 +2,35 @@
 
 A task's folder holds a list for each split, `<split>.txt`, with lines `images/<split>/<index>.jpg <label>`,
 paths relative to the folder.
+
+A path that a list names twice, or that is in a list for training and in one for testing, is an error. Images of the
+same content are counted in the description and warned of, no more: official data hold some. (In dSprites a square is
+the same after a quarter turn, with another label; CIFAR-100 has test images that are training images too.) A link is
+the same content under another name.
 """
 
 import json
 import os
+import posixpath
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from vtab_tasks.sources.duplicates import Glance, contents, describe, glance
 from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import SPLITS, Task
 
 ORIGIN = "origin.json"  # written beside the lists by `vtab_tasks.export`
-_TAIL = 1024  # bytes: some writers leave a few behind the end of an image
-_LINE = re.compile(r"(?P<path>\S+) (?P<label>\S+)")
+# What a split is tested against. train800val200 is train800 and val200, so it shares their images.
+_TRAINED = {"val200": ("train800",), "test": ("train800val200", "train800", "val200")}
 # What Pillow raises on files that are no image, are cut short, damaged, or claim an absurd size.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, RuntimeError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,17 +48,34 @@ class FolderItems:
         return self.all_labels[positions]
 
     def _image(self, position: int) -> NDArray[np.uint8]:
-        path = self.list_file.parent / self.paths[position]
         try:
-            with Image.open(path) as image:
-                return np.asarray(eight_bits(image).convert("RGB"))
-        except _BROKEN as error:
-            raise ValueError(
-                f"{self.list_file}:{position + 1}: {path} cannot be read as an image ({error}): fetch this file again"
-            ) from error
+            return read_image(self.list_file.parent / self.paths[position])
+        except (ValueError, FileNotFoundError) as error:
+            raise ValueError(f"{_line(self.list_file, position)}: {error}: fetch this file again") from error
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
+def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
+    """An image file of any format that Pillow reads, as RGB, uint8 (H, W, 3).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no image, is damaged, or its pixels have more than 8 bits.
+    """
+    try:
+        with open(path, "rb") as file:
+            with Image.open(file) as image:
+                if image.format == "PNG":
+                    image.verify()  # of every part's checksum, which decoding passes over
+            file.seek(0)
+            with Image.open(file) as image:
+                return np.array(_eight_bits(image).convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image {path}") from None
+    except _BROKEN as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
     """The image, if its pixels have 8 bits: Pillow would make all brighter ones of more bits white.
 
     Raises:
@@ -96,13 +121,43 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
         raise ValueError(
             f"{list_file} has {len(entries)} lines, but {task.name}/{split} has {sizes} images: fetch the whole list"
         )
-    items = FolderItems(
-        list_file=list_file,
-        paths=tuple(path for path, _ in entries),
-        all_labels=np.array([label for _, label in entries], dtype=np.int64),
-    )
+    paths, labels = zip(*entries, strict=True)
+    items = FolderItems(list_file=list_file, paths=paths, all_labels=np.array(labels, dtype=np.int64))
+    images = [(folder / path, _seen(folder / path, _line(list_file, k))) for k, path in enumerate(paths)]
     source, description = _origin(folder)
+    if doubled := _doubled(task, list_file, paths, labels, images):
+        warnings.warn(f"{list_file}: {doubled}", stacklevel=2)
+        description = f"{description}; {doubled}"
     return TaskData(task, split, source, str(folder), description, items, np.arange(len(entries)))
+
+
+def _doubled(
+    task: Task,
+    list_file: Path,
+    paths: tuple[str, ...],
+    labels: tuple[int, ...],
+    images: list[tuple[Path, Glance]],
+) -> str:
+    """What is to be said of images with the same content, in this list and in those that are trained on.
+
+    Raises:
+        ValueError: A path is in both.
+    """
+    there: dict[Path, Glance] = {}
+    others = (list_file.with_name(f"{name}.txt") for name in _TRAINED.get(list_file.stem, ()))
+    for other in filter(Path.is_file, others):
+        lines = {path: k for k, (path, _) in enumerate(_entries(task, other))}
+        for k, path in enumerate(paths):
+            if path in lines:
+                raise ValueError(
+                    f"{_line(list_file, k)}: {path} is in {other.name}:{lines[path] + 1} too, and no image may be both "
+                    "trained on and tested on: fetch both lists again"
+                )
+        found = (list_file.parent / path for path in lines)
+        there |= {image: glance(image) for image in found if image.is_file()}
+    hashes = contents([*images, *there.items()])
+    own, trained = hashes[: len(images)], set(hashes[len(images) :])
+    return describe(own, labels, trained)
 
 
 def _origin(folder: Path) -> tuple[str, str]:
@@ -124,33 +179,54 @@ def _origin(folder: Path) -> tuple[str, str]:
 
 
 def _entries(task: Task, list_file: Path) -> Iterator[tuple[str, int]]:
-    """The (path, label) of every line, each checked."""
+    """The (path, label) of every line, each checked. A byte order mark and blank last lines are passed over."""
     try:
-        text = list_file.read_text(encoding="utf-8")
+        text = list_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{list_file} is not a text file in UTF-8 ({error}): fetch it again") from error
-    for number, line in enumerate(text.splitlines(), start=1):
-        where = f"{list_file}:{number}"
-        match = _LINE.fullmatch(line)
-        if match is None:
+    lines: dict[str, tuple[int, int]] = {}
+    for k, line in enumerate(text.rstrip().split("\n") if text.strip() else ()):
+        where, words = _line(list_file, k), line.split()
+        if not words:
+            raise ValueError(f"{where}: the line is empty: a list has blank lines only at its end")
+        if len(words) > 2:
+            raise ValueError(
+                f"{where}: {line!r} has {len(words)} words: needed are path and label, a path has no blanks"
+            )
+        if len(words) < 2:
             raise ValueError(f"{where}: {line!r} is not of the form 'images/<split>/<index>.jpg <label>'")
-        path = match["path"]
-        image = list_file.parent / path
-        if not os.path.isfile(image):
-            raise FileNotFoundError(f"{where}: there is no {image}: fetch the missing image")
-        if not _is_whole(image):
-            raise ValueError(f"{where}: {image} is cut short, or no JPEG or PNG: fetch this file again")
-        yield path, _label(task, match["label"], where)
+        path, label = _inside(words[0], where), _label(task, words[1], where)
+        if path in lines:
+            number, other = lines[path]
+            differing = f", with label {other}" if other != label else ""
+            raise ValueError(f"{where}: {path} is in line {number} too{differing}: leave one of the two")
+        lines[path] = k + 1, label
+        yield path, label
 
 
-def _is_whole(image: Path) -> bool:
-    """Whether a JPEG or PNG file begins and ends as such; what lies between is seen when it is decoded."""
-    with image.open("rb") as file:
-        start = file.read(8)
-        file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-        tail = file.read()
+def _line(list_file: Path, k: int) -> str:
+    return f"{list_file}:{k + 1}"
+
+
+def _inside(path: str, where: str) -> str:
+    """The path in its shortest form, if it stays below the list's folder."""
+    if ".." in path.split("/") or path.startswith("/") or PureWindowsPath(path).anchor:
+        raise ValueError(f"{where}: {path} leaves the folder: write it relative to the list, without '..'")
+    if "\\" in path:
+        raise ValueError(f"{where}: {path} is written with backslashes: write it with / between folders")
+    return posixpath.normpath(path)
+
+
+def _seen(image: Path, where: str) -> Glance:
+    """The ends of a JPEG or PNG file that begins and ends as such; what lies between is seen when it is decoded."""
+    if not os.path.isfile(image):
+        raise FileNotFoundError(f"{where}: there is no {image}: fetch the missing image")
+    seen = glance(image)
+    # Some writers leave a few bytes behind the end of an image.
     ends = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND"}
-    return any(start.startswith(head) and end in tail for head, end in ends.items())
+    if not any(seen.head.startswith(head) and end in seen.tail for head, end in ends.items()):
+        raise ValueError(f"{where}: {image} is cut short, or no JPEG or PNG: fetch this file again")
+    return seen
 
 
 def _label(task: Task, text: str, where: str) -> int:

@@ -1,0 +1,70 @@
+"""A pytest plugin for peft's own tests: `MergedLinear` in every LoRA, merging whatever the number of tokens."""
+
+import contextlib
+import json
+from pathlib import Path
+
+import peft
+import pytest
+from torch import nn
+
+from abm_vision.abm import merged_linear
+
+merged = 0  # how often the merged product ran in the test of the moment
+
+
+def pytest_addoption(parser):
+    parser.addoption("--stock", action="store_true", help="leave peft's layer in place")
+    parser.addoption("--outcomes", type=Path, help="JSON file to write: test to [outcome, merged products]")
+
+
+def pytest_configure(config):
+    from tests import testing_utils  # peft's
+
+    testing_utils.hub_online_once = lambda *_: contextlib.nullcontext()  # it would ask the hub at a model's first use
+    config.stash[_OUTCOMES] = {}
+    if config.getoption("--stock"):
+        return
+    finish, apply = peft.LoraConfig.__post_init__, merged_linear._MergedLoRA.apply
+
+    def finish_with_ours(self):
+        finish(self)
+        self._register_custom_module({nn.Linear: merged_linear.merged_linear_factory})
+
+    def count(*operands):
+        global merged
+        merged += 1
+        return apply(*operands)
+
+    peft.LoraConfig.__post_init__ = finish_with_ours
+    merged_linear.MergedLinear._merging_pays = lambda self, x: True
+    merged_linear._MergedLoRA.apply = count
+
+
+_OUTCOMES = pytest.StashKey()
+
+
+def pytest_collection_modifyitems(config, items):
+    """Tests of other methods have their configuration among their parameters."""
+
+    def is_lora(item):
+        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        return all(v is peft.LoraConfig for v in given if isinstance(v, type) and issubclass(v, peft.PeftConfig))
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_lora(item)])
+    items[:] = filter(is_lora, items)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    global merged
+    report = yield
+    if report.when == "setup" or not report.passed or report.when == "call":
+        item.config.stash[_OUTCOMES][item.nodeid] = [report.outcome, merged]
+    if report.when == "teardown":
+        merged = 0
+    return report
+
+
+def pytest_sessionfinish(session):
+    session.config.getoption("--outcomes").write_text(json.dumps(session.config.stash[_OUTCOMES]))
