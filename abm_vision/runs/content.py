@@ -13,6 +13,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import is_dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
@@ -92,15 +93,19 @@ def initialisation(config: AdapterSettings) -> Origin:
     return found
 
 
-def version(function: Callable[..., Any]) -> str:
-    """A hash of a function's code and of all that it uses of its own package, with the versions of others it calls.
+def version(*things: Any) -> str:
+    """A hash of code and of all that it uses of its own package, with the versions of other packages that it calls.
 
-    Comments, documentation and layout are no part of it. torch is not named: its version is kept with every result.
+    Comments, documentation, annotations and layout are no part of it. torch is not named: its version is kept with
+    every result.
+
+    Args:
+        things: functions, classes, or dataclass instances, whose fields count.
     """
-    package, seen = _package(function), set()
+    package, seen = _package(things[0]), set()
     parts: list[tuple[str, str]] = []
     versions: dict[str, str] = {}
-    waiting: list[tuple[str, Any]] = [("", function)]
+    waiting: list[tuple[str, Any]] = [("", thing) for thing in things]
     while waiting:
         name, found = waiting.pop()
         if isinstance(found, (dict, list, tuple)):
@@ -108,7 +113,12 @@ def version(function: Callable[..., Any]) -> str:
             waiting += [(f"{name} {key}", value) for key, value in pairs]
         elif isinstance(found, (bool, int, float, str, type(None))):
             parts.append((name, repr(found)))
-        elif not isinstance(found, (FunctionType, type)) or id(found) in seen:
+        elif id(found) in seen:
+            continue
+        elif is_dataclass(found) and not isinstance(found, type):
+            seen.add(id(found))
+            waiting += [("", type(found)), *((f"{name}.{key}", value) for key, value in vars(found).items())]
+        elif not isinstance(found, (FunctionType, type)):
             continue
         elif _package(found) == package:
             seen.add(id(found))
@@ -129,14 +139,23 @@ def _package(thing: Any) -> str:
 
 @cache
 def _tree(thing: Any) -> ast.AST:
-    """The code of a function or class without its documentation; all of its file where its lines are no whole code."""
+    """The code of a function or class without documentation and annotations; of its file where it is no whole code."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     except SyntaxError:  # a lambda in the middle of an expression
         tree = ast.parse(inspect.getsource(sys.modules[thing.__module__]))
     for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
         body = getattr(node, "body", None)
-        if isinstance(body, list) and body and isinstance(body[0], ast.Expr) and isinstance(body[0].value, ast.Constant):
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
             body[0].value = ast.Constant(...)
     return tree
 
@@ -172,7 +191,9 @@ def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
     """
     differing = [name for name, value in now.items() if before.get(name) != value]
     if differing:
-        words = ", ".join(f"{name} ({shortened(before.get(name))} then, {shortened(now[name])} now)" for name in differing)
+        words = ", ".join(
+            f"{name} ({shortened(before.get(name))} then, {shortened(now[name])} now)" for name in differing
+        )
         raise ValueError(
             f"the run in {folder} was made with other content: {words}. Restore it, choose another --out, or make the "
             "run afresh with --rerun"

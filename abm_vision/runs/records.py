@@ -51,17 +51,22 @@ def checked(content: Any, kind: type[BaseModel], where: str, remedy: str = REMED
     try:
         TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
-        raise ValueError(f"{where} is no whole {kind.__name__.lower()}, {_in_words(error)}; {remedy}") from None
+        raise ValueError(f"{where}: {_in_words(error)}; {remedy}") from None
     return content
 
 
-def read_record(path: Path, kind: type[BaseModel], schema: int | str | None = None, remedy: str = REMEDY) -> dict[str, Any]:
+def read_record(
+    path: Path, kind: type[BaseModel], schema: int | str | None = None, remedy: str = REMEDY
+) -> dict[str, Any]:
     """The JSON object in a file, of that kind.
 
     Raises:
+        FileNotFoundError: it is not there.
         ValueError: it is damaged, of another schema than is given, or a field is missing, of another type or out of
             its range.
     """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; {remedy}")
     content = read_object(path, remedy)
     if schema is not None and content.get("schema") != schema:
         raise ValueError(f"{path} has schema {content.get('schema')}, this version reads {schema}; {remedy}")

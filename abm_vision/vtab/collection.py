@@ -19,8 +19,8 @@ from scipy.stats import wilcoxon
 
 import vtab_tasks
 from abm_vision.runs import folder as files
-from abm_vision.runs.settings import uses
 from abm_vision.runs.records import Failure, read_record
+from abm_vision.runs.settings import uses
 from abm_vision.vtab import results
 from abm_vision.vtab.comparison import BASELINE, area, data_content
 
@@ -362,7 +362,7 @@ def _once(runs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tu
             why = (
                 "it is {} again"
                 if same
-                else "it has the settings and the data of {} and another result: report each apart"
+                else "it has the settings of {} and another result on the same data: report each apart"
             )
             again.append((run["file"], f"left out, {why.format(first['file'])}"))
     return list(found.values()), again

@@ -9,14 +9,36 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import ConfigDict
 
 from abm_vision.abm.adapters import ABM_FILE, load_adapter, read_settings
 from abm_vision.runs.folder import ADAPTER
+from abm_vision.runs.records import Count, Positive, Record, checked
 from abm_vision.vtab.data import Preprocessing
+from abm_vision.vtab.results import Shape, Weights
 from abm_vision.weights import create_backbone
 from vtab_tasks.sources.folder import eight_bits
 
-RUN = ("model", "weights", "seed", "task")  # what is to be known of the run
+
+class Run(Record):
+    """Settings of the run that the adapter is from."""
+
+    model: str
+    weights: str
+    seed: Count
+    task: str
+    init: str
+
+
+class Trained(Record):
+    """What `abm.json` says of a run; other entries are of the adapter itself."""
+
+    model_config = ConfigDict(extra="ignore")
+    run: Run
+    num_classes: Positive
+    weights: Weights
+    preprocessing: Shape
+    data_source: str
 
 
 def predict(
@@ -42,12 +64,10 @@ def predict(
     settings = read_settings(folder)
     if "run" not in settings:
         raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
-    try:
-        run, shape = {name: settings["run"][name] for name in RUN}, Preprocessing(**settings["preprocessing"])
-        classes, sha256, location = settings["num_classes"], *(settings["weights"][k] for k in ("sha256", "location"))
-        trained_on = settings["data_source"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{folder / ABM_FILE} lacks {error}: it is damaged, or was not written by a run") from error
+    checked(settings, Trained, str(folder / ABM_FILE), "it is damaged, or was not written by a run of VTAB-1K")
+    run, shape = settings["run"], Preprocessing(**settings["preprocessing"])
+    classes, trained_on = settings["num_classes"], settings["data_source"]
+    sha256, location = settings["weights"]["sha256"], settings["weights"]["location"]
     pixels = torch.cat([shape.resize(_read_image(path)[None]) for path in images])
     torch.manual_seed(run["seed"])  # a run on random weights drew them from its seed
     backbone, source = create_backbone(

@@ -25,7 +25,7 @@ from abm_vision.vtab.train import Progress
 
 CHECKPOINT = "checkpoint.pt"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
-_AFRESH = "--rerun, or deleting its folder, makes the run afresh"
+_AFRESH = "--rerun, or deleting its folder, starts afresh"
 LEFT = (CHECKPOINT, FAILURE)  # what a finished run has no use for
 
 
@@ -185,7 +185,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
         if not all(isinstance(value, Tensor) for value in state["trained"].values()):
             raise TypeError("what was trained is no tensor")
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is no whole checkpoint ({error}); {_AFRESH}") from None
+        raise ValueError(f"{path} is not whole ({error}); {_AFRESH}") from None
     checked(progress, Checkpoint, str(path), _AFRESH)
     checked(notes, Notes, str(path), _AFRESH)
     return {**state, "progress": Progress(**progress), "notes": notes}
