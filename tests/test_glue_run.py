@@ -64,7 +64,7 @@ def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
-    assert result["schema"] == "glue-1" and not result["tiny"]
+    assert result["schema"] == "glue-2" and not result["tiny"]
     assert set(result["scores"]) == {"validation"} and result["scores"]["validation"]["count"] == 12
     assert len(result["loss_per_step"]) == 2 * 5 and len(result["seconds_per_epoch"]) == 2  # 80 examples in fives
     assert result["data"]["train"] == {
@@ -171,7 +171,7 @@ def test_seeds_differ_and_repeat(base, tmp_path):
 
 def test_divergence_is_one_message(base, tmp_path, capsys):
     words = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
-    code = main([*words, f"--model={base}", "--lr=1e30", "--init=kaiming", f"--out={tmp_path}", "--quiet"])
+    code = main([*words, f"--model={base}", "--lr=1e30", f"--out={tmp_path}", "--quiet"])
     assert code == 2 and "the training loss is not finite in step" in capsys.readouterr().err
 
 
@@ -197,7 +197,7 @@ def test_other_data_is_not_taken_up(finished, base, tmp_path):
     run(config, tmp_path / "out")
     rows[0]["label"] = 1 - rows[0]["label"]
     (folder / "validation.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    with pytest.raises(ValueError, match=r"began with data .* now it is"):
+    with pytest.raises(ValueError, match=r"made with other content: validation data .*--rerun"):
         run(config, tmp_path / "out", diagnose=True)
 
 

@@ -279,7 +279,7 @@ def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
-    assert result["schema"] == "instruct-1" and result["processes"] == 1 and not result["tiny"]
+    assert result["schema"] == "instruct-2" and result["processes"] == 1 and not result["tiny"]
     assert len(result["loss_per_step"]) == 2 * 5
     assert result["data"]["train"]["conversations"] == 80 and result["data"]["held_out"]["conversations"] == 10
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

@@ -444,7 +444,7 @@ def test_a_process_that_dies_is_a_failed_run(tmp_path):
         return execute(configs, out, diagnose)
 
     (outcome,) = run_suite(suite, tmp_path, killing, silent).values()
-    assert outcome.state == "failed" and "signal 9, perhaps for want of memory" in outcome.reason
+    assert outcome.state == "failed" and "signal 9, perhaps out of memory" in outcome.reason
     (folder,) = tmp_path.glob("*/")
     assert (folder / "checkpoint.pt").exists() and (folder / "failure.json").exists()
 
