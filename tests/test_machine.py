@@ -181,8 +181,9 @@ class Adapters(RuleBasedStateMachine):
             self.model.add_adapter(name, config)
             self.remember(name, fresh=True)
 
-    @rule(name=NAMES, init=st.sampled_from(list(INITS)))
+    @rule(name=st.just("") | NAMES, init=st.sampled_from(list(INITS)))
     def initialise(self, name, init):
+        name = name or self.active[0]
         options = {
             "config": ABMConfig(steps=2, samples=20),
             "align": AlignConfig(samples=20, match=0.5),
@@ -252,42 +253,43 @@ class Adapters(RuleBasedStateMachine):
         for n, value in self.stands(name).items():
             torch.testing.assert_close(value, weights[n], rtol=0, atol=1e-5)
 
+    def check(self):
+        words = {"merged"} if self.merged else set()
+        words |= {"disabled"} if self.disabled else set()
+        trainable = any(p.requires_grad for n, p in self.model.named_parameters() if "lora_" in n)
+        words |= set() if trainable else {"frozen"}
+        self.attempt(words, check_adapters, self.model, X, backbone=RECORD)
+
     # ---------------------------------------------------------------------------------------------- peft's switches
 
-    @precondition(lambda self: not self.disabled)
-    @rule()
-    def merge(self):
-        self.model.merge_adapter()
-        self.merged += [name for name in self.active if name not in self.merged]
-
-    @rule()
-    def unmerge(self):
-        self.model.unmerge_adapter()
-        self.merged = []
+    @rule(switch=st.sampled_from(["merge", "unmerge", "disable", "enable", "enable", "look at the base"]))
+    def flip(self, switch):
+        self.check()
+        if switch == "merge" and not self.disabled:
+            self.model.merge_adapter()
+            self.merged += [name for name in self.active if name not in self.merged]
+        elif switch == "unmerge":
+            self.model.unmerge_adapter()
+            self.merged = []
+        elif switch == "disable":
+            self.model.base_model.disable_adapter_layers()
+            self.model(X)
+            self.disabled, self.merged = True, []  # the forward pass has unmerged
+        elif switch == "enable":
+            self.model.base_model.enable_adapter_layers()
+            self.disabled = False
+        elif switch == "look at the base":
+            with self.model.disable_adapter():
+                self.near(self.model, self.weights([]))
+            self.merged = []
 
     @rule(names=st.lists(NAMES, min_size=1, max_size=2, unique=True))
-    def switch(self, names):
+    def activate(self, names):
         names = [name for name in names if name in self.shifts][: 1 if self.heads else 2]
         if names:
+            self.model.set_adapter(names[0])  # peft's own word for one; for several it has only its inner model's
             self.model.base_model.set_adapter(names)
             self.active, self.merged = names, []  # peft unmerges
-
-    @rule()
-    def disable(self):
-        self.model.base_model.disable_adapter_layers()
-        self.disabled, self.merged = True, []  # peft's forward pass unmerges
-        self.model(X)
-
-    @rule()
-    def enable(self):
-        self.model.base_model.enable_adapter_layers()
-        self.disabled = False
-
-    @rule()
-    def look_at_the_base(self):
-        with self.model.disable_adapter():
-            self.near(self.model, self.weights([]))
-        self.merged = []
 
     @precondition(lambda self: len(self.shifts) > 1)
     @rule(name=NAMES)
@@ -297,14 +299,6 @@ class Adapters(RuleBasedStateMachine):
             self.shifts.pop(name), self.head.pop(name, None)
             self.fresh.discard(name)
             self.active = list(self.model.active_adapters)  # peft's choice
-
-    @rule()
-    def check(self):
-        words = {"merged"} if self.merged else set()
-        words |= {"disabled"} if self.disabled else set()
-        trainable = any(p.requires_grad for n, p in self.model.named_parameters() if "lora_" in n)
-        words |= set() if trainable else {"frozen"}
-        self.attempt(words, check_adapters, self.model, X, backbone=RECORD)
 
     @invariant()
     def output_is_that_of_the_plain_model(self):
@@ -321,8 +315,8 @@ class Adapters(RuleBasedStateMachine):
 
 TestAdapters = Adapters.TestCase
 TestAdapters.settings = settings(
-    max_examples=30,
-    stateful_step_count=12,
+    max_examples=50,
+    stateful_step_count=25,
     derandomize=True,
     phases=[Phase.generate],
     deadline=None,
