@@ -1,5 +1,6 @@
 """Instruction tuning on a tiny LLaMA with random weights: data, labels, result, processes, chat, MT-Bench."""
 
+import io
 import json
 import math
 import re
@@ -488,6 +489,20 @@ def test_chat(finished, base):
     words = [sys.executable, "-m", "nlp_ext.instruct", "chat", f"--adapter={result['folder']}", "--new-tokens=5"]
     done = subprocess.run(words, input="Hello\nAnd?\n\n", capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "encoding", "errors"),
+    [
+        (b"caf\xe9\n", "utf-8", "strict"),
+        (b"caf\xe9\n", "utf-8", "surrogateescape"),
+        ("é\n".encode(), "ascii", "strict"),
+    ],
+)
+def test_lines_that_are_no_text(finished, capsys, monkeypatch, typed, encoding, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding, errors))
+    assert main(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=5"]) == 2
+    assert f"abm-instruct: error: a line is no text in {encoding} (" in capsys.readouterr().err
 
 
 def test_chat_without_an_adapter(tmp_path, capsys):
