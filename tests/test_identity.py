@@ -7,6 +7,7 @@ import os
 import shutil
 
 import numpy as np
+import official
 import pytest
 import torch
 from conftest import TINY, build_vit
@@ -17,6 +18,7 @@ from abm_vision import initializers
 from abm_vision.runs import content
 from abm_vision.vtab import make_config, results, run
 from abm_vision.vtab.__main__ import main
+from vtab_tasks.content import content as task_content
 
 TASK = "kitti_dist"  # the smallest test split: 711 images
 PLAIN = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "init": "kaiming", "task": TASK}
@@ -265,6 +267,24 @@ def test_versions_of_initialisations():
 def test_content_of_every_source(original, tmp_path):
     folder = vtab_tasks.load(TASK, "train800val200", source="folder", data_dir=original.parent)
     drawn = vtab_tasks.load(TASK, "train800val200", source="rendered")
-    found = [vtab_tasks.content.content(data, content.remembered) for data in (folder, drawn, folder[:5], drawn[:5])]
+    found = [task_content(data, content.remembered) for data in (folder, drawn, folder[:5], drawn[:5])]
     assert len({c["images"] for c in found}) == 3  # what is drawn is named by its code
     assert all(set(c) == {"images", "labels"} for c in found)
+
+
+def test_content_of_data_prepared_by_tfds(tmp_path, monkeypatch):
+    """The same examples prepared twice are the same, others are not; and it needs no TensorFlow."""
+    monkeypatch.setitem(vtab_tasks.TASKS, "svhn", official.small_edition(vtab_tasks.get_task("svhn")))
+    make, found = official.make_examples, []
+    for place, shift in (("one", 0), ("two", 0), ("three", 5)):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                official, "make_examples", lambda features, size, seed, k=shift: make(features, size, seed + k)
+            )
+            official.write_official("svhn_cropped", tmp_path / place)
+        data = vtab_tasks.load("svhn", "test", source="tfds", data_dir=tmp_path / place)
+        found.append(task_content(data, content.remembered))
+    assert found[0] == found[1]
+    assert found[0]["images"] != found[2]["images"] and found[0]["labels"] != found[2]["labels"]
+    part = task_content(data[:4], content.remembered)
+    assert part["images"] != found[2]["images"] and part["images"].startswith("tfds, sha256 ")

@@ -608,3 +608,24 @@ def test_a_sequence_longer_than_the_model(base, tmp_path, capsys):
     assert f"length is 600; {base} reads at most 512 tokens" in capsys.readouterr().err
     assert main([*flags({**SMALL, "model": base, "held_out": 2400}), f"--out={tmp_path}", "--quiet"]) == 2
     assert "2400 conversations, of which 2400 would be held out: lower --held-out" in capsys.readouterr().err
+
+
+def test_other_conversations_or_template_are_neither_resumed_nor_handed_back(base, tmp_path, monkeypatch, capsys):
+    def write(answer):
+        rows = [{"instruction": f"Say {k}.", "output": f"{answer} {k}"} for k in range(90)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    write("It is")
+    config = small(base, data=str(tmp_path / "rows.jsonl"), init="kaiming", epochs=1)
+    result = run(config, tmp_path / "out")
+    write("It was")
+    with pytest.raises(ValueError, match=r"made with other content: instruction data \(sha256 \w+ then, .* now\)"):
+        run(config, tmp_path / "out")
+    write("It is")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "TEMPLATE", data.TEMPLATE.replace("###", "##"))
+        with pytest.raises(ValueError, match="made with other content: encoding"):
+            run(config, tmp_path / "out")
+    assert run(config, tmp_path / "out") == result
+    assert main(["--init=kaiming", "--abm-tokens=answers", f"--out={tmp_path / 'none'}"]) == 2
+    assert "abm_tokens is given, but init kaiming has no use for it" in capsys.readouterr().err

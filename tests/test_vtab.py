@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -314,6 +315,27 @@ def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
     assert run(config, out, rerun=True)["test"]["count"] == 60
 
 
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("progress", {"epoch": "one"}, "lacks losses"),
+        ("progress", {"epoch": "one", "losses": [], "seconds": [], "accuracies": {}}, "epoch is 'one'"),
+        ("notes", "[]", "checkpoint.pt: "),
+        ("notes", '{"origin": 3, "information_loss": null}', "origin is 3"),
+        ("trained", {"other": torch.zeros(1)}, "does not fit this model"),
+        ("trained", 3, "is not whole"),
+        ("optimiser", {"state": {}}, "does not fit this model"),
+    ],
+)
+def test_checkpoint_with_a_field_of_another_type(broken_off, part, value, message):
+    config, out = broken_off
+    path = out / config.run_name() / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, part: value}, path)
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt.*{message}.*--rerun, or deleting its folder, starts afresh"):
+        run(config, out)
+
+
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
 def test_checkpoint_that_is_damaged_or_of_another_schema(broken_off, content):
     config, out = broken_off
@@ -368,6 +390,34 @@ def test_loss_that_is_not_finite_is_told(tmp_path):
 def test_bf16_run(tmp_path):
     result = run(tiny(precision="bf16", epochs=1), tmp_path)
     assert result["precision"] == "bf16" and math.isfinite(result["loss_per_step"][-1])
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path, monkeypatch):
+    config = tiny(init="kaiming", epochs=1)
+    folder = open_folder(tmp_path, config)
+    halves = [".checkpoint.pt.77.part.pt", ".result.json.77.part.json", ".config.json.77.part.json"]
+    for name in halves:
+        (folder / name).write_text("half")
+    for name in (".adapter.77.part", "tensorboard"):
+        (folder / name).mkdir()
+        (folder / name / "file").write_text("half")
+    run(config, tmp_path)
+    whole = {".lock", "config.json", "result.json", "curves.png", "adapter"}
+    assert {p.name for p in folder.iterdir()} == {*whole, ".config.json.77.part.json"}  # somebody may be writing it
+    os.utime(folder / ".config.json.77.part.json", (0, 0))
+    for name in ("checkpoint.pt", "failure.json"):  # killed after the result was written
+        (folder / name).write_text("left")
+    run(config, tmp_path)
+    assert {p.name for p in folder.iterdir()} == whole
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = build_vit(num_classes=3, img_size=160).requires_grad_(False)
+    model.blocks[1].mlp.fc1.weight[0, 0], model.norm.bias[0] = math.nan, math.inf
+    torch.save(model.state_dict(), tmp_path / "test_vit.pth")
+    message = r"test_vit\.pth, loaded into .*: blocks\.1\.mlp\.fc1\.weight and 1 other tensors hold NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        create_backbone("test_vit", 3, 32, tmp_path / "test_vit.pth")
 
 
 # Settings

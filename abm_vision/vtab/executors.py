@@ -8,6 +8,8 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
@@ -22,6 +24,8 @@ import torch
 from abm_vision.runs.start import Say
 from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.suite import Executor, Outcome, attempt
+
+PATIENCE = 10.0  # seconds that a process without its parent has to close what is open
 
 
 def in_this_process(say: Say | None = None) -> Executor:
@@ -136,6 +140,7 @@ def _ending(code: int | None) -> str:
 
 
 def _child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: str | None, sender: Connection) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # closing what is open
     Thread(target=_end_with_the_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
@@ -146,6 +151,8 @@ def _child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: str 
 def _end_with_the_parent() -> None:
     """A parent that is killed can end nobody: its children would go on, and keep their runs locked."""
     multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
     os._exit(1)
 
 
