@@ -19,7 +19,7 @@ from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.order import diagnosis_batches
 from abm_vision.runs.start import Say, settle_device, stopwatch
-from abm_vision.vtab.config import EVALUATIONS, RunConfig
+from abm_vision.vtab.config import EVALUATIONS, RunConfig, make_config
 from abm_vision.vtab.data import Images, Preprocessing, load_all, preprocessing_for
 from abm_vision.vtab.train import choose_attention
 from abm_vision.weights import WeightSource, create_backbone, find_weights
@@ -47,7 +47,7 @@ class Setup:
     @cached_property
     def origin(self) -> Origin:
         """The content that a run that is resumed must find unchanged."""
-        return _origin(self.config, self.train_data, self.test_data, self.weights)
+        return _origin(self.config, _data_origin(self.train_data, self.test_data), self.weights)
 
     @property
     def weights_sha256(self) -> str:
@@ -96,22 +96,31 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     )
 
 
-def origin_now(config: RunConfig) -> Origin:
+def origin_now(config: RunConfig, known: dict[RunConfig, Origin] | None = None) -> Origin:
     """The content that a run of this configuration would be made of now; no model is built, no network asked.
+
+    Args:
+        config: the settings.
+        known: what was found of the data of runs, to be added to: those of a suite share theirs.
 
     Raises:
         OSError: data or weights are not there.
         ValueError: the data are damaged.
     """
-    train_data, test_data, _ = _load(config)
-    return _origin(config, train_data, test_data, find_weights(config.model, config.weights))
+    fields = ("task", "evaluate", "source", "data_dir", "test_images")
+    key = make_config(**{name: getattr(config, name) for name in fields})
+    known = {} if known is None else known
+    if key not in known:
+        known[key] = _data_origin(*_load(config)[:2])
+    return _origin(config, known[key], find_weights(config.model, config.weights))
 
 
-def _origin(
-    config: RunConfig, train_data: vtab_tasks.TaskData, test_data: vtab_tasks.TaskData, weights: WeightSource
-) -> Origin:
+def _data_origin(train_data: vtab_tasks.TaskData, test_data: vtab_tasks.TaskData) -> Origin:
     splits = {"training": content(train_data, remembered), "test": content(test_data, remembered)}
-    data = {f"{split} {part}": found for split, parts in splits.items() for part, found in parts.items()}
+    return {f"{split} {part}": found for split, parts in splits.items() for part, found in parts.items()}
+
+
+def _origin(config: RunConfig, data: Origin, weights: WeightSource) -> Origin:
     return {
         **data,
         "weights": f"sha256 {weights.sha256}" if weights.sha256 else "random",

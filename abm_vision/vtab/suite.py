@@ -21,7 +21,7 @@ from typing import Any
 import vtab_tasks
 from abm_vision.abm.files import CannotWrite
 from abm_vision.runs import folder as files
-from abm_vision.runs.content import check_finished
+from abm_vision.runs.content import Origin, check_finished
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.settings import check_used, uses
 from abm_vision.runs.start import Say
@@ -213,10 +213,11 @@ def _run_all(
         top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
         say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
 
+    known: dict[RunConfig, Origin] = {}  # the content of the runs' data, found once a task
     while left := [config for config in configs if config not in outcomes]:
         free = []
         for config in left:
-            finished = _finished(config, folders[config], diagnose, say)
+            finished = _finished(config, folders[config], diagnose, known, say)
             if finished:
                 note(config, finished)
             elif not files.is_locked(folders[config]):
@@ -229,13 +230,15 @@ def _run_all(
     return outcomes
 
 
-def _finished(config: RunConfig, folder: Path, diagnose: bool, say: Say) -> Outcome | None:
+def _finished(
+    config: RunConfig, folder: Path, diagnose: bool, known: dict[RunConfig, Origin], say: Say
+) -> Outcome | None:
     """The outcome of a run that has nothing left to do; None otherwise, and for one whose result cannot be taken."""
     try:
         result = results.read_result(folder)
         if result is None or result["reference_only"] or (diagnose and not result["information_loss"]):
             return None
-        check_finished(result["origin"], partial(origin_now, config), folder, say)
+        check_finished(result["origin"], partial(origin_now, config, known), folder, say)
     except ValueError:
         return None  # the run itself says what is wrong with it
     return Outcome("done", result["test"]["top1"])
