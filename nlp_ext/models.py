@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,11 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from abm_vision.runs.content import sha256_of
+from abm_vision.runs.finite import check_finite
 from nlp_ext import tiny
+
+_TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ def load_model(
 
     Raises:
         OSError: there is no such model, it is gated, or the hub cannot be reached.
-        ValueError: the model is of another kind, or its files are damaged or not whole.
+        ValueError: the model is of another kind, its files are damaged or not whole, or a weight is not finite.
     """
     place = str(tiny.tiny_folder(name, show_progress_bar=show_progress_bar)) if name in tiny.MODELS else name
     try:
@@ -63,7 +66,7 @@ def load_model(
             raise ValueError(f"{name} is a model of type {config.model_type}; one like {example} is needed here")
         tokenizer = AutoTokenizer.from_pretrained(place)
         model, loading = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
-        sha256 = _sha256(Path(cached_file(place, "config.json")).parent)
+        sha256 = sha256_of(_weights_files(Path(cached_file(place, "config.json")).parent))
     except OSError as error:
         raise OSError(_explained(name, error, example)) from error
     except (SafetensorError, RuntimeError) as error:  # a file that is cut short, or of other shapes
@@ -74,6 +77,7 @@ def load_model(
             f"{name} lacks {len(missing)} weights of a {type(model).__name__} ({missing[0]} and others): they would be "
             f"random. Give a model of that kind, such as {example}"
         )
+    check_finite(model, f"the weights of {name}")
     revision = getattr(model.config, "_commit_hash", None)
     return model.eval(), tokenizer, Weights(name, revision, sha256, name in tiny.MODELS)
 
@@ -100,12 +104,21 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
         error = error.__cause__ or error.__context__
 
 
-def _sha256(folder: Path) -> str:
-    digest, paths = hashlib.sha256(), sorted(folder.glob("*.safetensors"))
+def model_content(name: str) -> dict[str, str]:
+    """Hashes of a model's weights, configuration and tokeniser, as they are on this machine; nothing is loaded.
+
+    Raises:
+        OSError: they are not there.
+    """
+    place = str(tiny.tiny_folder(name, show_progress_bar=False)) if name in tiny.MODELS else name
+    folder = Path(cached_file(place, "config.json", local_files_only=True)).parent
+    tokenizer = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
+    files = {"weights": _weights_files(folder), "model configuration": [folder / "config.json"], "tokenizer": tokenizer}
+    return {part: f"sha256 {sha256_of(paths)}" if paths else "none" for part, paths in files.items()}
+
+
+def _weights_files(folder: Path) -> list[Path]:
+    paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         raise OSError(f"no safetensors file in {folder}, and pickles are never loaded")
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(2**24):
-                digest.update(block)
-    return digest.hexdigest()
+    return paths

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +15,39 @@ from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.runs.content import Origin, initialisation, version
 from abm_vision.runs.order import diagnosis_batches, shuffled
 from abm_vision.runs.settings import AdapterSettings
-from nlp_ext.models import Weights
+from nlp_ext.models import Weights, model_content
 
 Row = dict[str, list[int]]  # input_ids and labels of one example
 Batch = dict[str, Tensor]
+
+
+def text_origin(config: AdapterSettings, data: Mapping[str, str], *encoding: Any) -> Origin:
+    """The content that a run on text is made of; nothing is loaded.
+
+    Args:
+        config: the settings.
+        data: hashes of the examples by split.
+        encoding: the functions and records that make tokens of them.
+
+    Raises:
+        OSError: the model is not on this machine.
+    """
+    hashes = {f"{split} data": f"sha256 {digest}" for split, digest in data.items()}
+    return {
+        **model_content(config.model),
+        **hashes,
+        "encoding": version(*encoding),
+        **initialisation(config),
+        "processes": PartialState().num_processes,
+    }
+
+
+def token_digest(rows: Sequence[Row]) -> str:
+    """A hash of all tokens and labels, which tokeniser and template decide as well as the examples."""
+    return f"sha256 {hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
 
 
 @dataclass
@@ -32,6 +61,7 @@ class TextRun:
         rows: the training set.
         data: what a result says of the data.
         weights: where the model's weights come from.
+        origin: the content that a run that is resumed must find unchanged.
         device, precision: of the run.
         seconds: what the stages took.
     """
@@ -42,6 +72,7 @@ class TextRun:
     rows: list[Row]
     data: dict[str, Any]
     weights: Weights
+    origin: Origin
     device: torch.device
     precision: str
     seconds: dict[str, float]
@@ -55,15 +86,6 @@ class TextRun:
     def backbone(self) -> Backbone:
         """The record of the model's family."""
         return find_backbone(self.model)
-
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What a run that is taken up again must find unchanged."""
-        return {
-            "data": self.data,
-            "weights_sha256": self.weights.sha256,
-            "processes": PartialState().num_processes,
-        }
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Padded tensors (examples, tokens) on the device."""

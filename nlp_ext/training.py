@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import time
@@ -20,9 +19,12 @@ from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.initializers import get_initializer
 from abm_vision.provenance import environment
+from abm_vision.runs import folder as files
+from abm_vision.runs.content import check_origin
 from abm_vision.runs.device import peak_memory
-from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT, Diverged, check_origin, read_json
+from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT, Diverged
 from abm_vision.runs.log import LOGS, Log
+from abm_vision.runs.records import Notes, Positive, Record, Result, Seconds, read_record
 from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
 from nlp_ext.ranks import same_on_all_ranks
@@ -30,7 +32,32 @@ from nlp_ext.textrun import TextRun
 
 CHECKPOINTS, PROGRESS, NOTES = "checkpoints", "progress.json", "notes.json"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
+AFRESH = "--rerun, or deleting its folder, starts afresh"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
+
+
+class Kept(Record):
+    """`progress.json` of a checkpoint."""
+
+    losses: list[float]
+    seconds: list[Seconds]
+
+
+class Weights(Record):
+    """A `nlp_ext.models.Weights`."""
+
+    location: str
+    revision: str | None
+    sha256: str
+    tiny: bool
+
+
+class TextResult(Result):
+    """What `result.json` of every run on text holds."""
+
+    weights: Weights
+    tiny: bool
+    processes: Positive
 
 
 def training_arguments(
@@ -132,7 +159,7 @@ class Progress(TrainerCallback):
 
     def restore(self, checkpoint: Path) -> None:
         """Take up what was kept with a checkpoint."""
-        kept = json.loads((checkpoint / PROGRESS).read_text(encoding="utf-8"))
+        kept = read_record(checkpoint / PROGRESS, Kept, remedy=AFRESH)
         self.losses, self.seconds = kept["losses"], kept["seconds"]
 
 
@@ -158,7 +185,8 @@ def begin(
         ValueError: the run began with other data or weights, or its start comes out differently now.
     """
     checkpoint = last_checkpoint(folder)
-    notes = read_json(folder / NOTES) if checkpoint else {"origin": setup.origin, "information_loss": None}
+    fresh = {"origin": setup.origin, "information_loss": None}
+    notes = read_record(folder / NOTES, Notes, remedy=AFRESH) if checkpoint else fresh
     check_origin(notes["origin"], setup.origin, folder)
     diagnose = diagnose and notes["information_loss"] is None
     if checkpoint is None or diagnose or not get_initializer(setup.config.init).in_factors:
@@ -176,6 +204,7 @@ def common_record(setup: TextRun, notes: dict[str, Any], progress: Progress) -> 
     return {
         "schema": setup.config.schema,
         "config": asdict(setup.config),
+        "origin": setup.origin,
         "data": setup.data,
         "weights": asdict(setup.weights),
         "tiny": setup.weights.tiny,
@@ -193,22 +222,9 @@ def common_record(setup: TextRun, notes: dict[str, Any], progress: Progress) -> 
     }
 
 
-def finished_origin(result: dict[str, Any]) -> dict[str, Any]:
-    """The `origin` that a finished run had."""
-    return {
-        "data": result["data"],
-        "weights_sha256": result["weights"]["sha256"],
-        "processes": result["processes"],
-    }
-
-
 def clear(folder: Path, *names: str) -> None:
     """Remove what a run has left in its folder but the configuration; `names` are a command's own files and folders."""
-    for name in (RESULT, FAILURE, NOTES, CURVES, INFORMATION_LOSS, ADAPTER, CHECKPOINTS, *LOGS, *names):
-        if (folder / name).is_dir():
-            shutil.rmtree(folder / name)
-        else:
-            (folder / name).unlink(missing_ok=True)
+    files.remove(folder, (RESULT, FAILURE, NOTES, CURVES, INFORMATION_LOSS, ADAPTER, CHECKPOINTS, *LOGS, *names))
 
 
 def finish(result: dict[str, Any], folder: Path, title: str) -> None:
@@ -218,8 +234,7 @@ def finish(result: dict[str, Any], folder: Path, title: str) -> None:
     if result["information_loss"]:
         plots.save_figure(plots.draw_information_loss(result), folder / INFORMATION_LOSS)
     write_json(folder / RESULT, result)
-    (folder / NOTES).unlink(missing_ok=True)
-    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    files.remove(folder, (NOTES, CHECKPOINTS))
 
 
 def train(trainer: Trainer, progress: Progress, checkpoint: Path | None) -> None:

@@ -289,6 +289,10 @@ DAMAGED = {
         lambda f: changed_json(f, "adapter_config.json", lambda c: c.update(use_rslora="no")),
         "has use_rslora 'no', it must be true or false",
     ),
+    "no regular expression": (
+        lambda f: changed_json(f, "adapter_config.json", lambda c: c.update(target_modules="attn.(")),
+        "does not fit this model, or is damaged: .*unterminated subpattern",
+    ),
     "another r": (lambda f: changed_json(f, "adapter_config.json", lambda c: c.update(r=3)), "size mismatch"),
     "abm.json without fields": (
         lambda f: (f / "abm.json").write_text('{"format": 1}'),

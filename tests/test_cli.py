@@ -58,7 +58,7 @@ def test_the_real_command(tmp_path):
     assert json.loads(out)["test"]["count"] == 60
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_killed_and_interrupted_runs_go_on(tmp_path, how, code):
     words = [*FLAGS, "--epochs", 30, "--batch-size", 100]
     process = start(*words, "--out", tmp_path)
@@ -68,7 +68,7 @@ def test_killed_and_interrupted_runs_go_on(tmp_path, how, code):
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "Traceback" not in err and ("goes on from the last whole epoch" in err) is (how == signal.SIGINT)
+    assert "Traceback" not in err and ("resumes from the last whole epoch" in err) is (how != signal.SIGKILL)
     (folder,) = tmp_path.iterdir()
     assert {p.name for p in folder.iterdir() if p.name[0] != "."} == {"config.json", "checkpoint.pt"}
     process = start(*words, "--out", tmp_path)
@@ -163,7 +163,10 @@ def refused(words, capsys):
         ),
         (["--init", "abm_tuned", "--abm-reference", "absent"], "no adapter_config.json in absent"),
         (["--abm-reference", "absent"], "abm_reference is given, but init abm uses no reference"),
-        (["--init", "orthogonal", "--rank", "3"], "even"),
+        (
+            ["--init", "orthogonal"],
+            "abm_samples, abm_steps is given, but init orthogonal has no use for it: leave it out",
+        ),
         (["--align-match", "2"], r"match is 2\.0; it must lie in"),
         (["--abm-fit", "block"], "invalid choice: 'block'"),
         (["--image-size", "33"], r"does not run at 33 px .* divisible by patch size \(16\)"),
@@ -203,7 +206,7 @@ def test_output_in_the_way(capsys, tmp_path):
 
 def test_file_of_another_schema(capsys, tmp_path):
     (tmp_path / "old.json").write_text('{"schema": 0, "config": {"task": "dsprites_loc"}}')
-    assert "has schema 0, this version reads 4" in refused(["--config", tmp_path / "old.json"], capsys)
+    assert "has schema 0, this version reads 5" in refused(["--config", tmp_path / "old.json"], capsys)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from peft import PeftModel
 from transformers import ByT5Tokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
 
 from nlp_ext.glue import run as module
+from nlp_ext.glue import setup
 from nlp_ext.glue.__main__ import main, summary
 from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.run import run
@@ -64,7 +65,7 @@ def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
-    assert result["schema"] == "glue-1" and not result["tiny"]
+    assert result["schema"] == "glue-2" and not result["tiny"]
     assert set(result["scores"]) == {"validation"} and result["scores"]["validation"]["count"] == 12
     assert len(result["loss_per_step"]) == 2 * 5 and len(result["seconds_per_epoch"]) == 2  # 80 examples in fives
     assert result["data"]["train"] == {
@@ -171,7 +172,7 @@ def test_seeds_differ_and_repeat(base, tmp_path):
 
 def test_divergence_is_one_message(base, tmp_path, capsys):
     words = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items()]
-    code = main([*words, f"--model={base}", "--lr=1e30", "--init=kaiming", f"--out={tmp_path}", "--quiet"])
+    code = main([*words, f"--model={base}", "--lr=1e30", f"--out={tmp_path}", "--quiet"])
     assert code == 2 and "the training loss is not finite in step" in capsys.readouterr().err
 
 
@@ -187,18 +188,113 @@ def test_long_inputs_are_cut_and_counted(base, tmp_path):
     assert result["data"]["validation"][0]["cut"] == sum(n > 90 for n in longest) > 0
 
 
-def test_other_data_is_not_taken_up(finished, base, tmp_path):
-    folder = tmp_path / "data"
-    folder.mkdir()
+def write_rows(folder, change=lambda row: row):
+    folder.mkdir(exist_ok=True)
     for split, count in (("train", 80), ("validation", 12)):
-        rows = examples("rte", split)[:count]
+        rows = [change(dict(row)) for row in examples("rte", split)[:count]]
         (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    config = small(base, data=str(folder), epochs=1, init="kaiming")
-    run(config, tmp_path / "out")
-    rows[0]["label"] = 1 - rows[0]["label"]
-    (folder / "validation.jsonl").write_text("\n".join(json.dumps(r) for r in rows))
-    with pytest.raises(ValueError, match=r"began with data .* now it is"):
-        run(config, tmp_path / "out", diagnose=True)
+
+
+def die_after_an_epoch(config, out, monkeypatch):
+    saved = module.Progress.on_save
+
+    def die(self, args, state, control, **more):
+        saved(self, args, state, control, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module.Progress, "on_save", die)
+        run(config, out)
+
+
+def test_other_content_is_neither_resumed_nor_handed_back(base, tmp_path, monkeypatch):
+    model = shutil.copytree(base, tmp_path / "model")
+    write_rows(tmp_path / "data")
+    settings = {"data": str(tmp_path / "data"), "init": "kaiming"}
+    finished, broken = (small(model, epochs=n, **settings) for n in (1, 2))
+    result = run(finished, tmp_path / "out")
+    die_after_an_epoch(broken, tmp_path / "out", monkeypatch)
+
+    def refused(named):
+        for config in (finished, broken):
+            with pytest.raises(ValueError, match=rf"made with other content: {named} \(.* then, .* now\).*--rerun"):
+                run(config, tmp_path / "out")
+
+    write_rows(tmp_path / "data", lambda row: {**row, "label": 1 - row["label"]})
+    refused("train data .* then, .* now\\), validation data")
+    write_rows(tmp_path / "data")
+    settings = (model / "config.json").read_text()
+    (model / "config.json").write_text(settings.replace('"relu"', '"gelu"'))
+    refused("model configuration")
+    (model / "config.json").write_text(settings)
+    tokenizer = (model / "tokenizer_config.json").read_text()
+    (model / "tokenizer_config.json").write_text(tokenizer + " ")
+    refused("tokenizer")
+    (model / "tokenizer_config.json").write_text(tokenizer)
+    with monkeypatch.context() as patch:
+        patch.setattr(setup, "shortened", lambda ids, length: ids[:length])
+        refused("encoding")
+    lines = []
+    shutil.rmtree(tmp_path / "data")
+    assert run(finished, tmp_path / "out", say=lines.append) == result
+    assert any("were not checked: no examples of rte/train" in line for line in lines)
+    write_rows(tmp_path / "data")
+    assert len(run(broken, tmp_path / "out")["seconds_per_epoch"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        ("scores", {"validation": {"accuracy": "all"}}, "it lacks scores.validation.count"),
+        ("scores", 3, "scores is 3"),
+        ("processes", 0, "processes is 0"),
+        ("loss_per_step", [1.0] * 3, "3 losses and 2 times are not those of 2 epochs"),
+        ("data", {}, "it lacks data.train, data.validation"),
+        ("config", {"task": "rte"}, "config: it lacks abm_batch_size"),
+        ("schema", "glue-1", "has schema glue-1, this version reads glue-2"),
+    ],
+)
+def test_a_field_of_a_result_that_is_no_good(finished, base, tmp_path, place, value, message):
+    folder = shutil.copytree(finished[0]["folder"], tmp_path / Path(finished[0]["folder"]).name)
+    content = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").write_text(json.dumps({**content, place: value}))
+    with pytest.raises(ValueError, match=rf"result\.json.*{message}.*move its folder away"):
+        run(small(base), tmp_path)
+
+
+@pytest.mark.parametrize("file", ["notes.json", "progress.json"])
+@pytest.mark.parametrize("text", ["{", "[]", '{"losses": 3, "seconds": [], "origin": 3}'])
+def test_notes_of_an_interrupted_run_that_are_no_good(broken_off, base, file, text):
+    out = broken_off
+    path = next(out.rglob(file))
+    before = path.read_text()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"{file}.*--rerun, or deleting its folder, starts afresh"):
+        run(small(base, init="kaiming"), out)
+    path.write_text(before)
+
+
+@pytest.fixture(scope="module")
+def broken_off(base, tmp_path_factory):
+    out = tmp_path_factory.mktemp("broken")
+    with pytest.MonkeyPatch.context() as patch:
+        die_after_an_epoch(small(base, init="kaiming"), out, patch)
+    return out
+
+
+def test_weights_that_are_not_finite_are_named(base, tmp_path, capsys):
+    model = T5ForConditionalGeneration.from_pretrained(base).requires_grad_(False)
+    model.decoder.block[0].layer[2].DenseReluDense.wi.weight[0, 0] = torch.nan
+    model.save_pretrained(tmp_path / "model")
+    ByT5Tokenizer().save_pretrained(tmp_path / "model")
+    assert main([f"--model={tmp_path / 'model'}", "--data=synthetic", f"--out={tmp_path}", "--quiet"]) == 2
+    assert "decoder.block.0.layer.2.DenseReluDense.wi.weight hold NaN" in capsys.readouterr().err
+
+
+def test_flags_without_use_are_refused(tmp_path, capsys):
+    assert main(["--init=kaiming", "--abm-steps=3", f"--out={tmp_path}"]) == 2
+    assert "abm_steps is given, but init kaiming has no use for it" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

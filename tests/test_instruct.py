@@ -1,5 +1,6 @@
 """Instruction tuning on a tiny LLaMA with random weights: data, labels, result, processes, chat, MT-Bench."""
 
+import io
 import json
 import math
 import re
@@ -279,7 +280,7 @@ def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
-    assert result["schema"] == "instruct-1" and result["processes"] == 1 and not result["tiny"]
+    assert result["schema"] == "instruct-2" and result["processes"] == 1 and not result["tiny"]
     assert len(result["loss_per_step"]) == 2 * 5
     assert result["data"]["train"]["conversations"] == 80 and result["data"]["held_out"]["conversations"] == 10
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
@@ -490,6 +491,20 @@ def test_chat(finished, base):
     assert done.returncode == 0 and done.stderr == "", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "encoding", "errors"),
+    [
+        (b"caf\xe9\n", "utf-8", "strict"),
+        (b"caf\xe9\n", "utf-8", "surrogateescape"),
+        ("é\n".encode(), "ascii", "strict"),
+    ],
+)
+def test_lines_that_are_no_text(finished, capsys, monkeypatch, typed, encoding, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding, errors))
+    assert main(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=5"]) == 2
+    assert f"abm-instruct: error: a line is no text in {encoding} (" in capsys.readouterr().err
+
+
 def test_chat_without_an_adapter(tmp_path, capsys):
     assert main(["chat", f"--adapter={tmp_path}/none"]) == 2
     assert f"no folder {tmp_path}/none: give that of a finished run" in capsys.readouterr().err
@@ -593,3 +608,24 @@ def test_a_sequence_longer_than_the_model(base, tmp_path, capsys):
     assert f"length is 600; {base} reads at most 512 tokens" in capsys.readouterr().err
     assert main([*flags({**SMALL, "model": base, "held_out": 2400}), f"--out={tmp_path}", "--quiet"]) == 2
     assert "2400 conversations, of which 2400 would be held out: lower --held-out" in capsys.readouterr().err
+
+
+def test_other_conversations_or_template_are_neither_resumed_nor_handed_back(base, tmp_path, monkeypatch, capsys):
+    def write(answer):
+        rows = [{"instruction": f"Say {k}.", "output": f"{answer} {k}"} for k in range(90)]
+        (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    write("It is")
+    config = small(base, data=str(tmp_path / "rows.jsonl"), init="kaiming", epochs=1)
+    result = run(config, tmp_path / "out")
+    write("It was")
+    with pytest.raises(ValueError, match=r"made with other content: instruction data \(sha256 \w+ then, .* now\)"):
+        run(config, tmp_path / "out")
+    write("It is")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "TEMPLATE", data.TEMPLATE.replace("###", "##"))
+        with pytest.raises(ValueError, match="made with other content: encoding"):
+            run(config, tmp_path / "out")
+    assert run(config, tmp_path / "out") == result
+    assert main(["--init=kaiming", "--abm-tokens=answers", f"--out={tmp_path / 'none'}"]) == 2
+    assert "abm_tokens is given, but init kaiming has no use for it" in capsys.readouterr().err

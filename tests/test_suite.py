@@ -8,7 +8,10 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -348,6 +351,31 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
         pass
 
 
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)])
+def test_no_process_outlives_a_suite(tmp_path, how, code):
+    """Ctrl-C goes to all processes of a terminal, the others to the suite's own."""
+    if (os.cpu_count() or 1) < 2:
+        pytest.skip("one core")
+    words = ["suite", "--tasks", "dsprites_loc", "--init", "kaiming,gaussian", "--jobs", "2", "--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "abm_vision.vtab", *words, *WORDS, "--epochs", "5000"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    deadline = time.monotonic() + 240
+    while len(list(tmp_path.glob("*/checkpoint.pt"))) < 2:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.1)
+    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+    err = process.communicate(timeout=60)[1]  # ends when the last process has closed it
+    assert process.returncode == code and "Traceback" not in err
+    assert ("resumes from the last whole epoch" in err) is (how != signal.SIGKILL)
+    for folder in tmp_path.glob("*/"):
+        assert not files.is_locked(folder) and not (folder / "result.json").exists()
+
+
 # ---- plan ----------------------------------------------------------------------------------------
 
 
@@ -375,6 +403,23 @@ def test_dry_run(finished, tmp_path, capsys):
         assert shown.count("selection") == 4 and shown.count(" final ") == 2 and origin in shown
         assert f"6 runs, {there if folder == out else 0} finished" in shown
     assert not empty.exists()
+
+
+def test_a_result_that_is_damaged_takes_nothing_with_it(finished, tmp_path, capsys):
+    """It is a failed run of the suite, and a line of the plan."""
+    suite, out, _, _ = finished
+    shutil.copytree(out, tmp_path / "out")
+    path = next((tmp_path / "out").glob("*/result.json"))
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "test": {**content["test"], "top1": 2.0}}))
+    lines = []
+    outcomes = run_suite(suite, tmp_path / "out", executors.in_this_process(), lines.append)
+    (failed,) = [o for o in outcomes.values() if o.state == "failed"]
+    assert "test.top1 is 2.0" in failed.reason and sum(o.state == "done" for o in outcomes.values()) >= 3
+    words = ["suite", "--tasks", ",".join(suite.tasks), "--init", "kaiming", "--seeds", "2", "--grid", "lr=1e-5,5e-3"]
+    assert main([*words, *WORDS, "--dry-run", "--out", str(tmp_path / "out")]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.count("not readable") == 1 and "test.top1 is 2.0" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -444,7 +489,7 @@ def test_a_process_that_dies_is_a_failed_run(tmp_path):
         return execute(configs, out, diagnose)
 
     (outcome,) = run_suite(suite, tmp_path, killing, silent).values()
-    assert outcome.state == "failed" and "signal 9, perhaps for want of memory" in outcome.reason
+    assert outcome.state == "failed" and "signal 9, perhaps out of memory" in outcome.reason
     (folder,) = tmp_path.glob("*/")
     assert (folder / "checkpoint.pt").exists() and (folder / "failure.json").exists()
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import shutil
 from pathlib import Path
 from unittest.mock import Mock
@@ -62,7 +63,7 @@ def test_result_says_everything(finished):
     folder = out / config.run_name()
     written = json.loads((folder / "result.json").read_text())
     assert {**written, "folder": str(folder)} == result
-    assert written["schema"] == 4 and written["config"] == dataclasses.asdict(config)
+    assert written["schema"] == 5 and written["config"] == dataclasses.asdict(config)
     assert written["test"]["count"] == 60 and written["test"]["split_size"] == 73_728
     assert written["test"]["top1"] == written["test"]["correct"] / 60
     assert written["data"]["train"]["images"] == 1000 and written["data"]["test"]["source"] == "rendered"
@@ -268,9 +269,9 @@ def test_diagnosis_needs_images_that_the_start_does_not_see(tmp_path):
 def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
     config = tiny(init="kaiming", epochs=1)
     run(config, tmp_path)
-    other = data.data_record
-    monkeypatch.setattr(SETUP, "data_record", lambda d: {**other(d), "source": "tfds"})
-    with pytest.raises(ValueError, match="began with train_data"):
+    other = SETUP.content
+    monkeypatch.setattr(SETUP, "content", lambda *a: {**other(*a), "labels": "tfds"})
+    with pytest.raises(ValueError, match=r"made with other content: training labels \(rendered, code \w+ then"):
         run(config, tmp_path, diagnose=True)
 
 
@@ -307,11 +308,32 @@ def broken_off(tmp_path, monkeypatch):
 
 def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
     config, out = broken_off
-    other = data.data_record
-    monkeypatch.setattr(SETUP, "data_record", lambda d: {**other(d), "source": "tfds"})
-    with pytest.raises(ValueError, match=r"began with train_data .*'rendered'.*now it is .*'tfds'.*--rerun"):
+    other = SETUP.content
+    monkeypatch.setattr(SETUP, "content", lambda *a: {**other(*a), "images": "tfds"})
+    with pytest.raises(ValueError, match=r"training images \(rendered, code \w+ then, tfds now\).*--rerun"):
         run(config, out)
     assert run(config, out, rerun=True)["test"]["count"] == 60
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "message"),
+    [
+        ("progress", {"epoch": "one"}, "lacks losses"),
+        ("progress", {"epoch": "one", "losses": [], "seconds": [], "accuracies": {}}, "epoch is 'one'"),
+        ("notes", "[]", "checkpoint.pt: "),
+        ("notes", '{"origin": 3, "information_loss": null}', "origin is 3"),
+        ("trained", {"other": torch.zeros(1)}, "does not fit this model"),
+        ("trained", 3, "is not whole"),
+        ("optimiser", {"state": {}}, "does not fit this model"),
+    ],
+)
+def test_checkpoint_with_a_field_of_another_type(broken_off, part, value, message):
+    config, out = broken_off
+    path = out / config.run_name() / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save({**state, part: value}, path)
+    with pytest.raises(ValueError, match=rf"checkpoint\.pt.*{message}.*--rerun, or deleting its folder, starts afresh"):
+        run(config, out)
 
 
 @pytest.mark.parametrize("content", [b"", b"no checkpoint", None])
@@ -368,6 +390,34 @@ def test_loss_that_is_not_finite_is_told(tmp_path):
 def test_bf16_run(tmp_path):
     result = run(tiny(precision="bf16", epochs=1), tmp_path)
     assert result["precision"] == "bf16" and math.isfinite(result["loss_per_step"][-1])
+
+
+def test_what_a_killed_process_left_half_written_is_removed(tmp_path, monkeypatch):
+    config = tiny(init="kaiming", epochs=1)
+    folder = open_folder(tmp_path, config)
+    halves = [".checkpoint.pt.77.part.pt", ".result.json.77.part.json", ".config.json.77.part.json"]
+    for name in halves:
+        (folder / name).write_text("half")
+    for name in (".adapter.77.part", "tensorboard"):
+        (folder / name).mkdir()
+        (folder / name / "file").write_text("half")
+    run(config, tmp_path)
+    whole = {".lock", "config.json", "result.json", "curves.png", "adapter"}
+    assert {p.name for p in folder.iterdir()} == {*whole, ".config.json.77.part.json"}  # somebody may be writing it
+    os.utime(folder / ".config.json.77.part.json", (0, 0))
+    for name in ("checkpoint.pt", "failure.json"):  # killed after the result was written
+        (folder / name).write_text("left")
+    run(config, tmp_path)
+    assert {p.name for p in folder.iterdir()} == whole
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    model = build_vit(num_classes=3, img_size=160).requires_grad_(False)
+    model.blocks[1].mlp.fc1.weight[0, 0], model.norm.bias[0] = math.nan, math.inf
+    torch.save(model.state_dict(), tmp_path / "test_vit.pth")
+    message = r"test_vit\.pth, loaded into .*: blocks\.1\.mlp\.fc1\.weight and 1 other tensors hold NaN or infinite"
+    with pytest.raises(ValueError, match=message):
+        create_backbone("test_vit", 3, 32, tmp_path / "test_vit.pth")
 
 
 # Settings
@@ -438,14 +488,55 @@ def test_rerun_keeps_the_result_of_a_run_that_cannot_begin(tmp_path, monkeypatch
     assert (folder / "result.json").is_file() and (folder / "adapter").is_dir()
 
 
-@pytest.mark.parametrize("change", [{"config": {}}, {"config": None}, {"seconds": ...}])
-def test_an_incomplete_result_is_named(tmp_path, change):
-    folder = Path(run(tiny(init="kaiming", epochs=1), tmp_path)["folder"])
-    content = json.loads((folder / "result.json").read_text())
-    content = {k: v for k, v in {**content, **change}.items() if v is not ...}
-    (folder / "result.json").write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=r"result\.json is no whole result, it lacks .*; move it away"):
-        read_result(folder)
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        (("config",), {}, "it lacks abm_batch_size, .*, workers"),
+        (("config",), None, "config is None"),
+        (("config", "task"), "dsprites_lok", "unknown task 'dsprites_lok'"),
+        (("config", "init"), "mine", "init is 'mine'; allowed are kaiming"),
+        (("config", "rank"), "8", "rank is '8'; it must be of type int"),
+        (("seconds",), ..., "it lacks seconds"),
+        (("seconds", "init"), ..., "it lacks seconds.init"),
+        (("seconds",), {"init": "long"}, "seconds.init is 'long'"),
+        (("test",), [], r"test is \[\]"),
+        (("test", "top1"), 2.0, r"test\.top1 is 2\.0 \(.*less than or equal to 1\)"),
+        (("test", "top1"), "0.5", r"test\.top1 is '0\.5'"),
+        (("test", "top1"), math.nan, r"test\.top1 is nan \(.*finite"),
+        (("test", "correct"), 61, "61 correct of 60 counted"),
+        (("test", "correct"), True, r"test\.correct is True"),
+        (("loss_per_step",), [1.0] * 3, "3 losses are not 4 in every epoch"),
+        (("loss_per_step",), [], r"loss_per_step is \[\]"),
+        (("loss_per_step", 0), None, r"loss_per_step\.0 is None"),
+        (("loss_per_step", 0), math.inf, r"loss_per_step\.0 is inf"),
+        (("seconds_per_epoch",), [], "0 times are not those of 1 epochs"),
+        (("environment",), "a laptop", "environment is 'a laptop'"),
+        (("data", "train"), None, "data.train is None"),
+        (("data", "train", "source"), "web", r"data\.train\.source is 'web'"),
+        (("weights", "sha256"), 5, r"weights\.sha256 is 5"),
+        (("information_loss",), {"after": 1}, "it lacks information_loss.before"),
+        (("reference_only",), "no", "reference_only is 'no'"),
+        (("top1_per_epoch",), {"1": 3}, r"top1_per_epoch\.1 is 3"),
+        (("surplus",), 1, "surplus is 1"),
+    ],
+)
+def test_a_field_that_is_missing_or_of_another_type_or_range_is_named(one_epoch, tmp_path, place, value, message):
+    content = json.loads(one_epoch.read_text())
+    inner = content
+    for name in place[:-1]:
+        inner = inner[name]
+    if value is ...:
+        del inner[place[-1]]
+    else:
+        inner[place[-1]] = value
+    (tmp_path / "result.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"result\.json: .*{message}.*; move its folder away"):
+        read_result(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def one_epoch(tmp_path_factory):
+    return Path(run(tiny(init="kaiming", epochs=1), tmp_path_factory.mktemp("one"))["folder"]) / "result.json"
 
 
 def test_different_settings_never_share_a_folder():
@@ -457,23 +548,24 @@ def test_different_settings_never_share_a_folder():
 
 def test_config_file_of_another_schema_or_none(tmp_path):
     good = open_folder(tmp_path, tiny()) / "config.json"
-    assert make_config(**read_config(good, 4)) == tiny()
+    assert make_config(**read_config(good, 5)) == tiny()
     for text, message in (
-        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 4"),
-        ("[1, 2]", r"has schema None, this version reads 4"),
+        ('{"schema": 0, "config": {}}', r"has schema 0, this version reads 5"),
+        ("[1, 2]", "holds no JSON object"),
+        ('{"schema": 5, "config": [1]}', r"has schema 5, this version reads 5"),
         ("{", "is not JSON"),
     ):
         (tmp_path / "bad.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            read_config(tmp_path / "bad.json", 4)
+            read_config(tmp_path / "bad.json", 5)
     with pytest.raises(FileNotFoundError, match="no configuration file"):
-        read_config(tmp_path / "absent.json", 4)
+        read_config(tmp_path / "absent.json", 5)
 
 
 def test_result_of_another_schema_is_not_taken(tmp_path):
     folder = open_folder(tmp_path, tiny())
     (folder / "result.json").write_text('{"schema": 7}')
-    with pytest.raises(ValueError, match=r"has schema 7, this version reads 4; move it away"):
+    with pytest.raises(ValueError, match=r"has schema 7, this version reads 5; move its folder away"):
         run(tiny(), tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -680,6 +772,11 @@ def test_predict_on_what_is_not_there(from_file, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"deep\.png cannot be read as an image \(.*mode I;16: write it with 8 bits"):
         predict(folder, [tmp_path / "deep.png"])
     with pytest.raises(FileNotFoundError, match=r"no abm\.json in .*folder of a finished run"):
+        predict(tmp_path, pictures)
+    (tmp_path / "abm.json").write_text('{"format": 1, "run": {"model": "test_vit"}}')
+    with pytest.raises(
+        ValueError, match=r"abm\.json: it lacks run\.weights, .*; it is damaged, or was not written by a run"
+    ):
         predict(tmp_path, pictures)
     (tmp_path / "abm.json").write_text('{"format": 1, "qv_only": []}')
     with pytest.raises(ValueError, match="was not written by a run"):

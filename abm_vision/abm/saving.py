@@ -269,7 +269,7 @@ def _taken_off_on_error(model: nn.Module, bare: nn.Module, adapter_name: str, wh
 
 
 # What peft and torch raise over files that do not fit a model.
-_UNFIT = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, SafetensorError)
+_UNFIT = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, SafetensorError, re.error)
 
 
 def load_reference(

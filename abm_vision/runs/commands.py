@@ -6,13 +6,17 @@ import argparse
 import io
 import os
 import select
+import signal
 import sys
-from collections.abc import Callable, Collection
+import threading
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
+from types import FrameType
 from typing import Any, NoReturn
 
 from abm_vision.runs.log import LOGS
-from abm_vision.runs.settings import AdapterSettings, Settings, read_config
+from abm_vision.runs.settings import AdapterSettings, Settings, check_used, read_config
 
 
 class Parser(argparse.ArgumentParser):
@@ -60,12 +64,15 @@ def settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
     """The configuration that a run's flags say; takes `config` out of `options`.
 
     Raises:
-        ValueError, FileNotFoundError: as `make` and `read_config`.
+        ValueError, FileNotFoundError: as `make` and `read_config`, or a flag is given that the initialisation has no
+            use for.
     """
     path = options.pop("config")
     if path and "preset" in options:
         raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
-    return config.make(**{**(read_config(path, config.schema) if path else {}), **options})
+    made = config.make(**{**(read_config(path, config.schema) if path else {}), **options})
+    check_used(options, [made.init])  # what a file or a preset sets beyond that is not the user's mistake
+    return made
 
 
 def print_config(config: AdapterSettings) -> None:
@@ -87,10 +94,15 @@ def say(line: str) -> None:
         raise SystemExit(UNREAD) from None
 
 
-def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
-    """The exit code of a command: its own, 2 for bad input, 130 after Ctrl-C, 141 where its output is not read.
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: as Ctrl-C, everything that is open is closed on the way out."""
 
-    What a terminal cannot show is written as an escape (`\\u2020`).
+
+def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
+    """The exit code of a command: its own, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM, 141 with no reader.
+
+    Output that nobody reads any longer ends the command. What a terminal cannot show is written as an escape
+    (`\\u2020`).
 
     Args:
         program: its name, before every message.
@@ -101,10 +113,11 @@ def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        try:
-            return command()
-        finally:  # --help exits; what is still held back is not to fail after this
-            print(end="", flush=True)
+        with _heeding_sigterm():
+            try:
+                return command()
+            finally:  # --help exits; what is still held back is not to fail after this
+                print(end="", flush=True)
     except (ValueError, OSError) as error:
         if isinstance(error, OSError) and _let_go() and isinstance(error, BrokenPipeError):
             return UNREAD
@@ -116,19 +129,41 @@ def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
         cause = str(error).partition("\n")[0]
         print(f"{program}: error: out of memory ({cause}); a smaller {smaller} takes less", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"\n{program}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as stop:
+        return _stopped(program, stop)
 
 
 def run_guarded(program: str, run: Callable[[], Any]) -> Any:
-    """What `run` gives, or exit code 130 after Ctrl-C, with a word on how to go on."""
+    """What `run` gives, or exit code 130 after Ctrl-C and 143 after SIGTERM, with a word on how to resume."""
     try:
         return run()
-    except KeyboardInterrupt:
-        words = "the same command (without --rerun) goes on from the last whole epoch"
-        print(f"\n{program}: interrupted; {words}", file=sys.stderr)
-        raise SystemExit(130) from None
+    except KeyboardInterrupt as stop:
+        code = _stopped(program, stop, "; the same command (without --rerun) resumes from the last whole epoch")
+        raise SystemExit(code) from None
+
+
+def _stopped(program: str, stop: KeyboardInterrupt, more: str = "") -> int:
+    terminated = isinstance(stop, Terminated)
+    print(f"\n{program}: {'terminated' if terminated else 'interrupted'}{more}", file=sys.stderr)
+    return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+@contextmanager
+def _heeding_sigterm() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, once: a second one ends the process at once. Only a main thread can."""
+
+    def stop(number: int, frame: FrameType | None) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _let_go() -> bool:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -14,13 +15,16 @@ from typing import Any
 from filelock import FileLock, Timeout
 from peft import PeftModel
 
-from abm_vision.abm.files import read_object, write_json, writing
+from abm_vision.abm.files import write_json, writing
 from abm_vision.abm.saving import save_adapter
+from abm_vision.runs import records
 from abm_vision.runs.device import choose_precision, resolve_device
+from abm_vision.runs.records import read_record
 from abm_vision.runs.settings import AdapterSettings
 
 CONFIG, RESULT, ADAPTER = "config.json", "result.json", "adapter"
 LOCK, FAILURE = ".lock", "failure.json"
+ABANDONED = 60.0  # seconds after which nobody is at a configuration half written
 
 
 def open_folder(out: str | Path, config: AdapterSettings) -> Path:
@@ -47,7 +51,9 @@ class Diverged(ValueError):
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from this run. The system gives the lock back if the process is killed.
+    """Keep other processes from this run, and remove what a killed one has left half written.
+
+    The system gives the lock back if the process is killed.
 
     Raises:
         Busy: another process has it.
@@ -59,6 +65,7 @@ def locked(folder: Path) -> Iterator[None]:
     if not taken:
         raise Busy(f"another process is at the run in {folder}: wait for it, or choose another --out")
     try:
+        _sweep(folder)
         yield
     finally:
         lock.release()
@@ -84,45 +91,45 @@ def _take(lock: FileLock) -> bool:
 def settle_precision(folder: Path, config: AdapterSettings) -> str:
     """The precision of this run: what was settled before, else what the device says now, kept in the folder.
 
-    A run that is taken up again, perhaps by a machine with other hardware, must go on as it began.
+    A run that is resumed, perhaps by a machine with other hardware, must go on as it began.
+
+    Raises:
+        ValueError: the folder's configuration is damaged, or of another schema.
     """
-    content = read_json(folder / CONFIG)
+    content = read_record(folder / CONFIG, records.Settings, config.schema)
     if "precision" not in content:
         content["precision"] = choose_precision(config.precision, resolve_device(config.device))
         write_json(folder / CONFIG, content)
     return content["precision"]
 
 
-def read_result(
-    folder: Path, schema: int | str, entries: Collection[str], settings: Collection[str] = ()
-) -> dict[str, Any] | None:
+def read_result(folder: Path, kind: type[records.Result], schema: int | str) -> dict[str, Any] | None:
     """The result of a finished run, None for one that is not.
 
     Raises:
-        ValueError: it was written under another schema, or lacks one of `entries` or (in its configuration) `settings`.
+        ValueError: it is damaged, of another schema, or a field is missing or out of its range.
     """
-    path = folder / RESULT
-    if not path.is_file():
-        return None
-    result = read_json(path)
-    if result.get("schema") != schema:
-        raise ValueError(
-            f"{path} has schema {result.get('schema')}, this version reads {schema}; move it away to run again"
-        )
-    config = result["config"] if isinstance(result.get("config"), dict) else {}
-    absent = sorted(set(entries) - set(result)) or sorted(set(settings) - set(config))
-    if absent:
-        raise ValueError(f"{path} is no whole result, it lacks {', '.join(absent)}; move it away to run again")
-    return result
+    return read_record(folder / RESULT, kind, schema) if (folder / RESULT).is_file() else None
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a run's folder.
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files and folders of a run, those that are there."""
+    for name in names:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name, ignore_errors=True)
+        else:
+            (folder / name).unlink(missing_ok=True)
 
-    Raises:
-        ValueError: it is damaged; the message names it.
+
+def _sweep(folder: Path) -> None:
+    """Remove what a killed process has left half written: nobody else writes while this run's lock is held.
+
+    But for a configuration, which is written before the lock is taken: it must have been there for a while.
     """
-    return read_object(path, "move it away to run again")
+    for path in folder.glob(".*.part*"):
+        with suppress(FileNotFoundError):
+            if not path.name.startswith(f".{CONFIG}.") or time.time() - path.stat().st_mtime > ABANDONED:
+                remove(folder, [path.name])
 
 
 def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
@@ -142,17 +149,3 @@ def write_failure(folder: Path, schema: int | str, reason: str) -> None:
     """Why the run did not finish; kept until it does."""
     now = datetime.now(timezone.utc).isoformat("T", "seconds")
     write_json(folder / FAILURE, {"schema": schema, "reason": reason, "time": now})
-
-
-def check_origin(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
-    """A run must not go on with other data or weights than it began with: `auto` may find others meanwhile.
-
-    Raises:
-        ValueError: something differs.
-    """
-    for name, value in now.items():
-        if before[name] != value:
-            raise ValueError(
-                f"the run in {folder} began with {name} {before[name]}, now it is {value}; --rerun, or deleting its "
-                "folder, starts afresh"
-            )

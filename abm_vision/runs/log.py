@@ -39,7 +39,9 @@ def opened(kind: str | None, folder: Path) -> Iterator[Log | None]:
         def log(name: str, value: float, step: int) -> None:
             if not writers:
                 with writing(folder):
-                    writers.append(stack.enter_context(SummaryWriter(str(folder / kind))))
+                    # What an interrupted try wrote of this step and later ones is hidden.
+                    writer = SummaryWriter(str(folder / kind), purge_step=step)
+                    writers.append(stack.enter_context(writer))
             writers[0].add_scalar(name, value, step)
 
         yield log

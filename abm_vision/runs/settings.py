@@ -13,6 +13,7 @@ from typing import Any, ClassVar, TypeVar
 from abm_vision.abm.align import AlignConfig
 from abm_vision.abm.checks import check_choice
 from abm_vision.abm.config import FITS, ABMConfig
+from abm_vision.abm.files import read_object
 from abm_vision.abm.lora import KINDS
 from abm_vision.initializers import INITIALIZERS, get_initializer
 from abm_vision.runs.device import PRECISIONS, resolve_device
@@ -198,13 +199,10 @@ def read_config(path: str | Path, schema: int | str) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: no such file, no JSON, or another schema.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no configuration file {path}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    found = content.get("schema") if isinstance(content, dict) else None
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no configuration file {path}")
+    content = read_object(Path(path), "write the settings as flags instead")
+    found = content.get("schema")
     if found != schema or not isinstance(content.get("config"), dict):
         raise ValueError(f"{path} has schema {found}, this version reads {schema}: write the settings as flags instead")
     return content["config"]

@@ -18,7 +18,8 @@ from abm_vision.abm.saving import ABM_FILE, load_reference, read_settings
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import get_initializer, initialize_lora
 from abm_vision.runs.device import autocast
-from abm_vision.runs.folder import ADAPTER, RESULT, read_json, settle_precision
+from abm_vision.runs.folder import ADAPTER, RESULT, settle_precision
+from abm_vision.runs.records import Tuned, read_record
 from abm_vision.runs.settings import AdapterSettings, Settings, without_own_settings
 
 REFERENCE = "reference"
@@ -160,7 +161,8 @@ def _reference(ready: Ready, config: AdapterSettings, tune: Tune, say: Say) -> I
         say("reference tuned first, by the same run with init kaiming")
         given = tune(without_own_settings(config))["folder"]
     folder = Path(given)
-    tuned = read_json(folder / RESULT) if (folder / RESULT).is_file() else None
+    remedy = "give another reference, or its adapter folder alone"
+    tuned = read_record(folder / RESULT, Tuned, remedy=remedy) if (folder / RESULT).is_file() else None
     adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
     _check_weights(adapter, ready.weights_sha256)
     load_reference(ready.model, adapter, REFERENCE)

@@ -30,7 +30,7 @@ PROGRAM = "abm-vtab"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0] if words else "", _run)
     return guarded(
@@ -84,15 +84,10 @@ def _compare(words: list[str]) -> int:
     else:
         quiet = quiet or as_json
         task, init, lr, seeds = (options.pop(name, default) for name, default in COMPARED.items())
-        found, diverged = compare.run_all(
-            task.split(","),
-            init.split(","),
-            seeds,
-            _numbers("lr", lr),
-            options,
-            out,
-            quiet=quiet,
-            say=None if quiet else say,
+        note = None if quiet else say
+        inits, rates = init.split(","), _numbers("lr", lr)
+        found, diverged = run_guarded(
+            PROGRAM, lambda: compare.run_all(task.split(","), inits, seeds, rates, options, out, quiet=quiet, say=note)
         )
     compared = comparison.compare(found, diverged)
     paths = compare.write_report(compared, report or out)
@@ -132,7 +127,8 @@ def _suite(words: list[str]) -> int:
         execute = executors.in_this_process(None if quiet else say)
     else:
         execute = executors.local(given["jobs"])
-    outcomes = suite.run_suite(wanted, out, execute, (lambda line: None) if quiet else say)
+    note = (lambda line: None) if quiet else say
+    outcomes = run_guarded(PROGRAM, lambda: suite.run_suite(wanted, out, execute, note))
     failed = {config: outcome for config, outcome in outcomes.items() if outcome.state == "failed"}
     for config, outcome in failed.items():
         print(f"failed: {config.run_name()}: {outcome.reason}", file=sys.stderr)
@@ -169,6 +165,9 @@ def _print_plan(wanted: Any, out: str) -> None:
         print(
             f"{one.config.run_name():<44} {kind:<10} lr {one.config.lr:<8g} {one.state:<14} {one.seconds / 60:7.1f} min"
         )
+    for one in planned:
+        if one.reason:
+            print(one.reason, file=sys.stderr)
     hours = sum(one.seconds for one in planned) / 3600
     finished = sum(one.state == "finished" for one in planned)
     speed = f"{throughput['train']:.0f} images/s in training and {throughput['test']:.0f} in testing ({origin})"

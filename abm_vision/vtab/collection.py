@@ -6,6 +6,8 @@ says knows their number.
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,15 +19,18 @@ from scipy.stats import wilcoxon
 
 import vtab_tasks
 from abm_vision.runs import folder as files
+from abm_vision.runs.records import Failure, read_record
 from abm_vision.runs.settings import uses
 from abm_vision.vtab import results
-from abm_vision.vtab.comparison import BASELINE, area
+from abm_vision.vtab.comparison import BASELINE, area, data_content
 
 _IDENTITY = ("task", "init", "seed")
 # What was asked for and where it lay; what came of it is told by `_facts`.
 _PLACES = ("data_dir", "workers", "source", "weights", "device", "precision", "abm_reference")
 # Facts that may differ between runs of one method.
 _CIRCUMSTANCES = ("device", "commit")
+# Facts of a task and of an initialisation, which others do not share.
+_OTHER, _CODE = "other data", "initialisation"
 
 
 @dataclass(frozen=True)
@@ -197,6 +202,7 @@ class Section:
         """The one baseline there is; of several that whose settings, where they differ, are the method's."""
         baselines = [m for m in self.methods if self._start(m) == BASELINE]
         facts = _facts(self._run(method))
+        baselines = [m for m in baselines if self._run(m)["own"].get(_OTHER) == facts[_OTHER]]
         if len(baselines) > 1:
             baselines = [m for m in baselines if self._run(m)["own"].items() <= facts.items()]
         return baselines[0] if len(baselines) == 1 else None
@@ -247,14 +253,19 @@ class Report:
 def collect(folder: str | Path) -> Report:
     """Read the finished runs below a folder. Runs of a selection, scored on val200, are left out.
 
+    A result that cannot be read is named among what has none, with the reason.
+
     Raises:
         FileNotFoundError: there is no finished run.
-        ValueError: a result is of another schema, or damaged.
     """
     folder = Path(folder)
     runs, unfinished, validated = [], [], 0
     for path in sorted(folder.glob(f"*/{files.CONFIG}")):
-        result = results.read_result(path.parent)
+        try:
+            result = results.read_result(path.parent)
+        except ValueError as error:
+            unfinished.append((path.parent.name, f"not readable: {error}"))
+            continue
         if result is None:
             unfinished.append((path.parent.name, _why(path.parent)))
         elif result["config"]["evaluate"] == "test" and not result["reference_only"]:
@@ -263,8 +274,11 @@ def collect(folder: str | Path) -> Report:
             validated += result["config"]["evaluate"] == "val"
     if not runs:
         others = f" ({validated} scored on val200 are no results)" if validated else ""
-        raise FileNotFoundError(f"no finished run below {folder}{others}: give the folder that was --out of the runs")
-    runs, again = _once(_named(runs))
+        unread = "".join(f"; {name} is {why}" for name, why in unfinished if why.startswith("not readable"))
+        raise FileNotFoundError(
+            f"no finished run below {folder}{others}: give the folder that was --out of the runs{unread}"
+        )
+    runs, again = _once(_named(_with_data(runs)))
     unfinished += again
     order = list(vtab_tasks.TASKS)
     runs.sort(key=lambda r: (order.index(r["config"]["task"]), r["method"], r["config"]["seed"]))
@@ -288,8 +302,28 @@ def source(run: dict[str, Any]) -> str:
 def _why(folder: Path) -> str:
     failure = folder / files.FAILURE
     if failure.is_file():
-        return str(files.read_json(failure).get("reason"))
+        try:
+            return read_record(failure, Failure)["reason"]
+        except ValueError as error:
+            return f"failed; why is not readable: {error}"
     return "half done" if (folder / results.CHECKPOINT).is_file() else "not begun"
+
+
+def _with_data(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs with `other_data`: None for those on the data that most runs of their task are on, else their hash.
+
+    A test subset of another size is another one of the same data.
+    """
+    groups: dict[tuple[Any, ...], Counter[str]] = {}
+    digests = [hashlib.sha256(repr(data_content(run)).encode()).hexdigest()[:8] for run in runs]
+    keys = [(run["config"]["task"], source(run) == "rendered", run["test"]["count"]) for run in runs]
+    for key, digest in zip(keys, digests, strict=True):
+        groups.setdefault(key, Counter()).update([digest])
+    most = {key: found.most_common(1)[0][0] for key, found in groups.items()}
+    return [
+        {**run, "other_data": None if digest == most[key] else digest}
+        for run, key, digest in zip(runs, keys, digests, strict=True)
+    ]
 
 
 def _named(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -305,11 +339,13 @@ def _named(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     differing: dict[str, set[str]] = {}
     for (init, *_), found in groups.items():
         names = {name for name in found[0] if any(fact[name] != found[0][name] for fact in found)}
-        differing.setdefault(init, set()).update(names - set(_CIRCUMSTANCES))
+        differing.setdefault(init, set()).update(names - {*_CIRCUMSTANCES, _OTHER})
     named = []
     for run, fact in zip(runs, facts, strict=True):
         init = run["config"]["init"]
         own = {name: fact[name] for name in sorted(differing[init])}
+        if fact[_OTHER]:
+            own[_OTHER] = fact[_OTHER]
         named.append({**run, "own": own, "method": ", ".join([init, *(f"{k} {v}" for k, v in own.items())])})
     return named
 
@@ -326,7 +362,7 @@ def _once(runs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tu
             why = (
                 "it is {} again"
                 if same
-                else "it has the settings of {} and another result: of other data? Report each apart"
+                else "it has the settings of {} and another result on the same data: report each apart"
             )
             again.append((run["file"], f"left out, {why.format(first['file'])}"))
     return list(found.values()), again
@@ -342,6 +378,8 @@ def _facts(run: dict[str, Any]) -> dict[str, Any]:
         **used,
         "weights": f"sha256 {sha256[:12]}" if sha256 else "random",
         "data": source(run),
+        _OTHER: run["other_data"],
+        _CODE: run["origin"]["initialisation"],
         "precision": run["precision"],
         # A reference tuned by the run itself is another one for every seed.
         "reference": reference["folder"] if reference and config["abm_reference"] else "none given",
@@ -356,8 +394,10 @@ def _compare_settings(runs: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], d
     for name in dict.fromkeys(name for fact in facts for name in fact):
         values: dict[str, list[str]] = {}
         for fact, run in zip(facts, runs, strict=True):
-            if name in fact:  # a start without a use for a setting has no value of it
+            if name in fact and name not in (_OTHER, _CODE):  # a start without a use for a setting has no value of it
                 values.setdefault(str(fact[name]), []).append(run["file"])
+        if not values:
+            continue
         if len(values) == 1:
             common[name] = next(fact[name] for fact in facts if name in fact)
         else:

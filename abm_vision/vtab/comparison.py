@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from abm_vision.plots import epoch_losses
+from abm_vision.runs.content import shortened
 from abm_vision.vtab.config import RunConfig
 
 BASELINE = "kaiming"
@@ -123,6 +124,8 @@ def _common_settings(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise ValueError("there is nothing to compare: no run has finished")
     for task in dict.fromkeys(result["config"]["task"] for result in results):
         _equal([_data(result) for result in results if result["config"]["task"] == task])
+    for init in dict.fromkeys(result["config"]["init"] for result in results):
+        _equal([_code(result) for result in results if result["config"]["init"] == init])
     return _equal([_settings(result) for result in results])
 
 
@@ -153,7 +156,20 @@ def _settings(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _data(result: dict[str, Any]) -> dict[str, Any]:
-    return {"training data": result["data"]["train"]["source"], "test data": result["data"]["test"]["source"]}
+    sources = {"training data": result["data"]["train"]["source"], "test data": result["data"]["test"]["source"]}
+    return {**sources, **data_content(result)}
+
+
+def data_content(result: dict[str, Any]) -> dict[str, str]:
+    """Hashes of the run's data, in short; none in records that were made before results had any."""
+    parts = ("training images", "training labels", "test images", "test labels")
+    return {part: shortened(result["origin"][part]) for part in parts if "origin" in result}
+
+
+def _code(result: dict[str, Any]) -> dict[str, Any]:
+    """Of one initialisation: that of its function. The reference that it is given is a setting of its own."""
+    init = result["config"]["init"]
+    return {f"code of {init}": result["origin"]["initialisation"]} if "origin" in result else {}
 
 
 def _check_seeds(best: Mapping[tuple[str, str], Sequence[dict[str, Any]]]) -> None:

@@ -11,7 +11,7 @@ from abm_vision.abm.lora import QKV_MODES
 from abm_vision.initializers import INITIALIZERS, get_initializer
 from abm_vision.runs.settings import AdapterSettings, at_least, check_share, flag
 
-SCHEMA = 4
+SCHEMA = 5
 SCHEDULES = ("cosine", "constant")
 # What is trained on and what is scored.
 EVALUATIONS: Mapping[str, tuple[str, str]] = {"test": ("train800val200", "test"), "val": ("train800", "val200")}

@@ -7,18 +7,25 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
+import sys
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from queue import SimpleQueue
+from threading import Event, Thread
 
 import torch
 
 from abm_vision.runs.start import Say
 from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.suite import Executor, Outcome, attempt
+
+PATIENCE = 10.0  # seconds that a process without its parent has to close what is open
 
 
 def in_this_process(say: Say | None = None) -> Executor:
@@ -52,12 +59,13 @@ def local(jobs: int) -> Executor:
         for slot in range(jobs):
             slots.put(slot)
         children: set[Process] = set()
+        stopping = Event()
 
         def one(config: RunConfig) -> Outcome:
             slot = slots.get()
             try:
                 gpu = gpus[slot % len(gpus)] if gpus else None
-                return _in_child(config, out, diagnose, max(1, cores // jobs), gpu, children)
+                return _in_child(config, out, diagnose, max(1, cores // jobs), gpu, children, stopping)
             finally:
                 slots.put(slot)
 
@@ -67,6 +75,7 @@ def local(jobs: int) -> Executor:
                 for future in as_completed(futures):
                     yield futures[future], future.result()
             finally:
+                stopping.set()
                 for future in futures:
                     future.cancel()
                 for child in tuple(children):
@@ -83,14 +92,23 @@ def _gpus() -> list[str]:
 
 
 def _in_child(
-    config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: str | None, children: set[Process]
+    config: RunConfig,
+    out: Path,
+    diagnose: bool,
+    threads: int,
+    gpu: str | None,
+    children: set[Process],
+    stopping: Event,
 ) -> Outcome:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     # No daemon: those may have no loader processes of their own.
     process = context.Process(target=_child, args=(config, out, diagnose, threads, gpu, sender))
-    process.start()
+    with _deaf_to_interrupts():
+        process.start()
     children.add(process)
+    if stopping.is_set():  # it was made while the others were being ended
+        process.terminate()
     sender.close()
     try:
         return receiver.recv()
@@ -102,17 +120,40 @@ def _in_child(
         children.discard(process)
 
 
+@contextmanager
+def _deaf_to_interrupts() -> Iterator[None]:
+    """What this thread starts takes no Ctrl-C, which a terminal sends to all: the parent ends its children itself."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ending(code: int | None) -> str:
     if code is not None and code < 0:
-        return f"the process was ended by signal {-code}" + (", perhaps for want of memory" if code == -9 else "")
+        return f"the process was ended by signal {-code}" + (", perhaps out of memory" if code == -9 else "")
     return f"the process ended with exit code {code}"
 
 
 def _child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: str | None, sender: Connection) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # closing what is open
+    Thread(target=_end_with_the_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
     sender.send(attempt(config, out, diagnose))
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed can end nobody: its children would go on, and keep their runs locked."""
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(PATIENCE)
+    os._exit(1)
 
 
 def on_ray(cpus: float = 1, gpus: float = 0, address: str | None = None) -> Executor:
@@ -130,7 +171,10 @@ def on_ray(cpus: float = 1, gpus: float = 0, address: str | None = None) -> Exec
     except ModuleNotFoundError as error:
         raise ValueError('--executor ray needs the package ray: pip install -e ".[ray]"') from error
     if not ray.is_initialized():
+        heeding = signal.getsignal(signal.SIGTERM)
         ray.init(address=address, log_to_driver=False, include_dashboard=False)
+        if callable(heeding):  # Ray has put its own in its place, which says nothing
+            signal.signal(signal.SIGTERM, heeding)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(node.get("CPU", 0) >= cpus and node.get("GPU", 0) >= gpus for node in nodes):
         largest = "; ".join(f"{node.get('CPU', 0):g} CPU, {node.get('GPU', 0):g} GPU" for node in nodes)

@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torchvision.transforms import InterpolationMode
+from pydantic import ConfigDict
 
-from abm_vision.abm.saving import ABM_FILE, REMEDY, load_adapter, read_settings
+from abm_vision.abm.saving import ABM_FILE, load_adapter, read_settings
 from abm_vision.runs.folder import ADAPTER
+from abm_vision.runs.records import Count, Positive, Record, checked
 from abm_vision.vtab.data import Preprocessing
+from abm_vision.vtab.results import Shape, Weights
 from abm_vision.weights import create_backbone
 from vtab_tasks.sources.folder import read_image
 
-SHAPE = tuple(field.name for field in fields(Preprocessing))
+
+class Run(Record):
+    """Settings of the run that the adapter is from."""
+
+    model: str
+    weights: str
+    seed: Count
+    task: str
+    init: str
 
 
-def _three(value: Any, above: float = -math.inf) -> bool:
-    kinds = (int, float)
-    return isinstance(value, list) and len(value) == 3 and all(type(v) in kinds and above < v < math.inf for v in value)
+class Trained(Record):
+    """What `abm.json` says of a run; other entries are of the adapter itself."""
 
-
-def _count(value: Any, least: int) -> bool:
-    return type(value) is int and least <= value < 2**32
-
-
-# Of `abm.json`: what is to be known of the run, in words, and whether a value is that.
-FIELDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
-    **dict.fromkeys(
-        ("run.model", "run.weights", "run.task", "weights.location", "data_source"),
-        ("a text", lambda value: isinstance(value, str)),
-    ),
-    "run.seed": ("a whole number from 0 on", lambda value: _count(value, 0)),
-    "num_classes": ("a whole number from 1 on", lambda value: _count(value, 1)),
-    "weights.sha256": ("a text, or null", lambda value: value is None or isinstance(value, str)),
-    "preprocessing.image_size": ("a whole number from 1 on", lambda value: _count(value, 1)),
-    "preprocessing.interpolation": (
-        f"one of {', '.join(mode.value for mode in InterpolationMode)}",
-        lambda value: isinstance(value, str) and value in {mode.value for mode in InterpolationMode},
-    ),
-    "preprocessing.mean": ("three numbers", _three),
-    "preprocessing.std": ("three positive numbers", lambda value: _three(value, 0)),
-}
+    model_config = ConfigDict(extra="ignore")
+    run: Run
+    num_classes: Positive
+    weights: Weights
+    preprocessing: Shape
+    data_source: str
 
 
 def predict(
@@ -68,17 +59,21 @@ def predict(
     """
     folder = Path(adapter)
     folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-    run = _read_run(folder)
-    shape = Preprocessing(**{name: run[f"preprocessing.{name}"] for name in SHAPE})
+    settings = read_settings(folder)
+    if "run" not in settings:
+        raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
+    checked(settings, Trained, str(folder / ABM_FILE), "it is damaged, or was not written by a run of VTAB-1K")
+    run, shape = settings["run"], Preprocessing(**settings["preprocessing"])
+    classes, trained_on = settings["num_classes"], settings["data_source"]
+    sha256, location = settings["weights"]["sha256"], settings["weights"]["location"]
     pixels = torch.cat([shape.resize(read_image(path)[None]) for path in images])
-    torch.manual_seed(run["run.seed"])  # a run on random weights drew them from its seed
+    torch.manual_seed(run["seed"])  # a run on random weights drew them from its seed
     backbone, source = create_backbone(
-        run["run.model"], run["num_classes"], shape.image_size, run["run.weights"] if weights is None else weights
+        run["model"], classes, shape.image_size, run["weights"] if weights is None else weights
     )
-    if source.sha256 != run["weights.sha256"]:
+    if source.sha256 != sha256:
         raise ValueError(
-            f"{folder} was trained on {run['weights.location']} (sha256 {run['weights.sha256']}), found was {source}: "
-            "pass the same weights"
+            f"{folder} was trained on {location} (sha256 {sha256}), found was {source}: pass the same weights"
         )
     model = load_adapter(backbone, folder).eval().to(device)
     with torch.no_grad():
@@ -86,34 +81,10 @@ def predict(
     return [
         {
             "image": str(path),
-            "task": run["run.task"],
-            "trained_on": run["data_source"],
+            "task": run["task"],
+            "trained_on": trained_on,
             "label": int(p.argmax()),
             "probability": float(p.max()),
         }
         for path, p in zip(images, probabilities, strict=True)
     ]
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    """The `FIELDS` of the run that wrote an adapter.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no `abm.json`, it is damaged, or another program wrote it.
-    """
-    settings = read_settings(folder)
-    if "run" not in settings:
-        raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
-    found: dict[str, Any] = {}
-    for name, (needed, fits) in FIELDS.items():
-        value: Any = settings
-        for word in name.split("."):
-            if not isinstance(value, dict) or word not in value:
-                raise ValueError(
-                    f"{folder / ABM_FILE} lacks {name}: it is damaged, or no run of abm-vtab wrote it; {REMEDY}"
-                )
-            value = value[word]
-        if not fits(value):
-            raise ValueError(f"{folder / ABM_FILE} has {name} {value!r}; needed is {needed}: {REMEDY}")
-        found[name] = value
-    return found

@@ -75,6 +75,12 @@ def notes(report: Report) -> list[str]:
             lines.append(
                 f"{section.kind}, not compared, for want of {BASELINE} with equal settings: {'; '.join(alone)}."
             )
+    for task in dict.fromkeys(run["config"]["task"] for run in report.runs if run["other_data"]):
+        found = [run["file"] for run in report.runs if run["config"]["task"] == task and run["other_data"]]
+        lines.append(
+            f"{task}: {len(found)} runs are on other data than the rest, and are shown apart as 'other data': "
+            f"{', '.join(found)}."
+        )
     lines += [f"No result: {name} ({' '.join(why.split())})." for name, why in report.unfinished]
     return lines
 

@@ -5,38 +5,125 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import shutil
 import struct
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from torch import nn
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
+from abm_vision.runs import records
 from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT
 from abm_vision.runs.log import LOGS
 from abm_vision.runs.markup import code, markdown, quoted
+from abm_vision.runs.records import Count, Notes, Positive, Record, Seconds, Share, checked, settings_of
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.train import Progress
 
 CHECKPOINT = "checkpoint.pt"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
-ENTRIES = (
-    "config test data num_classes weights preprocessing precision trainable_parameters abm reference information_loss "
-    "loss_per_step seconds_per_epoch top1_per_epoch seconds images_per_second peak_memory_mib environment "
-    "reference_only"
-).split()
+_AFRESH = "--rerun, or deleting its folder, starts afresh"
+LEFT = (CHECKPOINT, FAILURE)  # what a finished run has no use for
+
+
+class Test(Record):
+    """The score."""
+
+    top1: Share
+    correct: Count
+    count: Positive
+    split: str
+    split_size: Positive
+
+    @model_validator(mode="after")
+    def _parts(self) -> Test:
+        if not self.correct <= self.count <= self.split_size:
+            raise ValueError(f"{self.correct} correct of {self.count} counted, of {self.split_size} there are")
+        return self
+
+
+class Data(Record):
+    """Where images are from."""
+
+    task: str
+    split: str
+    source: Literal["tfds", "folder", "rendered"]
+    description: str
+    images: Positive
+
+
+class Splits(Record):
+    """What was trained on, and what was scored."""
+
+    train: Data
+    test: Data
+
+
+class Weights(Record):
+    """A `WeightSource`."""
+
+    name: str
+    origin: str
+    location: str
+    sha256: str | None
+
+
+class Shape(Record):
+    """A `Preprocessing`."""
+
+    image_size: Positive
+    interpolation: Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+    mean: Annotated[list[float], Field(min_length=3, max_length=3)]
+    std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+
+
+class Speed(Record):
+    """Images per second."""
+
+    train: Annotated[float, Field(gt=0)]
+    test: Annotated[float, Field(gt=0)]
+
+
+class Result(records.Result):
+    """`result.json` of a run of VTAB-1K."""
+
+    config: settings_of(RunConfig)
+    test: Test
+    data: Splits
+    num_classes: Positive
+    weights: Weights
+    preprocessing: Shape
+    top1_per_epoch: dict[str, Share]
+    images_per_second: Speed
+    reference_only: bool
+
+    @model_validator(mode="after")
+    def _every_step(self) -> Result:
+        steps = -(-self.data.train.images // self.config["batch_size"])
+        if len(self.loss_per_step) != steps * self.config["epochs"]:
+            raise ValueError(f"{len(self.loss_per_step)} losses are not {steps} in every epoch")
+        absent = sorted({"data", "weights", "lora", "test"} - set(self.seconds))
+        if absent:
+            raise ValueError(f"it lacks seconds.{', seconds.'.join(absent)}")
+        return self
+
+
+class Checkpoint(Record):
+    """`checkpoint.pt` without its tensors."""
+
+    epoch: Positive
+    losses: list[float]
+    seconds: list[Seconds]
+    accuracies: dict[int, Share]
 
 
 def clear(folder: Path) -> None:
     """Remove whatever a run has left in its folder but the configuration."""
-    for name in (RESULT, CHECKPOINT, CURVES, INFORMATION_LOSS, FAILURE):
-        (folder / name).unlink(missing_ok=True)
-    for name in (ADAPTER, *LOGS):
-        shutil.rmtree(folder / name, ignore_errors=True)
+    files.remove(folder, (RESULT, CHECKPOINT, CURVES, INFORMATION_LOSS, FAILURE, ADAPTER, *LOGS))
 
 
 def read_result(folder: Path) -> dict[str, Any] | None:
@@ -45,7 +132,7 @@ def read_result(folder: Path) -> dict[str, Any] | None:
     Raises:
         ValueError: it was written under another schema, or is no result.
     """
-    return files.read_result(folder, SCHEMA, ENTRIES, {field.name for field in fields(RunConfig)})
+    return files.read_result(folder, Result, SCHEMA)
 
 
 def read_finished(folder: str | Path) -> dict[str, Any]:
@@ -89,31 +176,45 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     try:
         state = torch.load(path, map_location=device, weights_only=True)
         schema = state["schema"]
-        whole = {**state, "progress": Progress(**state["progress"]), "notes": json.loads(state["notes"])}
     except (RuntimeError, pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError) as error:
         reason = str(error).partition(". ")[0] or type(error).__name__  # torch follows it with advice on unsafe loading
-        raise ValueError(f"{path} cannot be read ({reason}); --rerun, or deleting its folder, starts afresh") from None
+        raise ValueError(f"{path} cannot be read ({reason}); {_AFRESH}") from None
     if schema != SCHEMA:
-        raise ValueError(
-            f"{path} has schema {schema}, this version reads {SCHEMA}; --rerun, or deleting its folder, starts afresh"
-        )
-    return whole
+        raise ValueError(f"{path} has schema {schema}, this version reads {SCHEMA}; {_AFRESH}")
+    try:
+        progress, notes = state["progress"], json.loads(state["notes"])
+        if not all(isinstance(value, Tensor) for value in state["trained"].values()):
+            raise TypeError("what was trained is no tensor")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is not whole ({error}); {_AFRESH}") from None
+    checked(progress, Checkpoint, str(path), _AFRESH)
+    checked(notes, Notes, str(path), _AFRESH)
+    return {**state, "progress": Progress(**progress), "notes": notes}
 
 
-def restore(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Put a checkpoint's weights and optimiser state in place."""
-    parameters = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, value in state["trained"].items():
-            parameters[name].copy_(value)
-    optimiser.load_state_dict(state["optimiser"])
+def restore(model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any], folder: Path) -> None:
+    """Put a checkpoint's weights and optimiser state in place.
+
+    Raises:
+        ValueError: they are not those of this model.
+    """
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    shapes = [{name: tuple(v.shape) for name, v in found.items()} for found in (parameters, state["trained"])]
+    try:
+        if shapes[0] != shapes[1]:
+            raise ValueError("it has other tensors")
+        with torch.no_grad():
+            for name, value in state["trained"].items():
+                parameters[name].copy_(value)
+        optimiser.load_state_dict(state["optimiser"])
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / CHECKPOINT} does not fit this model ({error}); {_AFRESH}") from None
 
 
 def write_result(folder: Path, result: dict[str, Any]) -> None:
     """The last file of a run: with it the run is finished, and its checkpoint is no longer needed."""
     write_json(folder / RESULT, result)
-    for name in (CHECKPOINT, FAILURE):
-        (folder / name).unlink(missing_ok=True)
+    files.remove(folder, LEFT)
 
 
 def model_card(result: dict[str, Any]) -> str:

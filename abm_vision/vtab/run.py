@@ -11,13 +11,14 @@ from abm_vision import plots
 from abm_vision.initializers import get_initializer
 from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
+from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
 from abm_vision.runs.log import Log
 from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter, stopwatch
 from abm_vision.vtab import results
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.data import Images, data_record, stream
-from abm_vision.vtab.setup import Setup, prepare
+from abm_vision.vtab.setup import Setup, origin_now, prepare
 from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 
@@ -64,6 +65,8 @@ def run(
         result = None if rerun else results.read_result(folder)
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
+            files.remove(folder, results.LEFT)
+            check_finished(result["origin"], partial(origin_now, config), folder, say)
             wanted_now = result["reference_only"] and not reference_only
             if wanted_now:
                 result["reference_only"] = False
@@ -71,14 +74,13 @@ def run(
             if not diagnose or result["information_loss"]:
                 return {**result, "folder": str(folder)}
             setup = prepare(config, folder, say)
-            origin = {"train_data": result["data"]["train"], "test_data": result["data"]["test"]}
-            files.check_origin({**origin, "weights": result["weights"]}, setup.origin, folder)
+            check_origin(result["origin"], setup.origin, folder)
             started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
             result["information_loss"] = started["information_loss"]
         else:
             setup = prepare(config, folder, say)
-            if rerun:  # only now: what is there is lost for a run that can begin
-                results.clear(folder)
+            if rerun or not (folder / results.CHECKPOINT).is_file():
+                results.clear(folder)  # only now: what is there is lost for a run that can begin
             result = _run(setup, config, folder, tune, quiet, diagnose, say, log)
             plots.save_figure(plots.draw_curves(result), folder / results.CURVES)
         if result["information_loss"]:
@@ -108,7 +110,7 @@ def _run(
     progress = Progress() if state is None else state["progress"]
     notes = {"information_loss": None} if state is None else state["notes"]
     if state is not None:
-        files.check_origin(notes["origin"], setup.origin, folder)
+        check_origin(notes["origin"], setup.origin, folder)
     diagnose = diagnose and notes["information_loss"] is None
     if state is None or diagnose or not get_initializer(config.init).in_factors:
         started = start_adapter(setup, config, tune, seconds, quiet, diagnose, say)
@@ -119,7 +121,7 @@ def _run(
         say(f"resumed   after epoch {progress.epoch} of {config.epochs}")
     optimiser = make_optimiser(model, config)
     if state is not None:
-        results.restore(model, optimiser, state)
+        results.restore(model, optimiser, state, folder)
     stage = stopwatch(seconds)
 
     def test() -> tuple[int, int]:
@@ -147,6 +149,7 @@ def _run(
     result = {
         "schema": SCHEMA,
         "config": asdict(config),
+        "origin": setup.origin,
         "test": {
             "top1": correct / count,
             "correct": correct,

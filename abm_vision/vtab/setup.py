@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,13 +15,15 @@ import vtab_tasks
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
+from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.order import diagnosis_batches
 from abm_vision.runs.start import Say, settle_device, stopwatch
-from abm_vision.vtab.config import EVALUATIONS, RunConfig
-from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for
+from abm_vision.vtab.config import EVALUATIONS, RunConfig, make_config
+from abm_vision.vtab.data import Images, Preprocessing, load_all, preprocessing_for
 from abm_vision.vtab.train import choose_attention
-from abm_vision.weights import WeightSource, create_backbone
+from abm_vision.weights import WeightSource, create_backbone, find_weights
+from vtab_tasks.content import content
 
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
 
@@ -42,11 +44,10 @@ class Setup:
     precision: str
     seconds: dict[str, float]
 
-    @property
-    def origin(self) -> dict[str, Any]:
-        """What a run that is taken up again must find unchanged."""
-        data = {"train_data": data_record(self.train_data), "test_data": data_record(self.test_data)}
-        return {**data, "weights": asdict(self.weights)}
+    @cached_property
+    def origin(self) -> Origin:
+        """The content that a run that is resumed must find unchanged."""
+        return _origin(self.config, _data_origin(self.train_data, self.test_data), self.weights)
 
     @property
     def weights_sha256(self) -> str:
@@ -74,11 +75,8 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     seconds: dict[str, float] = {}
     stage = stopwatch(seconds)
     with stage("data"):
-        train_split, test_split = EVALUATIONS[config.evaluate]
-        train_data, test_data = _load(config, train_split), _load(config, test_split)
-        split_size = len(test_data)
-        if 0 < config.test_images < len(test_data):
-            test_data = test_data.subset(config.test_images, TEST_SUBSET_SEED)
+        train_data, test_data, split_size = _load(config)
+        test_split = test_data.split
         say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} {test_split} images")
     with stage("weights"):
         torch.manual_seed(config.seed)
@@ -98,8 +96,48 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     )
 
 
-def _load(config: RunConfig, split: str) -> vtab_tasks.TaskData:
-    return vtab_tasks.load(config.task, split, source=config.source, data_dir=config.data_dir)
+def origin_now(config: RunConfig, known: dict[RunConfig, Origin] | None = None) -> Origin:
+    """The content that a run of this configuration would be made of now; no model is built, no network asked.
+
+    Args:
+        config: the settings.
+        known: what was found of the data of runs, to be added to: those of a suite share theirs.
+
+    Raises:
+        OSError: data or weights are not there.
+        ValueError: the data are damaged.
+    """
+    fields = ("task", "evaluate", "source", "data_dir", "test_images")
+    key = make_config(**{name: getattr(config, name) for name in fields})
+    known = {} if known is None else known
+    if key not in known:
+        known[key] = _data_origin(*_load(config)[:2])
+    return _origin(config, known[key], find_weights(config.model, config.weights))
+
+
+def _data_origin(train_data: vtab_tasks.TaskData, test_data: vtab_tasks.TaskData) -> Origin:
+    splits = {"training": content(train_data, remembered), "test": content(test_data, remembered)}
+    return {f"{split} {part}": found for split, parts in splits.items() for part, found in parts.items()}
+
+
+def _origin(config: RunConfig, data: Origin, weights: WeightSource) -> Origin:
+    return {
+        **data,
+        "weights": f"sha256 {weights.sha256}" if weights.sha256 else "random",
+        **initialisation(config),
+    }
+
+
+def _load(config: RunConfig) -> tuple[vtab_tasks.TaskData, vtab_tasks.TaskData, int]:
+    """Training data, test data, and how many images the split has that these are from."""
+    train_data, test_data = (
+        vtab_tasks.load(config.task, split, source=config.source, data_dir=config.data_dir)
+        for split in EVALUATIONS[config.evaluate]
+    )
+    size = len(test_data)
+    if 0 < config.test_images < size:
+        test_data = test_data.subset(config.test_images, TEST_SUBSET_SEED)
+    return train_data, test_data, size
 
 
 def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, device: torch.device) -> PeftModel:

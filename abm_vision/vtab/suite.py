@@ -12,19 +12,23 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import vtab_tasks
 from abm_vision.abm.files import CannotWrite
 from abm_vision.runs import folder as files
+from abm_vision.runs.content import Origin, check_finished
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.settings import check_used, uses
 from abm_vision.runs.start import Say
 from abm_vision.vtab import results
 from abm_vision.vtab.config import EVALUATIONS, SCHEMA, SET_BY_SUITE, RunConfig, make_config
 from abm_vision.vtab.run import run
+from abm_vision.vtab.setup import origin_now
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -209,10 +213,11 @@ def _run_all(
         top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
         say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
 
+    known: dict[RunConfig, Origin] = {}  # the content of the runs' data, found once a task
     while left := [config for config in configs if config not in outcomes]:
         free = []
         for config in left:
-            finished = _finished(folders[config], diagnose)
+            finished = _finished(config, folders[config], diagnose, known, say)
             if finished:
                 note(config, finished)
             elif not files.is_locked(folders[config]):
@@ -225,14 +230,17 @@ def _run_all(
     return outcomes
 
 
-def _finished(folder: Path, diagnose: bool) -> Outcome | None:
-    """The outcome of a run that has nothing left to do; None otherwise, and for a result that cannot be read."""
+def _finished(
+    config: RunConfig, folder: Path, diagnose: bool, known: dict[RunConfig, Origin], say: Say
+) -> Outcome | None:
+    """The outcome of a run that has nothing left to do; None otherwise, and for one whose result cannot be taken."""
     try:
         result = results.read_result(folder)
+        if result is None or result["reference_only"] or (diagnose and not result["information_loss"]):
+            return None
+        check_finished(result["origin"], partial(origin_now, config, known), folder, say)
     except ValueError:
         return None  # the run itself says what is wrong with it
-    if result is None or result["reference_only"] or (diagnose and not result["information_loss"]):
-        return None
     return Outcome("done", result["test"]["top1"])
 
 
@@ -246,11 +254,12 @@ def _name(config: RunConfig) -> str:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a plan: how far it is, and the seconds that it is likely to take yet."""
+    """One run of a plan: how far it is, the seconds that it is likely to take yet, and why its result is no good."""
 
     config: RunConfig
     state: str
     seconds: float
+    reason: str = ""
 
 
 def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list[Planned]:
@@ -262,7 +271,12 @@ def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list
     planned = []
     for config in (*suite.selection(), *suite.final()):
         folder = Path(out) / config.run_name()
-        if results.read_result(folder) is not None:
+        try:
+            finished = results.read_result(folder) is not None
+        except ValueError as error:
+            planned.append(Planned(config, "not readable", 0.0, str(error)))
+            continue
+        if finished:
             planned.append(Planned(config, "finished", 0.0))
             continue
         state = "to run"
@@ -296,7 +310,10 @@ def measure(suite: Suite, out: str | Path) -> tuple[dict[str, float], str]:
 
 def _throughput(out: str | Path, like: RunConfig) -> dict[str, float] | None:
     alike = ("model", "image_size", "batch_size", "targets", "precision", "device")
-    finished = (results.read_result(folder) for folder in Path(out).glob("*/"))
+    finished = []
+    for folder in Path(out).glob("*/"):
+        with suppress(ValueError):  # a plan and a report name what cannot be read; here others will do
+            finished.append(results.read_result(folder))
     found = [r for r in finished if r and all(r["config"][k] == getattr(like, k) for k in alike)]
     if not found:
         return None

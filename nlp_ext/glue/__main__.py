@@ -25,7 +25,7 @@ PROGRAM = "abm-glue"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run the command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     return guarded(PROGRAM, lambda: _run(words), smaller="--batch-size, --source-tokens or --model")
 

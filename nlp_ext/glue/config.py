@@ -11,7 +11,7 @@ from nlp_ext import tiny
 from nlp_ext.glue.data import HUB, SYNTHETIC
 from nlp_ext.glue.tasks import TASKS, get_task
 
-SCHEMA = "glue-1"
+SCHEMA = "glue-2"
 # What a preset sets beyond the defaults. `paper` is the reference recipe of ABM-LoRA on T5-Base (arXiv:2511.19145).
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quick": {},

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
@@ -15,23 +16,26 @@ from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.abm.saving import load_adapter
 from abm_vision.runs import folder as files
+from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import autocast
 from abm_vision.runs.log import Log
 from abm_vision.runs.markup import code, markdown, quoted
+from abm_vision.runs.records import Count, Positive, Record, settings_of
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.glue.config import SCHEMA, GlueConfig
 from nlp_ext.glue.scores import score
 from nlp_ext.glue.server import server_file
-from nlp_ext.glue.setup import Setup, Split, prepare, read_split, target_length
+from nlp_ext.glue.setup import Setup, Split, origin_now, prepare, read_split, target_length
 from nlp_ext.glue.tasks import INVALID
 from nlp_ext.training import (
     NOTES,
     Progress,
+    TextResult,
     begin,
     clear,
     common_record,
     finish,
-    finished_origin,
+    last_checkpoint,
     own_callbacks,
     train,
     training_arguments,
@@ -39,6 +43,41 @@ from nlp_ext.training import (
 
 SERVER = "server"
 SHOWN = 5  # texts that are no label, kept in a result
+
+
+class Examples(Record):
+    """What of a split was taken."""
+
+    split: str
+    source: str
+    examples: Positive
+    cut: Count
+    sha256: str
+
+
+class Data(Record):
+    """What was trained on, and what was scored."""
+
+    train: Examples
+    validation: list[Examples]
+
+
+class Scores(Record):
+    """Metrics by name, and what was no label."""
+
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, float]
+    count: Positive
+    invalid: Count
+    invalid_texts: list[str]
+
+
+class Result(TextResult):
+    """`result.json` of a run of GLUE."""
+
+    config: settings_of(GlueConfig)
+    data: Data
+    scores: dict[str, Scores]
 
 
 def run(
@@ -78,17 +117,18 @@ def run(
     tune = partial(run, out=out, quiet=quiet, say=say)
     folder = files.open_folder(out, config)
     with files.locked(folder):
-        result = None if rerun else files.read_result(folder, SCHEMA, {"config", "scores", "loss_per_step"})
+        result = None if rerun else files.read_result(folder, Result, SCHEMA)
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
+            check_finished(result["origin"], partial(origin_now, config), folder, say)
             if diagnose and not result["information_loss"]:
                 setup = prepare(config, folder, quiet, say)
-                files.check_origin(finished_origin(result), setup.origin, folder)
+                check_origin(result["origin"], setup.origin, folder)
                 started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
                 result = {**result, "information_loss": started["information_loss"]}
         else:
             setup = prepare(config, folder, quiet, say)
-            if rerun:  # only now: what is there is lost for a run that can begin
+            if rerun or last_checkpoint(folder) is None:  # only now: it is lost for a run that can begin
                 clear(folder, SERVER)
             result = _run(setup, folder, tune, quiet, diagnose, say, log)
         finish(result, folder, _headline(result))

@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
+from abm_vision.runs.content import Origin
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, settle_device, stopwatch
 from nlp_ext.glue import data
@@ -18,7 +19,7 @@ from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.tasks import GlueTask, get_task
 from nlp_ext.models import load_model
 from nlp_ext.ranks import text_device
-from nlp_ext.textrun import Row, TextRun
+from nlp_ext.textrun import Row, TextRun, text_origin, token_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -77,11 +78,38 @@ def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
             "train": train.record(config.data_source),
             "validation": [split.record(config.data_source) for split in validation],
         }
+        splits = (train, *validation)
+        digests = {split["split"]: split["sha256"] for split in (record["train"], *record["validation"])}
+        tokens = token_digest([row for split in splits for row in split.rows])
+        origin = {**text_origin(config, digests, encode, task), "tokens": tokens}
         setup = Setup(
-            config, adapted, tokenizer, train.rows, record, weights, device, precision, seconds, task, validation
+            config,
+            adapted,
+            tokenizer,
+            train.rows,
+            record,
+            weights,
+            origin,
+            device,
+            precision,
+            seconds,
+            task,
+            validation,
         )
         check_adapters(adapted.eval(), setup.batch(train.rows[:2]))
     return setup
+
+
+def origin_now(config: GlueConfig) -> Origin:
+    """The content that a run of this configuration would be made of now, but for its tokens; no model is loaded.
+
+    Raises:
+        OSError: data or model are not there.
+        ValueError: the data are damaged.
+    """
+    task = get_task(config.task)
+    digests = {name: data.digest(_examples(config, name)) for name in ("train", *task.validation)}
+    return text_origin(config, digests, encode, task)
 
 
 def read_split(config: GlueConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Split:
@@ -90,21 +118,31 @@ def read_split(config: GlueConfig, name: str, tokenizer: PreTrainedTokenizerBase
     A training set that is not taken whole is the first part of the shuffled one; of validation it is the first part.
     Test splits are always whole, and have no labels.
     """
-    task = get_task(config.task)
-    examples = data.read(task, name, config.data_source)
+    examples = _examples(config, name)
+    rows, cut = encode(get_task(config.task), examples, tokenizer, config.source_tokens, not name.startswith("test"))
+    return Split(name, examples, rows, cut)
+
+
+def _examples(config: GlueConfig, name: str) -> Dataset:
+    examples = data.read(get_task(config.task), name, config.data_source)
     most = {"train": config.train_examples, "validation": config.validation_examples}.get(name.partition("_")[0], 0)
     if name == "train":
         (order,) = shuffled(len(examples), len(examples), config.seed, 0)
-        examples = examples.select(order[: most or None].tolist())
-    elif 0 < most < len(examples):
-        examples = examples.select(range(most))
+        return examples.select(order[: most or None].tolist())
+    return examples.select(range(most)) if 0 < most < len(examples) else examples
+
+
+def encode(
+    task: GlueTask, examples: Dataset, tokenizer: PreTrainedTokenizerBase, source_tokens: int, labelled: bool
+) -> tuple[list[Row], int]:
+    """Examples as input_ids and, if there are any, labels; and how many inputs were cut."""
     sources = tokenizer([task.source(example) for example in examples], verbose=False).input_ids
-    cut = sum(len(ids) > config.source_tokens for ids in sources)
-    rows = [{"input_ids": shortened(ids, config.source_tokens)} for ids in sources]
-    if not name.startswith("test"):
+    cut = sum(len(ids) > source_tokens for ids in sources)
+    rows = [{"input_ids": shortened(ids, source_tokens)} for ids in sources]
+    if labelled:
         targets = tokenizer([task.target(label) for label in examples["label"]]).input_ids
         rows = [{**row, "labels": target} for row, target in zip(rows, targets, strict=True)]
-    return Split(name, examples, rows, cut)
+    return rows, cut
 
 
 def shortened(ids: list[int], length: int) -> list[int]:

@@ -27,7 +27,7 @@ PROGRAM = "abm-instruct"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = COMMANDS.get(words[0] if words else "", _run)
     return guarded(

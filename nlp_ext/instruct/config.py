@@ -10,7 +10,7 @@ from abm_vision.runs.settings import AdapterSettings, at_least, check_share, fla
 from nlp_ext import tiny
 from nlp_ext.instruct.data import SYNTHETIC, WIZARD
 
-SCHEMA = "instruct-1"
+SCHEMA = "instruct-2"
 BASES = ("fp32", "bf16", "4bit")
 # What a preset sets beyond the defaults. ABM-LoRA's paper names model and data set of its dialogue setting; the numbers
 # of `paper` are those of LoRA-GA (arXiv:2407.05000), which tunes the same model on the same data.

@@ -6,36 +6,74 @@ import json
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
+from pydantic import Field
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
 
 from abm_vision.abm.files import write_atomically, write_json
 from abm_vision.runs import folder as files
+from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import autocast, resolve_device
 from abm_vision.runs.log import Log
 from abm_vision.runs.markup import code, markdown, quoted
+from abm_vision.runs.records import Count, Positive, Record, settings_of
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import SCHEMA, InstructConfig
-from nlp_ext.instruct.setup import Setup, prepare
+from nlp_ext.instruct.setup import Setup, origin_now, prepare
 from nlp_ext.ranks import join, whole_state
 from nlp_ext.training import (
     NOTES,
     Progress,
+    TextResult,
     begin,
     clear,
     common_record,
     finish,
-    finished_origin,
+    last_checkpoint,
     own_callbacks,
     train,
     training_arguments,
 )
 
 SAMPLES = "samples.jsonl"
+
+
+class Conversations(Record):
+    """What of a part was taken, as sequences."""
+
+    source: str
+    conversations: Positive
+    sequences: Positive
+    cut: Count
+    left_out: Count
+
+
+class Data(Record):
+    """What was trained on and held out; the hash is of all conversations."""
+
+    train: Conversations
+    held_out: Conversations
+    sha256: str
+
+
+class Perplexity(Record):
+    """On the answers of held-out conversations."""
+
+    before: Annotated[float, Field(ge=1)]
+    after: Annotated[float, Field(ge=1)]
+    conversations: Positive
+
+
+class Result(TextResult):
+    """`result.json` of instruction tuning."""
+
+    config: settings_of(InstructConfig)
+    data: Data
+    perplexity: Perplexity
 
 
 def run(
@@ -79,7 +117,7 @@ def run(
             stack.enter_context(files.locked(folder))
             files.settle_precision(folder, config)
         state.wait_for_everyone()
-        result = None if rerun else files.read_result(folder, SCHEMA, {"config", "perplexity", "loss_per_step"})
+        result = None if rerun else files.read_result(folder, Result, SCHEMA)
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
             if result["processes"] != state.num_processes:
@@ -87,15 +125,17 @@ def run(
                     f"the run in {folder} was made by {result['processes']} processes, now there are "
                     f"{state.num_processes}, which take more in a step: choose another --out, or --rerun"
                 )
+            check_finished(result["origin"], partial(origin_now, config), folder, say)
         if result is None or (diagnose and not result["information_loss"]):
             setup = prepare(config, folder, quiet, say)
-            if rerun and state.is_main_process:  # only now: what is there is lost for a run that can begin
+            # Only now: what is there is lost for a run that can begin.
+            if state.is_main_process and (rerun or (result is None and last_checkpoint(folder) is None)):
                 clear(folder, SAMPLES)
             state.wait_for_everyone()
             if result is None:
                 result = _run(setup, folder, tune, quiet, diagnose, say, log, state.is_main_process)
             else:
-                files.check_origin(finished_origin(result), setup.origin, folder)
+                check_origin(result["origin"], setup.origin, folder)
                 started = start_adapter(setup, config, tune, {}, quiet, diagnose, say)
                 result = {**result, "information_loss": started["information_loss"]}
         if state.is_main_process:

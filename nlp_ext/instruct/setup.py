@@ -14,6 +14,7 @@ from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.abm.restore import evaluate
+from abm_vision.runs.content import Origin
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.start import Say, settle_device, stopwatch
 from nlp_ext.batches import answer_tokens
@@ -21,7 +22,7 @@ from nlp_ext.instruct import data
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.models import load_model
 from nlp_ext.ranks import text_device
-from nlp_ext.textrun import TextRun
+from nlp_ext.textrun import TextRun, text_origin, token_digest
 
 
 @dataclass
@@ -86,11 +87,24 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
             "held_out": held_out.record(config.data_source),
             "sha256": data.digest(conversations),
         }
+        tokens = token_digest([*train.rows, *held_out.rows])
+        origin = {**text_origin(config, {"instruction": record["sha256"]}, data.encode_all), "tokens": tokens}
         setup = Setup(
-            config, adapted, tokenizer, train.rows, record, weights, device, precision, seconds, held_out, prompts
-        )
+            config, adapted, tokenizer, train.rows, record, weights, origin, device, precision, seconds, held_out,
+            prompts,
+        )  # fmt: skip
         check_adapters(evaluate(adapted), setup.batch(train.rows[:2]))
     return setup
+
+
+def origin_now(config: InstructConfig) -> Origin:
+    """The content that a run of this configuration would be made of now, but for its tokens; no model is loaded.
+
+    Raises:
+        OSError: data or model are not there.
+        ValueError: the data are damaged.
+    """
+    return text_origin(config, {"instruction": data.digest(data.read(config.data_source))}, data.encode_all)
 
 
 def _kept_as(config: InstructConfig, device: torch.device) -> dict[str, Any]:

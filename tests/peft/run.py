@@ -21,7 +21,14 @@ FILES = """
     test_mixed test_other test_riemannian_lora test_target_parameters test_trainable_tokens test_tuners_utils
     test_velora
 """.split()
-EXPECTED = {}
+EXPECTED = {  # test to reason
+    "test_repr_lora_linear": "class name",
+    "test_modules_to_save_targets_lora_layer_raises": "class name",
+    "test_module_type_small": "class name",
+    "test_module_type_large": "class name",
+    "test_target_parameters_and_target_modules": "class name",
+    "test_mixed_adapter_batches_partly_overlapping_target_layers": "rounding: merged here, summed there, in float32",
+}
 MERGED = 300  # tests in which the merged product must have run
 
 
@@ -30,17 +37,18 @@ def main() -> int:
         root = unpack(Path(folder))
         ours = run(root, [f"tests/{name}.py" for name in FILES])
         failed = [test for test, (outcome, _) in ours.items() if outcome == "failed"]
-        stock = run(root, failed, "--stock", "--tb=no")
+        stock = run(root, failed, "--stock")
         different = [test for test in failed if stock[test][0] != "failed"]
     merged = sum(products > 0 for _, products in ours.values())
     print(
         f"{len(ours)} of peft's tests, merged in {merged}; {len(failed)} fail, {len(different)} with our layer alone:"
     )
-    for test in different:
-        print(f"  {test}: {EXPECTED.get(test.split('::', 1)[1], 'NOT EXPECTED')}")
+    reasons = {test: EXPECTED.get(test.split("::")[-1].split("[")[0]) for test in different}
+    for test, reason in reasons.items():
+        print(f"  {test}: {reason or 'NOT EXPECTED'}")
     if merged < MERGED:
         print(f"the merged product should have run in at least {MERGED} tests")
-    return int(merged < MERGED or any(test.split("::", 1)[1] not in EXPECTED for test in different))
+    return int(merged < MERGED or not all(reasons.values()))
 
 
 def unpack(folder: Path) -> Path:
@@ -61,9 +69,12 @@ def run(root: Path, tests: list[str], *options: str) -> dict[str, tuple[str, int
     outcomes = root / "outcomes.json"
     offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
     paths = os.pathsep.join(map(str, (HERE, HERE.parent.parent, root)))
-    command = [sys.executable, "-m", "pytest", "-p", "merged_layer", "-p", "no:cacheprovider", "-o", "addopts="]
-    command += ["-q", "--no-header", "--no-summary", "-W", "ignore", "--outcomes", outcomes, *options, *tests]
-    subprocess.run(command, cwd=root, env=os.environ | offline | {"PYTHONPATH": paths}, stdout=subprocess.DEVNULL)
+    flags = "-p merged_layer -p no:cacheprovider -o addopts= -q --no-header --no-summary --tb=line -W ignore".split()
+    command = [sys.executable, "-m", "pytest", *flags, "--outcomes", outcomes, *options, *tests]
+    environment = os.environ | offline | {"PYTHONPATH": paths}
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    if done.returncode not in (0, 1):  # 1: some tests failed
+        raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-4000:]}")
     return json.loads(outcomes.read_text())
 
 

@@ -38,6 +38,13 @@ class TfdsItems:
             found = [self.task.label_fn(self.records[int(position)]) for position in positions]
         return np.array(found, dtype=np.int64)
 
+    def encoded(self, positions: NDArray[np.int64]) -> Iterator[bytes]:
+        """Image files at these positions, as they were stored."""
+        for position in positions:
+            with _intact(self.directory):
+                found = self.records[int(position)]["image"]
+            yield found
+
     def _image(self, position: int) -> NDArray[np.uint8]:
         """uint8 (H, W, 3); grey images are replicated."""
         with _intact(self.directory), Image.open(io.BytesIO(self.records[int(position)]["image"])) as encoded:

@@ -1,0 +1,227 @@
+"""What a run is made of, by content and not by place: files, the code of its initialisation; and whether it changed."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import inspect
+import json
+import os
+import re
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import is_dataclass
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from types import FunctionType, ModuleType
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from abm_vision.abm.files import write_json
+from abm_vision.initializers import get_initializer
+from abm_vision.runs.settings import AdapterSettings
+
+SETTLED = 2.0  # seconds: what was written just now may be written again under the same time
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+Origin = dict[str, Any]  # name to a hash, or another plain value
+
+# -------------------------------------------------------------------------------------------------------- files
+
+
+def remembered(paths: Sequence[Path], name: str, compute: Callable[[], str]) -> str:
+    """What `compute` gives, kept in the user's cache while size, times and inode of every file stay as they are.
+
+    The time of the last change of status is among them, which no program can set: `cp -p` and `touch` do not hide a
+    change. Processes may share the cache; without one the value is computed every time.
+
+    Args:
+        paths: the files that the value is a function of.
+        name: of the value.
+        compute: gives it.
+
+    Raises:
+        FileNotFoundError: one of the files is not there.
+    """
+    absolute, stats = [os.path.abspath(path) for path in paths], [os.stat(path) for path in paths]
+    stamp = _hash([(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in stats])
+    kept = user_cache_path("abm_lora") / "hashes" / f"{_hash([name, absolute])}.json"
+    with suppress(OSError, ValueError):
+        found = json.loads(kept.read_text(encoding="utf-8"))
+        if isinstance(found, dict) and found.get("stamp") == stamp and isinstance(found.get("value"), str):
+            return found["value"]
+    value = compute()
+    if time.time() - max(max(s.st_mtime, s.st_ctime) for s in stats) > SETTLED:
+        with suppress(OSError):  # a cache that cannot be written costs time alone
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            write_json(kept, {"stamp": stamp, "value": value})
+    return value
+
+
+def sha256_of(paths: Sequence[Path]) -> str:
+    """Of the bytes of files one after another, in hexadecimal; `remembered`."""
+    return remembered(paths, "sha256", lambda: _sha256(paths))
+
+
+def _sha256(paths: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------------- code
+
+
+def initialisation(config: AdapterSettings) -> Origin:
+    """The code of a run's initialisation, and the reference that it is given."""
+    found: Origin = {"initialisation": version(get_initializer(config.init).apply)}
+    if config.abm_reference is not None:
+        folder = Path(config.abm_reference)
+        places = (folder / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
+        found["reference"] = f"sha256 {sha256_of([next((p for p in places if p.is_file()), places[1])])}"
+    return found
+
+
+def version(*things: Any) -> str:
+    """A hash of code and of all that it uses of its own package, with the versions of other packages that it calls.
+
+    Comments, documentation, annotations and layout are no part of it. torch is not named: its version is kept with
+    every result.
+
+    Args:
+        things: functions, classes, or dataclass instances, whose fields count.
+    """
+    package, seen = _package(things[0]), set()
+    parts: list[tuple[str, str]] = []
+    versions: dict[str, str] = {}
+    waiting: list[tuple[str, Any]] = [("", thing) for thing in things]
+    while waiting:
+        name, found = waiting.pop()
+        if isinstance(found, (dict, list, tuple)):
+            pairs = found.items() if isinstance(found, dict) else enumerate(found)
+            waiting += [(f"{name} {key}", value) for key, value in pairs]
+        elif isinstance(found, (bool, int, float, str, type(None))):
+            parts.append((name, repr(found)))
+        elif id(found) in seen:
+            continue
+        elif is_dataclass(found) and not isinstance(found, type):
+            seen.add(id(found))
+            waiting += [("", type(found)), *((f"{name}.{key}", value) for key, value in vars(found).items())]
+        elif not isinstance(found, (FunctionType, type)):
+            continue
+        elif _package(found) == package:
+            seen.add(id(found))
+            tree = _tree(found)
+            parts.append((f"{found.__module__}.{found.__qualname__}", ast.unparse(tree)))
+            waiting += _used(found, tree)
+        elif isinstance(found, FunctionType) and _package(found) not in {*sys.stdlib_module_names, "torch"}:
+            with suppress(metadata.PackageNotFoundError):
+                versions[_package(found)] = metadata.version(_package(found))
+    names = "".join(f", {name} {number}" for name, number in sorted(versions.items()))
+    return f"code {_hash(sorted(parts))[:12]}{names}"
+
+
+def _package(thing: Any) -> str:
+    module = thing.__name__ if isinstance(thing, ModuleType) else thing.__module__
+    return (module or "").partition(".")[0]
+
+
+@cache
+def _tree(thing: Any) -> ast.AST:
+    """The code of a function or class without documentation and annotations; of its file where it is no whole code."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
+    except SyntaxError:  # a lambda in the middle of an expression
+        tree = ast.parse(inspect.getsource(sys.modules[thing.__module__]))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.arg):
+            node.annotation = None
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            node.returns = None
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0].value = ast.Constant(...)
+    return tree
+
+
+def _used(thing: Any, tree: ast.AST) -> Iterator[tuple[str, Any]]:
+    """What the names in a function or class stand for, and what it has caught from around itself.
+
+    Of a module's variables those that are constants by their name: others may change while a program runs.
+    """
+    around = vars(sys.modules[thing.__module__])
+    for node in ast.walk(tree):
+        name, found = "", None
+        if isinstance(node, ast.Name):
+            name, found = node.id, around.get(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            module = around.get(node.value.id)
+            if isinstance(module, ModuleType) and _package(module) == _package(thing):
+                name, found = node.attr, getattr(module, node.attr, None)
+        if isinstance(found, (FunctionType, type)) or name.isupper():
+            yield name, found
+    if isinstance(thing, FunctionType):
+        yield from inspect.getclosurevars(thing).nonlocals.items()
+
+
+# -------------------------------------------------------------------------------------------------------- checks
+
+
+def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """A run must not be resumed, nor handed back, on another content than it began with.
+
+    Raises:
+        ValueError: something differs; the message names it.
+    """
+    differing = [name for name, value in now.items() if before.get(name) != value]
+    if differing:
+        words = ", ".join(
+            f"{name} ({shortened(before.get(name))} then, {shortened(now[name])} now)" for name in differing
+        )
+        raise ValueError(
+            f"the run in {folder} was made with other content: {words}. Restore it, choose another --out, or make the "
+            "run afresh with --rerun"
+        )
+
+
+def check_finished(before: Mapping[str, Any], now: Callable[[], Mapping[str, Any]], folder: Path, say: Any) -> None:
+    """The same of a finished run, whose data and weights may be gone meanwhile: its result still stands, and it is
+    reported that nothing could be checked.
+
+    Args:
+        before: the origin that the result keeps.
+        now: gives as much of it as can be found without the network and without a model.
+        folder: of the run.
+        say: receives a line if data or weights are not there.
+
+    Raises:
+        ValueError: something differs.
+    """
+    try:
+        found = now()
+    except OSError as error:
+        reason = str(error).partition("\n")[0]
+        say(f"data, weights and code of this run were not checked: {reason}")
+        return
+    check_origin(before, found, folder)
+
+
+def shortened(value: Any) -> str:
+    """Hashes by their first 12 digits."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "none" if value is None else str(value))

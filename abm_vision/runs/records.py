@@ -1,0 +1,211 @@
+"""The files of a run as tables of fields, types and ranges: what does not fit is an error that names file and field."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+
+from abm_vision.abm.files import read_object
+from abm_vision.runs.settings import AdapterSettings
+
+REMEDY = "move its folder away to run again"
+Share = Annotated[float, Field(ge=0, le=1)]
+Seconds = Annotated[float, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Times = dict[str, Seconds]
+Precision = Literal["bf16", "fp32"]
+
+
+class Record(BaseModel):
+    """A JSON object with these fields and no others; no NaN, and nothing is taken for another type."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+def settings_of(config: type[AdapterSettings]) -> Any:
+    """The type of a dictionary with all settings of a harness, each in its range."""
+
+    def check(found: dict[str, Any]) -> dict[str, Any]:
+        names = {field.name for field in fields(config)}
+        if absent := sorted(names - set(found)):
+            raise ValueError(f"it lacks {', '.join(absent)}")
+        if unknown := sorted(set(found) - names):
+            raise ValueError(f"it holds {', '.join(unknown)}, which are no settings")
+        config(**{**found, "device": "auto"})  # the device is that of the machine it was made on
+        return found
+
+    return Annotated[dict[str, Any], AfterValidator(check)]
+
+
+def checked(content: Any, kind: type[BaseModel], where: str, remedy: str = REMEDY) -> Any:
+    """The content, if it is of that kind.
+
+    Raises:
+        ValueError: it is not; the message names what is wrong first, and the remedy.
+    """
+    try:
+        TypeAdapter(kind).validate_python(content)
+    except ValidationError as error:
+        raise ValueError(f"{where}: {_in_words(error)}; {remedy}") from None
+    return content
+
+
+def read_record(
+    path: Path, kind: type[BaseModel], schema: int | str | None = None, remedy: str = REMEDY
+) -> dict[str, Any]:
+    """The JSON object in a file, of that kind.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is damaged, of another schema than is given, or a field is missing, of another type or out of
+            its range.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; {remedy}")
+    content = read_object(path, remedy)
+    if schema is not None and content.get("schema") != schema:
+        raise ValueError(f"{path} has schema {content.get('schema')}, this version reads {schema}; {remedy}")
+    return checked(content, kind, str(path), remedy)
+
+
+def _in_words(error: ValidationError) -> str:
+    found = error.errors(include_url=False)
+    absent = [_place(one["loc"]) for one in found if one["type"] == "missing"]
+    if absent:
+        return f"it lacks {', '.join(absent)}"
+    first = found[0]
+    words = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "value_error":
+        return f"{_place(first['loc'])}: {words}" if first["loc"] else words
+    given = repr(first["input"])
+    return f"{_place(first['loc'])} is {given if len(given) < 60 else given[:60] + ' ...'} ({words})"
+
+
+def _place(parts: Collection[Any]) -> str:
+    return ".".join(map(str, parts))
+
+
+# ------------------------------------------------------------------------------------- what every harness writes
+
+
+class Settings(Record):
+    """`config.json` of a run's folder; its harness reads the settings again from the command line."""
+
+    schema_: int | str = Field(alias="schema")
+    config: dict[str, Any]
+    precision: Precision | None = None
+
+
+class Failure(Record):
+    """`failure.json`."""
+
+    schema_: int | str = Field(alias="schema")
+    reason: str
+    time: str
+
+
+class Reference(Record):
+    """The tuned adapter that an initialisation took its signs from."""
+
+    folder: str
+    seconds: Seconds | None
+
+
+class Tuned(BaseModel):
+    """What is read of the result of a run, of any harness, that tuned a reference."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    seconds: Times
+
+
+class Layer(Record):
+    """One line of an information loss."""
+
+    name: str
+    energy: Annotated[float, Field(ge=0)]
+    loss: float
+    optimum: float
+    random: float
+
+
+class Loss(Record):
+    """An information loss."""
+
+    overall: Layer
+    kinds: Annotated[list[Layer], Field(min_length=1)]
+    layers: Annotated[list[Layer], Field(min_length=1)]
+    samples: Positive
+    seconds: Seconds
+
+
+class Losses(Record):
+    """An information loss before and after an initialisation."""
+
+    before: Loss
+    after: Loss
+    after_on_seen: Loss
+
+
+class Notes(Record):
+    """What an interrupted run knows of its initialisation."""
+
+    origin: dict[str, str | int]
+    information_loss: Losses | None
+    seconds: Times = {}
+    report: dict[str, Any] | None = None
+    reference: Reference | None = None
+    start: str | None = None
+
+
+class Commit(Record):
+    """A commit of this package's checkout."""
+
+    id: str
+    modified: bool
+
+
+class Environment(Record):
+    """Versions and devices."""
+
+    python: str
+    packages: dict[str, str | None]
+    commit: Commit | None
+    device: str
+    threads: Positive
+    platform: str
+
+
+class Result(Record):
+    """`result.json`: what that of every harness holds."""
+
+    schema_: int | str = Field(alias="schema")
+    config: dict[str, Any]
+    origin: dict[str, str | int]
+    precision: Precision
+    trainable_parameters: Positive
+    abm: dict[str, Any] | None
+    reference: Reference | None
+    information_loss: Losses | None
+    loss_per_step: Annotated[list[float], Field(min_length=1)]
+    seconds_per_epoch: list[Seconds]
+    seconds: Times
+    peak_memory_mib: Annotated[float, Field(ge=0)] | None
+    environment: Environment
+
+    @model_validator(mode="after")
+    def _whole_epochs(self) -> Result:
+        epochs = self.config["epochs"]
+        if len(self.seconds_per_epoch) != epochs or len(self.loss_per_step) % epochs:
+            raise ValueError(
+                f"{len(self.loss_per_step)} losses and {len(self.seconds_per_epoch)} times are not those of {epochs} "
+                "epochs"
+            )
+        absent = sorted({"init", "train"} - set(self.seconds))
+        if absent:
+            raise ValueError(f"it lacks seconds.{', seconds.'.join(absent)}")
+        return self
