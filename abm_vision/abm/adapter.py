@@ -66,6 +66,7 @@ class Adapter:
         if not isinstance(model, PeftModel):
             hint = "it is compiled: call torch.compile last" if is_compiled(model) else "call add_lora first"
             raise ValueError(f"{type(model).__name__} is no PeftModel: {hint}")
+        check_some_adapter(model)
         if name not in model.peft_config:
             known = ", ".join(map(repr, model.peft_config))
             raise ValueError(f"there is no adapter {name!r}; the model has {known}")
@@ -209,6 +210,8 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
     Raises:
         ValueError: it cannot: compiled, offloaded, merged, on changed base weights, or the name is taken.
     """
+    if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or adapter_name in _TAKEN_NAMES:
+        raise ValueError(f"adapter_name is {adapter_name!r}; it must be a word without dots, such as 'default'")
     check_eager(model)
     if absence(model) == "offloaded":
         raise ValueError("the model is offloaded, and a new adapter would have no values: add it first, then offload")
@@ -219,6 +222,7 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
                 "or a bare model (model.unload())"
             )
         return model
+    check_some_adapter(model)
     if adapter_name in model.peft_config:
         raise ValueError(
             f"the model already has an adapter named {adapter_name!r}: a second add_lora would train on top of it. "
@@ -230,6 +234,16 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
     if merged:
         raise ValueError(f"{merged} is merged into the base weights: call model.unmerge_adapter() first")
     return model.get_base_model()
+
+
+# Names that torch or peft have another use for: they would end up in a table of modules.
+_TAKEN_NAMES = {"weight", "bias", *dir(nn.ModuleDict())}
+
+
+def check_some_adapter(model: PeftModel) -> None:
+    """Raise a ValueError if the last adapter was deleted: peft then no longer knows what the model is."""
+    if not model.peft_config:
+        raise ValueError("the model has no adapter any more: begin with the bare model, model.base_model.model")
 
 
 def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, but: str | None = None) -> None:

@@ -55,8 +55,8 @@ def check_adapters(model: nn.Module, batch: Any, *, backbone: Backbone | None = 
         ValueError: adapters received no gradient; the message names layer and adapter, and says why. Or adapters do
             not run (merged, switched off, compiled ...), or a head was replaced.
     """
-    active = model.active_adapters if isinstance(model, PeftModel) else ["default"]
-    adapters = [Adapter(model, name) for name in active]
+    active = list(model.active_adapters) if isinstance(model, PeftModel) else []
+    adapters = [Adapter(model, name) for name in active or ["default"]]
     for adapter in adapters:
         adapter.check_runs()
     forward_fn = explained((backbone or find_backbone(model)).forward_fn)

@@ -29,6 +29,7 @@ from abm_vision.abm.adapter import (
     changes_base,
     check_base,
     check_room,
+    check_some_adapter,
     guard,
     plain_name,
 )
@@ -70,6 +71,7 @@ def save_adapter(
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
         raise ValueError(f"{type(model).__name__} is no PeftModel: pass what add_lora or load_adapter returned")
+    check_some_adapter(model)
     with _uncompiled(model), as_plain_lora(model, state_dict) as state:
         for name in model.peft_config:
             check_base(model, "an adapter beside it is of no use on the unchanged base", but=name)
