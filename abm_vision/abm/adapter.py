@@ -243,7 +243,8 @@ _TAKEN_NAMES = {"weight", "bias", *dir(nn.ModuleDict())}
 def check_some_adapter(model: PeftModel) -> None:
     """Raise a ValueError if the last adapter was deleted: peft then no longer knows what the model is."""
     if not model.peft_config:
-        raise ValueError("the model has no adapter any more: begin with the bare model, model.base_model.model")
+        check_base(model)
+        raise ValueError("the model has no adapter any more: begin with the bare model, model.unload()")
 
 
 def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, but: str | None = None) -> None:
