@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import build_vit, images, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
 
 from abm_vision import ABMConfig, add_lora, check_adapters, initialize_lora_abm_weights, load_adapter, save_adapter
@@ -350,3 +351,15 @@ def test_tensors_pickled_by_torch_are_read(saved, tmp_path):
     torch.save(load_file(folder / "adapter_model.safetensors"), folder / "adapter_model.bin")
     (folder / "adapter_model.safetensors").unlink()
     torch.testing.assert_close(load_adapter(build_vit(), folder).eval()(images()), saved[0][1])
+
+
+def test_a_whole_adapter_swapped_into_one_for_q_and_v_is_saved_whole(saved, tmp_path):
+    same = {"rank_pattern": {"attn.qkv": 4}, "alpha_pattern": {"attn.qkv": 8}}  # as peft's check wants it
+    whole = randomise(add_lora(build_vit(), 2, 4, targets=["attn.qkv"], **same)).eval()
+    save_adapter(whole, tmp_path / "whole")
+    model = add_lora(build_vit(), 2, 4, targets=["attn.qkv"], qkv="qv").eval()
+    hotswap_adapter(model, str(tmp_path / "whole"), adapter_name="default")
+    torch.testing.assert_close(model(images()), whole(images()))
+    save_adapter(model, tmp_path / "swapped")
+    assert json.loads((tmp_path / "swapped" / "abm.json").read_text())["qv_only"] == []
+    torch.testing.assert_close(load_adapter(build_vit(), tmp_path / "swapped").eval()(images()), whole(images()))

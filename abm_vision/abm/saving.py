@@ -79,7 +79,7 @@ def save_adapter(
         with writing(Path(directory)):
             model.save_pretrained(str(directory), state_dict=state)
         blocks = {
-            name: [n for n, layer in adapted_layers(model, name).items() if _is_block(layer, name)]
+            name: [n for n, layer in adapted_layers(model, name).items() if _is_block(layer, n, name, state)]
             for name in model.peft_config
         }
     for name, modules in blocks.items():  # peft puts every adapter but "default" into a folder of its own
@@ -88,8 +88,13 @@ def save_adapter(
         write_json(folder / ABM_FILE, {"format": FORMAT, "qv_only": modules, **(settings if active else {})})
 
 
-def _is_block(layer: LoraLayer, adapter_name: str) -> bool:
-    return isinstance(layer.lora_B[adapter_name], BlockLinear)
+def _is_block(layer: LoraLayer, name: str, adapter_name: str, state: Mapping[str, Tensor]) -> bool:
+    """Whether a saved B is for q and v alone: peft's hotswap may have put a whole one into the layer."""
+    b = layer.lora_B[adapter_name]
+    if not isinstance(b, BlockLinear):
+        return False
+    saved = state[f"{_PREFIX}{name}.lora_B.{adapter_name}.weight"]
+    return not saved.masked_fill(b.mask.to(saved.device), 0).any()
 
 
 @contextmanager
