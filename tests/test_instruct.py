@@ -629,3 +629,11 @@ def test_other_conversations_or_template_are_neither_resumed_nor_handed_back(bas
     assert run(config, tmp_path / "out") == result
     assert main(["--init=kaiming", "--abm-tokens=answers", f"--out={tmp_path / 'none'}"]) == 2
     assert "abm_tokens is given, but init kaiming has no use for it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("entry", "message"), [({"run": 3}, "run is 3"), ({"weights": {"sha256": 5}}, "sha256 is 5")])
+def test_chat_with_a_damaged_adapter(finished, tmp_path, capsys, entry, message):
+    folder = shutil.copytree(Path(finished[0]["folder"]) / "adapter", tmp_path / "adapter")
+    (folder / "abm.json").write_text(json.dumps({**json.loads((folder / "abm.json").read_text()), **entry}))
+    assert main(["chat", f"--adapter={folder}"]) == 2
+    assert message in capsys.readouterr().err

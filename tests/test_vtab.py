@@ -320,7 +320,7 @@ def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
     [
         ("progress", {"epoch": "one"}, "lacks losses"),
         ("progress", {"epoch": "one", "losses": [], "seconds": [], "accuracies": {}}, "epoch is 'one'"),
-        ("notes", "[]", "checkpoint.pt: "),
+        ("notes", "[]", r"it is \[\]"),
         ("notes", '{"origin": 3, "information_loss": null}', "origin is 3"),
         ("trained", {"other": torch.zeros(1)}, "does not fit this model"),
         ("trained", 3, "is not whole"),

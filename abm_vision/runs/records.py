@@ -81,13 +81,13 @@ def _in_words(error: ValidationError) -> str:
     first = found[0]
     words = first["msg"].removeprefix("Value error, ")
     if first["type"] == "value_error":
-        return f"{_place(first['loc'])}: {words}" if first["loc"] else words
+        return f"{_place(first['loc'])}: {words}" if first["loc"] else words  # of a field, or of all together
     given = repr(first["input"])
     return f"{_place(first['loc'])} is {given if len(given) < 60 else given[:60] + ' ...'} ({words})"
 
 
 def _place(parts: Collection[Any]) -> str:
-    return ".".join(map(str, parts))
+    return ".".join(map(str, parts)) or "it"
 
 
 # ------------------------------------------------------------------------------------- what every harness writes

@@ -8,16 +8,18 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from pydantic import BaseModel, ConfigDict
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically
 from abm_vision.abm.saving import ABM_FILE, load_adapter, read_settings
 from abm_vision.runs.folder import ADAPTER
+from abm_vision.runs.records import checked
 from nlp_ext.instruct.answer import answer
 from nlp_ext.instruct.data import Conversation
 from nlp_ext.models import load_model
@@ -37,6 +39,29 @@ TEMPERATURES = {
 OTHER = 0.7
 
 
+class Run(BaseModel):
+    """Settings of the run that an adapter is from."""
+
+    model_config = ConfigDict(strict=True)
+    model: str | None = None
+    base: Literal["fp32", "bf16", "4bit"] = "fp32"
+
+
+class Base(BaseModel):
+    """The weights that an adapter was tuned on."""
+
+    model_config = ConfigDict(strict=True)
+    sha256: str | None
+
+
+class Trained(BaseModel):
+    """What `abm.json` says of a run; other entries are of the adapter itself."""
+
+    model_config = ConfigDict(strict=True)
+    run: Run = Run()
+    weights: Base | None = None
+
+
 class Assistant:
     """A base model with a saved adapter.
 
@@ -54,14 +79,17 @@ class Assistant:
         folder = Path(adapter) / ADAPTER if (Path(adapter) / ADAPTER).is_dir() else Path(adapter)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {adapter}: give that of a finished run, or of an adapter")
-        recorded = read_settings(folder).get("run", {}) if (folder / ABM_FILE).is_file() else {}
+        settings = read_settings(folder) if (folder / ABM_FILE).is_file() else {}
+        remedy = "it is damaged, or was not written by a run: give the model with --model, or another adapter"
+        checked(settings, Trained, str(folder / ABM_FILE), remedy)
+        recorded = settings.get("run", {})
         name = model or recorded.get("model")
         if name is None:
             raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
         # A base that was tuned on in 4 bits answers in bfloat16.
         dtype = torch.float32 if recorded.get("base", "fp32") == "fp32" else torch.bfloat16
         base, tokenizer, weights = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
-        tuned_on = read_settings(folder).get("weights", {}).get("sha256") if recorded else None
+        tuned_on = settings["weights"]["sha256"] if "weights" in settings else None
         if model is None and tuned_on not in (None, weights.sha256):
             raise ValueError(
                 f"{folder} was tuned on weights of sha256 {tuned_on}, {name} has {weights.sha256} now; --model {name} "
