@@ -354,11 +354,12 @@ def test_tensors_pickled_by_torch_are_read(saved, tmp_path):
 
 
 def test_a_whole_adapter_swapped_into_one_for_q_and_v_is_saved_whole(saved, tmp_path):
+    plain = {"targets": ["attn.qkv"], "modules_to_save": []}
     same = {"rank_pattern": {"attn.qkv": 4}, "alpha_pattern": {"attn.qkv": 8}}  # as peft's check wants it
-    whole = randomise(add_lora(build_vit(), 2, 4, targets=["attn.qkv"], **same)).eval()
+    whole = randomise(add_lora(build_vit(), 2, 4, **plain, **same)).eval()
     save_adapter(whole, tmp_path / "whole")
-    model = add_lora(build_vit(), 2, 4, targets=["attn.qkv"], qkv="qv").eval()
-    hotswap_adapter(model, str(tmp_path / "whole"), adapter_name="default")
+    model = add_lora(build_vit(), 2, 4, **plain, qkv="qv").eval()
+    hotswap_adapter(model, str(tmp_path / "whole"), "default", torch_device="cpu")
     torch.testing.assert_close(model(images()), whole(images()))
     save_adapter(model, tmp_path / "swapped")
     assert json.loads((tmp_path / "swapped" / "abm.json").read_text())["qv_only"] == []
