@@ -10,9 +10,10 @@ from abm_vision.abm.backbone import Backbone, find_backbone, register_backbone
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.initialize import initialize_lora_abm_weights
+from abm_vision.abm.loading import load_adapter
 from abm_vision.abm.lora import add_lora
 from abm_vision.abm.report import ABMReport
-from abm_vision.abm.saving import load_adapter, save_adapter
+from abm_vision.abm.saving import save_adapter
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import INITIALIZERS, Initializer, initialize_lora
 from abm_vision.vit import VIT

@@ -27,7 +27,7 @@ from peft import PeftModel
 import vtab_tasks
 from abm_vision import initialize_lora
 from abm_vision.abm.adapter import adapted_layers
-from abm_vision.abm.saving import load_reference
+from abm_vision.abm.loading import load_reference
 from abm_vision.provenance import environment
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER

@@ -17,7 +17,7 @@ from torch import nn
 
 from abm_vision import ABMConfig, add_lora, initialize_lora, load_adapter, save_adapter
 from abm_vision.abm.adapter import adapted_layers
-from abm_vision.abm.saving import load_reference
+from abm_vision.abm.loading import load_reference
 from abm_vision.initializers import INITIALIZERS, NEEDS, get_initializer
 from abm_vision.vit import VIT
 

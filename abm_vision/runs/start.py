@@ -14,7 +14,8 @@ from peft import PeftModel
 
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.backbone import Backbone
-from abm_vision.abm.saving import ABM_FILE, load_reference, read_settings
+from abm_vision.abm.loading import load_reference, read_settings
+from abm_vision.abm.saving import ABM_FILE
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import get_initializer, initialize_lora
 from abm_vision.runs.device import autocast

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from pydantic import ConfigDict
 
-from abm_vision.abm.saving import ABM_FILE, load_adapter, read_settings
+from abm_vision.abm.loading import load_adapter, read_settings
+from abm_vision.abm.saving import ABM_FILE
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.runs.records import Count, Positive, Record, checked
 from abm_vision.vtab.data import Preprocessing

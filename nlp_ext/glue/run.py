@@ -14,7 +14,7 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically, write_json
-from abm_vision.abm.saving import load_adapter
+from abm_vision.abm.loading import load_adapter
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import autocast

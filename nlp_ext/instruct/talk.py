@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically
-from abm_vision.abm.saving import ABM_FILE, load_adapter, read_settings
+from abm_vision.abm.loading import load_adapter, read_settings
+from abm_vision.abm.saving import ABM_FILE
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.runs.records import checked
 from nlp_ext.instruct.answer import answer
