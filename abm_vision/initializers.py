@@ -16,10 +16,11 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
-from abm_vision.abm.adapter import Adapter, adapted_layers, changes_base, remember_base_change
+from abm_vision.abm.adapter import Adapter, adapted_layers, changes_base, guard, remember_base_change
 from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.batches import batch_size, check_finite, collect, explained, one_by_one
+from abm_vision.abm.checks import check_type
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.gradient import LossFn, weight_gradients
 from abm_vision.abm.initialize import initialize_lora_abm_weights
@@ -137,6 +138,8 @@ def initialize_lora(
     """
     start = get_initializer(init)
     config, align = config or ABMConfig(), align or AlignConfig()
+    check_type("config", config, ABMConfig)
+    check_type("align", align, AlignConfig)
     adapter = Adapter(model, adapter_name)
     adapter.check_fresh()
     _check_served(adapter, start)
@@ -170,8 +173,8 @@ def get_initializer(name: str) -> Initializer:
     Raises:
         ValueError: there is none; the message has the nearest names.
     """
-    if name not in INITIALIZERS:
-        near = difflib.get_close_matches(name, INITIALIZERS, n=2)
+    if not isinstance(name, str) or name not in INITIALIZERS:
+        near = difflib.get_close_matches(str(name), INITIALIZERS, n=2)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"init is {name!r}; allowed are {', '.join(INITIALIZERS)}{hint}")
     return INITIALIZERS[name]
@@ -218,6 +221,7 @@ def _restart(given: Ingredients, value: str, **fields: Any) -> None:
             layer.update_layer(given.adapter_name, r=rank, lora_alpha=alpha, config=config)
     cast_adapter_dtype(given.model, given.adapter_name)
     if changes_base(config):
+        guard(given.model)
         for layer in layers:
             remember_base_change(layer, given.adapter_name)
 

@@ -20,12 +20,13 @@ from abm_vision.abm.merged_linear import is_plain
 # Initialisations of peft that move a part of the base weights into the adapter.
 CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # What torch puts into the names of modules that it wraps.
-_WRAPPERS = re.compile(r"\b(?:_orig_mod|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+_WRAPPED = re.compile(rf"\b(?:{'|'.join(_WRAPPERS)})\.")
 
 
 def plain_name(name: str) -> str:
     """A module's or tensor's name without the names of torch's wrappers (`torch.compile` and others)."""
-    return _WRAPPERS.sub("", name)
+    return _WRAPPED.sub("", name)
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -64,9 +65,15 @@ class Adapter:
 
     def __init__(self, model: nn.Module, name: str = "default") -> None:
         if not isinstance(model, PeftModel):
-            hint = "it is compiled: call torch.compile last" if is_compiled(model) else "call add_lora first"
+            hint = "call add_lora first"
+            if isinstance(model, nn.Module) and is_compiled(model):
+                hint = "it is compiled: call torch.compile last"
+            elif isinstance(getattr(model, "module", None), PeftModel):
+                hint = "pass the model inside, model.module"
             raise ValueError(f"{type(model).__name__} is no PeftModel: {hint}")
         check_some_adapter(model)
+        if not isinstance(name, str):
+            raise ValueError(f"adapter_name is {name!r}; it must be one of the model's names")
         if name not in model.peft_config:
             known = ", ".join(map(repr, model.peft_config))
             raise ValueError(f"there is no adapter {name!r}; the model has {known}")
@@ -210,6 +217,8 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
     Raises:
         ValueError: it cannot: compiled, offloaded, merged, on changed base weights, or the name is taken.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"the model is {model!r}; it must be a torch.nn.Module, such as timm.create_model gives")
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name or adapter_name in _TAKEN_NAMES:
         raise ValueError(f"adapter_name is {adapter_name!r}; it must be a word without dots, such as 'default'")
     check_eager(model)
@@ -220,6 +229,12 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
             raise ValueError(
                 "the model contains LoRA layers but is no PeftModel: pass the PeftModel that get_peft_model returned, "
                 "or a bare model (model.unload())"
+            )
+        changed = next(((n, m.changed_by[0]) for n, m in model.named_modules() if _is_still_changed(m)), None)
+        if changed:
+            raise ValueError(
+                f"the initialisation of adapter {changed[1]!r} has changed the base weights, and {changed[0]} still "
+                "has what was left of them: load the pretrained weights again"
             )
         return model
     check_some_adapter(model)
@@ -237,7 +252,7 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
 
 
 # Names that torch or peft have another use for: they would end up in a table of modules.
-_TAKEN_NAMES = {"weight", "bias", *dir(nn.ModuleDict())}
+_TAKEN_NAMES = {"weight", "bias", "base_layer", "modules_to_save", "original_module", *dir(nn.ModuleDict())}
 
 
 def check_some_adapter(model: PeftModel) -> None:
@@ -260,6 +275,12 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
     return ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer))
 
 
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """A module without torch's wrappers around it."""
+    inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
+    return module if inner is None else _unwrapped(inner)
+
+
 def _saved_modules(model: nn.Module) -> Iterator[ModulesToSaveWrapper]:
     return (m for m in model.modules() if isinstance(m, ModulesToSaveWrapper))
 
@@ -270,10 +291,18 @@ def check_saved_modules(model: PeftModel) -> None:
     timm's `reset_classifier()` puts a bare layer where peft's wrapper was; peft would then write no head at all.
     """
     bare = model.get_base_model()
-    for config in model.peft_config.values():
+    for name, config in model.peft_config.items():
+        targets = config.target_modules if isinstance(config.target_modules, (set, list, tuple)) else ()
+        whole = {plain_name(n): _unwrapped(m) for n, m in bare.named_modules() if targets}
+        replaced = next((n for n in targets if n in whole and not isinstance(whole[n], LoraLayer)), None)
+        if replaced and "." in replaced:
+            raise ValueError(
+                f"{replaced!r} of adapter {name!r} was replaced after LoRA was added: it would neither run nor be "
+                "saved. Change the model first, then call add_lora."
+            )
         for suffix in config.modules_to_save or ():
             # By peft's rule, which lets a suffix of no module pass ("classifier" and "score" of task_type SEQ_CLS).
-            hits = [m for n, m in bare.named_modules() if plain_name(n).endswith(suffix)]
+            hits = [_unwrapped(m) for n, m in bare.named_modules() if plain_name(n).endswith(suffix)]
             if hits and not any(isinstance(m, ModulesToSaveWrapper) for m in hits):
                 raise ValueError(
                     f"{suffix!r} was replaced after LoRA was added (reset_classifier?): it would neither be saved "
@@ -285,16 +314,27 @@ def check_saved_modules(model: PeftModel) -> None:
 
 
 _TAKEN = re.compile(r"start_A_(?P<adapter>.+)")
+ROUNDING = 1e-6  # of the sum of absolute weights: what merging and unmerging may have moved their sum
 
 
 def remember_base_change(layer: LoraLayer, adapter_name: str) -> None:
-    """Keep A0 and B0 with the layer whose base weight has lost s B0 A0.
+    """Keep A0 and B0 with the layer whose base weight has lost s B0 A0: buffers that move with it.
 
-    They are buffers that move with it, and are in its `state_dict`: whoever restores base weights without them would
-    save an adapter for the wrong base.
+    `guard` puts them into the model's `state_dict`: whoever restores base weights without them would save an adapter
+    for the wrong base. The base layer itself keeps a mark, which outlives `unload()`.
     """
     for factor, module in (("A", layer.lora_A), ("B", layer.lora_B)):
-        layer.register_buffer(f"start_{factor}_{adapter_name}", module[adapter_name].weight.detach().clone())
+        layer.register_buffer(f"start_{factor}_{adapter_name}", module[adapter_name].weight.detach().clone(), False)
+    base = layer.get_base_layer()
+    base.changed_by = adapter_name, base.weight.detach().double().sum().item()
+
+
+def _is_still_changed(module: nn.Module) -> bool:
+    """Whether a base layer still has what is left of its weight: merging puts something back."""
+    if not hasattr(module, "changed_by"):
+        return False
+    weight = module.weight.detach().double()
+    return abs(weight.sum().item() - module.changed_by[1]) <= ROUNDING * weight.abs().sum().item()
 
 
 def base_changes(layer: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
@@ -304,11 +344,13 @@ def base_changes(layer: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def guard(model: PeftModel) -> PeftModel:
-    """Make `state_dict()` and `load_state_dict()` fail where they would lose a part of an adapter in silence."""
-    if _check_saved_modules in model._state_dict_pre_hooks.values():
-        return model
-    model.register_state_dict_pre_hook(_check_saved_modules)
-    model.register_load_state_dict_pre_hook(_check_base_change)
+    """Make `state_dict()` and `load_state_dict()` whole, or fail where they would lose a part of an adapter."""
+    bare = model.get_base_model()
+    if _check_saved_modules not in model._state_dict_pre_hooks.values():
+        model.register_state_dict_pre_hook(_check_saved_modules)
+    if _add_base_changes not in bare._state_dict_hooks.values():
+        bare.register_state_dict_post_hook(_add_base_changes)
+        bare.register_load_state_dict_pre_hook(_load_base_changes)
     return model
 
 
@@ -316,17 +358,34 @@ def _check_saved_modules(model: PeftModel, prefix: str, keep_vars: bool) -> None
     check_saved_modules(model)
 
 
-def _check_base_change(model: PeftModel, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+def _kept(prefix: str, layer_name: str, layer: LoraLayer) -> dict[str, Tensor]:
+    """What was taken out of a base weight, by its names in a state dict: beside the weight, which peft never saves."""
+    changes = base_changes(layer).items()
+    return {
+        f"{prefix}{layer_name}.base_layer.start_{factor}_{adapter}": value
+        for adapter, pair in changes
+        for factor, value in zip("AB", pair, strict=True)
+    }
+
+
+def _add_base_changes(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    for name, layer in _lora_layers(model):
+        state.update({key: value.detach() for key, value in _kept(prefix, name, layer).items()})
+
+
+def _load_base_changes(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     """Base weights and what was taken out of them belong together."""
     for name, layer in _lora_layers(model):
         if f"{prefix}{name}.base_layer.weight" not in state:  # an adapter alone
             continue
-        there = {key for key in state if _TAKEN.fullmatch(key.removeprefix(f"{prefix}{name}."))}
-        here = {f"{prefix}{name}.start_A_{adapter}" for adapter in base_changes(layer)}
-        if there != here:
+        here = _kept(prefix, name, layer)
+        there = {key for key in state if key.startswith(f"{prefix}{name}.base_layer.start_")}
+        if there != here.keys():
             raise ValueError(
                 f"the base weight of {name} in this state dict "
                 f"{'was changed by the initialisation of its adapter' if there else 'is unchanged'}, the model's "
                 f"{'was changed' if here else 'is unchanged'}: initialise the adapter as it was there "
                 "(initialize_lora), then load the state dict; or load what save_adapter wrote"
             )
+        for key, value in here.items():
+            value.copy_(state.pop(key))

@@ -26,7 +26,7 @@ from abm_vision.abm.adapter import Adapter, adapted_layers
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.batches import collect, explained
 from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, measure
-from abm_vision.abm.checks import check_real, check_whole
+from abm_vision.abm.checks import check_real, check_seed, check_type, check_whole
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.gradient import LossFn, weight_gradients
 from abm_vision.abm.merged_linear import BlockLinear
@@ -62,7 +62,7 @@ class AlignConfig:
             check_real(field, getattr(self, field), 0, above=True)
         if self.match > 1:
             raise ValueError(f"match is {self.match}; it must lie in (0, 1]")
-        check_whole("seed", self.seed, 0)
+        check_seed(self.seed)
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ def initialize_lora_aligned_weights(
     """
     start = time.perf_counter()
     config = config or AlignConfig()
+    check_type("config", config, AlignConfig)
     adapter = Adapter(model, adapter_name)
     adapter.check_fresh()
     adapter.check_no_dora("the aligned initialisation")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import wraps
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
@@ -30,6 +31,8 @@ def collect(dataloader: Iterable[Any], device: torch.device, samples: int | None
             f"{type(dataloader).__name__} is a data set, whose samples are no batches: pass "
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
+    if not isinstance(dataloader, Iterable):
+        raise ValueError(f"the dataloader is {dataloader!r}; it must yield batches: a DataLoader, or a list of them")
     batches, seen = [], 0
     for batch in dataloader:
         batches.append(to_device(batch, device))
@@ -45,9 +48,16 @@ def collect(dataloader: Iterable[Any], device: torch.device, samples: int | None
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch of any structure with its tensors on `device`; a mapping (transformers' BatchEncoding) as a dict."""
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, batch)
+    """A batch of any structure with its tensors on `device`; mappings (transformers' BatchEncoding) as dictionaries."""
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, _as_tree(batch))
+
+
+def _as_tree(batch: Any) -> Any:
+    """Mappings of other kinds, at any depth, as dictionaries, into which torch looks."""
+    return tree_map(
+        lambda v: {key: _as_tree(value) for key, value in v.items()} if isinstance(v, Mapping) else v,
+        dict(batch) if isinstance(batch, Mapping) else batch,
+    )
 
 
 def batch_size(batch: Any) -> int:
@@ -61,9 +71,14 @@ def batch_size(batch: Any) -> int:
 def cut(batch: Any, start: int, stop: int, count: int) -> Any:
     """Samples start .. stop - 1 of a batch of `count`; what has no entry a sample stays whole."""
     return tree_map(
-        lambda v: v[start:stop] if isinstance(v, Tensor) and v.ndim and len(v) == count else v,
-        batch,
+        lambda v: v[start:stop] if isinstance(v, (Tensor, np.ndarray)) and v.ndim and len(v) == count else v, batch
     )
+
+
+def can_be_cut(batch: Any) -> bool:
+    """Whether all of a batch is looked into: something of another kind might hold samples, too."""
+    known = (Tensor, np.ndarray, str, bytes, bool, int, float, type(None))
+    return all(isinstance(leaf, known) for leaf in tree_leaves(batch))
 
 
 def one_by_one(batch: Any) -> Iterator[Any]:
@@ -79,8 +94,7 @@ def described(batch: Any) -> str:
 
 
 def _tensors(batch: Any) -> list[Tensor]:
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    return [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(_as_tree(batch)) if isinstance(leaf, Tensor)]
 
 
 def _check_numbers(batch: Any, which: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.backbone import Backbone
-from abm_vision.abm.batches import batch_size, check_finite, cut
+from abm_vision.abm.batches import batch_size, can_be_cut, check_finite, cut
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.loss import boundary_figures, counted, layer_weight, pack_signs, unpack_signs
 from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
@@ -49,10 +49,12 @@ class Part:
     def split(self, size: int) -> list[Part]:
         """Parts of about equal size, of at most `size` samples.
 
-        Where a model folds something else into its batch dimension (TNT its patches), the part stays whole.
+        Where a model folds something else into its batch dimension (TNT its patches), or a batch holds what nobody
+        can cut (an object of one's own), the part stays whole.
         """
         count = batch_size(self.batch)
-        if count <= size or any(shape[0] != count for _, shape in self.packed.values()):
+        folded = any(shape[0] != count for _, shape in self.packed.values())
+        if count <= size or folded or not can_be_cut(self.batch):
             return [self]
         cuts = torch.arange(count).tensor_split(-(-count // size))
         return [self._cut(int(c[0]), int(c[-1]) + 1, count) for c in cuts]

@@ -33,6 +33,19 @@ def check_whole(field: str, value: object, low: int) -> None:
         raise ValueError(f"{field} is {value!r}; it must be a whole number of {low} or more")
 
 
+def check_seed(value: object) -> None:
+    """Raise a ValueError unless torch's generators take it as a seed."""
+    check_whole("seed", value, 0)
+    if value >= 2**63:
+        raise ValueError(f"seed is {value}; it must be less than 2 ** 63")
+
+
+def check_type(field: str, value: object, kind: type) -> None:
+    """Raise a ValueError unless `value` is of that kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{field} is {value!r}; it must be of type {kind.__name__}, or None for its defaults")
+
+
 def check_real(field: str, value: object, low: float, *, above: bool = False) -> None:
     """Raise a ValueError unless `value` is a finite number of at least `low`, or `above` it."""
     fits = isinstance(value, Real) and not isinstance(value, bool) and (value > low if above else value >= low)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from abm_vision.abm.checks import check_choice, check_real, check_whole
+from abm_vision.abm.checks import check_choice, check_real, check_seed, check_whole
 
 FITS = ("end_to_end", "local")
 
@@ -51,7 +51,7 @@ class ABMConfig:
         check_real("learning_rate", self.learning_rate, 0, above=True)
         for field in ("steps", "samples", "batch_size"):
             check_whole(field, getattr(self, field), 1)
-        check_whole("seed", self.seed, 0)
+        check_seed(self.seed)
         self._settle_layers()
 
     def _settle_layers(self) -> None:
@@ -62,4 +62,6 @@ class ABMConfig:
         number = isinstance(self.layers, Integral)
         if number and self.layers < 1 or not number and not isinstance(self.layers, Iterable):
             raise ValueError(f"layers is {self.layers}; it must be 1 or more, 'all', or a list of module names")
+        if not number and not all(isinstance(name, str) for name in self.layers):
+            raise ValueError(f"layers is {self.layers}; a list must hold module names")
         object.__setattr__(self, "layers", int(self.layers) if number else tuple(self.layers))

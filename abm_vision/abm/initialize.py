@@ -18,6 +18,7 @@ from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.bars import progress
 from abm_vision.abm.batches import collect, explained
 from abm_vision.abm.calibration import Calibration, Layer, calibrate, choose_layers, measure
+from abm_vision.abm.checks import check_type
 from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.local import fit_locally
 from abm_vision.abm.loss import boundary_loss
@@ -71,6 +72,7 @@ def initialize_lora_abm_weights(
     """
     start = time.perf_counter()
     config = config or ABMConfig()
+    check_type("config", config, ABMConfig)
     adapter = Adapter(model, adapter_name)
     adapter.check_alone()
     _check_reference(adapter, reference)

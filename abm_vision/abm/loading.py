@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,7 +19,7 @@ from torch import Tensor, nn
 from abm_vision.abm.adapter import absence, adapted_layers, changes_base, check_room, guard, plain_name
 from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.files import read_object
-from abm_vision.abm.lora import restrict_to_blocks, settle_modes
+from abm_vision.abm.lora import UNFIT, restrict_to_blocks, settle_modes, taken_off_on_error
 from abm_vision.abm.merged_linear import merged_linear_factory
 from abm_vision.abm.restore import restored
 from abm_vision.abm.saving import ABM_FILE, FORMAT, PEFT_PREFIX
@@ -73,7 +71,7 @@ def load_adapter(
     _check_saved_modules(tensors, bare, config, folder)
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
-    with _taken_off_on_error(model, bare, adapter_name, f"the adapter {folder}"):
+    with taken_off_on_error(model, bare, adapter_name, f"the adapter {folder}"):
         if isinstance(model, PeftModel):
             adapted, config.inference_mode = model, not is_trainable
             with restored(model):
@@ -84,41 +82,12 @@ def load_adapter(
                 bare, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
             )
         wanted = get_peft_model_state_dict(adapted, adapter_name=adapter_name, save_embedding_layers=False)
-        _check_complete(wanted.keys(), {k for k in tensors if not _is_embedding(k, bare)})
+        _check_complete(wanted.keys(), {k for k in tensors if k in wanted or not _is_embedding(k, bare)})
         settle_modes(adapted, adapter_name)
         backbone.prepare(bare, list(adapted_layers(adapted, adapter_name)))
         _check_blocks(adapted, adapter_name, blocks, backbone)
         restrict_to_blocks(adapted, adapter_name, blocks)
     return guard(adapted)
-
-
-@contextmanager
-def _taken_off_on_error(model: nn.Module, bare: nn.Module, adapter_name: str, what: str) -> Iterator[None]:
-    """What is raised while an adapter is put on becomes one message, and the model is as it was."""
-    flags = [(parameter, parameter.requires_grad) for parameter in bare.parameters()]
-    try:
-        yield
-    except BaseException as error:
-        if isinstance(model, PeftModel):
-            if adapter_name in model.peft_config:
-                model.delete_adapter(adapter_name)
-        else:
-            for name, module in list(bare.named_modules()):
-                if isinstance(module, LoraLayer):
-                    bare.set_submodule(name, module.get_base_layer())
-                elif isinstance(module, ModulesToSaveWrapper):
-                    bare.set_submodule(name, module.original_module)
-            vars(bare).pop("peft_config", None)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        if not isinstance(error, _UNFIT):
-            raise
-        why = " ".join(str(error).split())
-        raise ValueError(f"{what} does not fit this model, or is damaged: {why}") from error
-
-
-# What peft and torch raise over files that do not fit a model.
-_UNFIT = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, SafetensorError, re.error)
 
 
 def load_reference(
@@ -146,7 +115,7 @@ def load_reference(
         )
     config.modules_to_save, config.inference_mode = None, True
     tensors = {name: tensor for name, tensor in _read_tensors(folder).items() if ".lora_" in name}
-    with _taken_off_on_error(model, bare, adapter_name, f"the reference {folder}"):
+    with taken_off_on_error(model, bare, adapter_name, f"the reference {folder}"):
         model.add_adapter(adapter_name, config)
         set_peft_model_state_dict(model, tensors, adapter_name=adapter_name)
         wanted = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
@@ -168,12 +137,18 @@ def _check_saved_modules(tensors: Mapping[str, Tensor], bare: nn.Module, config:
         for name, module in saved.items()
         for key in getattr(module, "original_module", module).state_dict()
     }
-    given = {key for key in tensors if ".lora_" not in key and not _is_embedding(key, bare)}
-    if wanted - given:
-        raise ValueError(f"{folder / WEIGHTS} lacks {_some(sorted(wanted - given))}: {REMEDY}")
-    if given - wanted:
+    if wanted - tensors.keys():
+        raise ValueError(f"{folder / WEIGHTS} lacks {_some(sorted(wanted - tensors.keys()))}: {REMEDY}")
+    surplus = {
+        key
+        for key in tensors.keys() - wanted
+        if ".lora_" not in key
+        and not _is_embedding(key, bare)
+        and not (config.bias != "none" and key.endswith(".bias"))
+    }
+    if surplus:
         raise ValueError(
-            f"{folder / WEIGHTS} holds {_some(sorted(given - wanted))}, of no LoRA layer and of no module that its "
+            f"{folder / WEIGHTS} holds {_some(sorted(surplus))}, of no LoRA layer and of no module that its "
             f"configuration saves ({', '.join(config.modules_to_save or ()) or 'none'}): {REMEDY}"
         )
 
@@ -242,9 +217,17 @@ def _read_config(folder: Path) -> LoraConfig:
         value = content.get(name)
         if name in content and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             raise ValueError(f"{path} has {name} {value!r}, it must be {_words(kinds)}: {REMEDY}")
+    numbers = {"lora_alpha": content.get("lora_alpha"), **content.get("alpha_pattern", {})}
+    for name, value in numbers.items():
+        if value is not None and not (isinstance(value, (int, float)) and math.isfinite(value)):
+            raise ValueError(f"{path} has alpha {value!r} for {name}, it must be a finite number: {REMEDY}")
+    if not 0 <= content.get("lora_dropout", 0) < 1:
+        raise ValueError(f"{path} has lora_dropout {content['lora_dropout']}, it must lie in [0, 1): {REMEDY}")
+    if not all(isinstance(name, str) for name in content.get("modules_to_save") or ()):
+        raise ValueError(f"{path} has modules_to_save {content['modules_to_save']!r}, it must hold names: {REMEDY}")
     try:
         return PeftConfig.from_pretrained(str(folder))
-    except _UNFIT as error:
+    except UNFIT as error:
         raise ValueError(f"{path} is no configuration of LoRA ({error}): {REMEDY}") from error
 
 
@@ -271,7 +254,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise ValueError(f"{path} holds no table of tensors: {REMEDY}")
     for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
+        if not tensor.float().isfinite().all():  # float8 cannot be asked
             raise ValueError(f"{path}: {name} is NaN or infinite: {REMEDY}")
     return tensors
 

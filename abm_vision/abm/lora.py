@@ -5,12 +5,14 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
 from torch import nn
 
 from abm_vision.abm.adapter import absence, adapted_layers, check_room, guard
@@ -72,6 +74,7 @@ def add_lora(
     check_choice("qkv", qkv, QKV_MODES)
     check_whole("rank", rank, 1)
     check_real("alpha", alpha, 0, above=True)
+    rank, alpha = _plain_number(rank), _plain_number(alpha)
     check_real("dropout", dropout, 0)
     if dropout >= 1:
         raise ValueError(f"dropout is {dropout}; it must lie in [0, 1)")
@@ -106,12 +109,13 @@ def add_lora(
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
     on_meta = absence(bare) == "meta"  # then the adapter is made there, too
-    if isinstance(model, PeftModel):
-        model.add_adapter(adapter_name, config, low_cpu_mem_usage=on_meta)
-    else:
-        model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=on_meta)
-    settle_modes(model, adapter_name)
-    restrict_to_blocks(model, adapter_name, blocks)
+    with taken_off_on_error(model, bare, adapter_name, "the adapter"):
+        if isinstance(model, PeftModel):
+            model.add_adapter(adapter_name, config, low_cpu_mem_usage=on_meta)
+        else:
+            model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=on_meta)
+        settle_modes(model, adapter_name)
+        restrict_to_blocks(model, adapter_name, blocks)
     return guard(model)
 
 
@@ -159,7 +163,12 @@ def _without_keys(model: nn.Module, backbone: Backbone, names: list[str]) -> tup
 
 def _pattern_value(pattern: Mapping[str, Any] | None, name: str, default: Any) -> Any:
     hits = [value for key, value in (pattern or {}).items() if _matches(key, name)]
-    return hits[0] if hits else default
+    return _plain_number(hits[0]) if hits else default
+
+
+def _plain_number(value: Any) -> Any:
+    """Python's own number for NumPy's, which cannot be written as JSON."""
+    return value.item() if hasattr(value, "item") else value
 
 
 def _matches(key: str, name: str) -> bool:
@@ -183,7 +192,8 @@ def _check_patterns(
 
 def _saved_modules(model: nn.Module, wanted: Sequence[str], names: list[str]) -> list[str]:
     """The modules to be trained in full, each of which must be there (peft passes over what is not)."""
-    if isinstance(wanted, str) or not all(isinstance(name, str) and name for name in wanted):
+    names_alone = isinstance(wanted, Iterable) and not isinstance(wanted, str)
+    if not names_alone or not all(isinstance(name, str) and name for name in wanted):
         raise ValueError(f"modules_to_save is {wanted!r}; it must be a list of module names, such as ['head']")
     modules = [name for name, _ in model.named_modules() if name]
     for name in wanted:
@@ -194,6 +204,8 @@ def _saved_modules(model: nn.Module, wanted: Sequence[str], names: list[str]) ->
             what = "a parameter, and only whole modules can be saved" if parameter else "which is no module"
             hint = f"; near it are {', '.join(near)}" if near else ""
             raise ValueError(f"modules_to_save names {name!r}, {what}{hint}")
+        if any(isinstance(model.get_submodule(hit), (nn.ModuleList, nn.ModuleDict)) for hit in hits):
+            raise ValueError(f"modules_to_save names {name!r}, a list of modules, which nobody calls: name its members")
         adapted = next((n for n in names for hit in hits if n == hit or n.startswith(f"{hit}.")), None)
         if adapted:
             raise ValueError(f"modules_to_save names {name!r}, which holds the adapted layer {adapted}: choose one")
@@ -208,6 +220,35 @@ def _check_ranks(model: nn.Module, ranks: Mapping[str, int]) -> None:
         shape = layer.weight.shape[:2] if isinstance(layer, nn.Conv2d) else (layer.out_features, layer.in_features)
         if not 1 <= rank <= min(shape):
             raise ValueError(f"rank {rank} for {name} {tuple(shape)}: allowed are 1 .. {min(shape)}")
+
+
+@contextmanager
+def taken_off_on_error(model: nn.Module, bare: nn.Module, adapter_name: str, what: str) -> Iterator[None]:
+    """What is raised while an adapter is put on becomes one message, and the model is as it was."""
+    flags = [(parameter, parameter.requires_grad) for parameter in bare.parameters()]
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(model, PeftModel):
+            if adapter_name in model.peft_config:
+                model.delete_adapter(adapter_name)
+        else:
+            for name, module in list(bare.named_modules()):
+                if isinstance(module, LoraLayer):
+                    bare.set_submodule(name, module.get_base_layer())
+                elif isinstance(module, ModulesToSaveWrapper):
+                    bare.set_submodule(name, module.original_module)
+            vars(bare).pop("peft_config", None)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
+        if not isinstance(error, UNFIT):
+            raise
+        why = " ".join(str(error).split())
+        raise ValueError(f"{what} does not fit this model, or is damaged: {why}") from error
+
+
+# What peft and torch raise over an adapter that does not fit a model.
+UNFIT = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, SafetensorError, re.error)
 
 
 def settle_modes(model: PeftModel, adapter_name: str) -> None:

@@ -33,7 +33,16 @@ def boundary_figures(z: Tensor, sign: Tensor, margin: float, mask: Tensor | None
 
 
 def signed(z: Tensor, sign: Tensor) -> Tensor:
-    """tau z in float32: positive on the reference's side of the boundary."""
+    """tau z in float32: positive on the reference's side of the boundary.
+
+    Raises:
+        ValueError: both have other shapes.
+    """
+    if z.shape != sign.shape:
+        raise ValueError(
+            f"the model's pre-activation is {tuple(z.shape)}, the reference's {tuple(sign.shape)}: they must be models "
+            "of the same width, on the same batch"
+        )
     return z.float() * (2.0 * sign - 1.0)
 
 
@@ -70,6 +79,8 @@ def whole_mask(mask: Tensor, values: Tensor) -> Tensor:
         raise ValueError(
             f"a token mask {tuple(mask.shape)} does not fit values {tuple(values.shape)}: it must be (batch, tokens)"
         )
+    if not mask.any():
+        raise ValueError("the token mask leaves no token of a batch: leave the batch out")
     return F.pad(mask.to(values.device).bool(), (before, 0), value=True)
 
 

@@ -201,8 +201,6 @@ class BlockLinear(nn.Linear):
     is what the forward pass, merging and files use. In files it is an ordinary `lora_B.weight`.
     """
 
-    mask: Tensor
-
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> BlockLinear:
         """Turn a (3*dim, 2r) `lora_B` into a block one, in place of it: the same Parameter object.
@@ -212,14 +210,18 @@ class BlockLinear(nn.Linear):
         """
         block = cls.__new__(cls)
         block.__dict__ = linear.__dict__.copy()
-        dim, rank = linear.out_features // 3, linear.in_features // 2
-        mask = torch.zeros_like(linear.weight, dtype=torch.bool)
+        if not linear.weight.is_meta and linear.weight.detach().masked_fill(block.mask, 0).any():
+            raise ValueError("a lora_B for q and v alone has values outside its two blocks: it adapts k as well")
+        return block
+
+    @property
+    def mask(self) -> Tensor:
+        """Where the two blocks are: boolean (3*dim, 2r). No buffer, which `to_empty()` would fill with anything."""
+        dim, rank = self.out_features // 3, self.in_features // 2
+        mask = torch.zeros_like(self.weight, dtype=torch.bool)
         mask[:dim, :rank] = True
         mask[2 * dim :, rank:] = True
-        if not linear.weight.is_meta and linear.weight.detach().masked_fill(mask, 0).any():
-            raise ValueError("a lora_B for q and v alone has values outside its two blocks: it adapts k as well")
-        block.register_buffer("mask", mask, persistent=False)
-        return block
+        return mask
 
     def trained_weight(self) -> Tensor:
         """B as it is, with a gradient in its two blocks alone: (3*dim, 2r)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 import re
@@ -52,6 +53,10 @@ def save_adapter(
     if not isinstance(model, PeftModel):
         raise ValueError(f"{type(model).__name__} is no PeftModel: pass what add_lora or load_adapter returned")
     check_some_adapter(model)
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the settings {', '.join(settings)} cannot be written as JSON: {error}") from None
     with _uncompiled(model), as_plain_lora(model, state_dict) as state:
         for name in model.peft_config:
             check_base(model, "an adapter beside it is of no use on the unchanged base", but=name)
@@ -97,8 +102,16 @@ def _uncompiled(model: PeftModel) -> Iterator[None]:
 
 def _check_loadable(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
     """Raise a ValueError unless whoever loads the adapter's tensors finds all of it."""
-    for name in adapter.layers:
-        if adapter.config.target_modules and not check_target_module_exists(adapter.config, name):
+    for name, layer in adapter.layers.items():
+        rank, alpha = layer.r[adapter.name], layer.lora_alpha[adapter.name]
+        scaling = alpha / (math.sqrt(rank) if layer.use_rslora[adapter.name] else rank)
+        if not math.isclose(float(layer.scaling[adapter.name]), scaling, rel_tol=1e-6):
+            raise ValueError(
+                f"the scaling of {name} is {float(layer.scaling[adapter.name]):g}, and a loader would find "
+                f"{scaling:g}: set it back (unscale_layer), or multiply B by it, before saving"
+            )
+        by_parameter = adapter.config.target_parameters or not adapter.config.target_modules
+        if not by_parameter and not check_target_module_exists(adapter.config, name):
             raise ValueError(
                 f"{name} is not among the target modules of adapter {adapter.name!r}: something was wrapped around the "
                 "model's modules after LoRA was added (DataParallel?); take it off before saving"
@@ -129,8 +142,6 @@ def as_plain_lora(model: PeftModel, state_dict: Mapping[str, Tensor] | None = No
     configs = dict(model.peft_config)
     for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)):
         for adapter, (start_a, start_b) in base_changes(layer).items():
-            for factor in "AB":
-                state.pop(f"{name}.start_{factor}_{adapter}", None)
             if adapter in configs and adapter in layer.lora_A:
                 a, b = (f"{name}.lora_{factor}.{adapter}.weight" for factor in "AB")
                 state[a] = torch.cat([state[a], start_a.to(state[a])], 0)
