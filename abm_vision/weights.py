@@ -6,6 +6,7 @@ import difflib
 import http.client
 import os
 import pickle
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -317,7 +318,7 @@ def _read(path: Path) -> dict[str, Any]:
     """A file's state dict through timm's safe reader."""
     try:
         state = load_state_dict(str(path), weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
+    except (RuntimeError, pickle.UnpicklingError, struct.error, EOFError) as error:
         raise ValueError(f"damaged, or pickled objects, which are never loaded ({error})") from error
     if not state:  # timm would take an empty one for none given, and go to the hub
         raise ValueError("the file is empty")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,25 +25,30 @@ Row = dict[str, list[int]]  # input_ids and labels of one example
 Batch = dict[str, Tensor]
 
 
-def text_origin(config: AdapterSettings, data: Mapping[str, str], *encoding: Any) -> Origin:
-    """The content that a run on text is made of; nothing is loaded.
+def text_origin(
+    config: AdapterSettings, data: Mapping[str, Callable[[], str]], *encoding: Any
+) -> list[Callable[[], Origin]]:
+    """What gives the content that a run on text is made of, part by part; nothing is loaded.
+
+    Each raises an OSError if its part is not on this machine.
 
     Args:
         config: the settings.
-        data: hashes of the examples by split.
+        data: split to what gives a hash of its examples.
         encoding: the functions and records that make tokens of them.
-
-    Raises:
-        OSError: the model is not on this machine.
     """
-    hashes = {f"{split} data": f"sha256 {digest}" for split, digest in data.items()}
-    return {
-        **model_content(config.model),
-        **hashes,
-        "encoding": version(*encoding),
-        **initialisation(config),
-        "processes": PartialState().num_processes,
-    }
+    splits = [lambda s=split, digest=digest: {f"{s} data": f"sha256 {digest()}"} for split, digest in data.items()]
+    return [
+        partial(model_content, config.model),
+        *splits,
+        lambda: {"encoding": version(*encoding), "processes": PartialState().num_processes},
+        partial(initialisation, config),
+    ]
+
+
+def together(parts: Iterable[Callable[[], Origin]]) -> Origin:
+    """All parts of an origin."""
+    return {name: value for part in parts for name, value in part().items()}
 
 
 def token_digest(rows: Sequence[Row]) -> str:

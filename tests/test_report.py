@@ -47,8 +47,11 @@ def put(tmp_path, real_run):
         result["config"] |= {"task": task, "init": init, "seed": seed, **config}
         result["seconds_per_epoch"] *= result["config"]["epochs"]
         size = vtab_tasks.get_task(task).size("test")
-        result["test"] |= {"top1": top1, "count": size if whole else 60, "split_size": size}
-        result["data"]["test"]["source"] = result["data"]["train"]["source"] = source
+        counted = size if whole else 60
+        result["test"] |= {"top1": top1, "correct": round(top1 * counted), "count": counted, "split_size": size}
+        for part in result["data"].values():
+            part |= {"task": task, "source": source}
+        result["data"]["test"]["images"] = counted
         if losses:
             result["loss_per_step"] = losses
         folder = tmp_path / "runs" / f"run{next(count)}"

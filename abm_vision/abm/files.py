@@ -59,7 +59,8 @@ def read_object(path: Path, remedy: str) -> dict[str, Any]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        json.dumps(content, ensure_ascii=False).encode()  # a half of a surrogate pair cannot be shown or written
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error}); {remedy}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds no JSON object; {remedy}")

@@ -9,6 +9,7 @@ import select
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
@@ -113,7 +114,7 @@ def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
-        with _heeding_sigterm():
+        with _heeding_sigterm(), _plain_warnings(program):
             try:
                 return command()
             finally:  # --help exits; what is still held back is not to fail after this
@@ -146,6 +147,20 @@ def _stopped(program: str, stop: KeyboardInterrupt, more: str = "") -> int:
     terminated = isinstance(stop, Terminated)
     print(f"\n{program}: {'terminated' if terminated else 'interrupted'}{more}", file=sys.stderr)
     return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+@contextmanager
+def _plain_warnings(program: str) -> Iterator[None]:
+    """Warnings as one line, without the place in the source that raises them."""
+
+    def show(message: Warning | str, *_: Any) -> None:
+        print(f"{program}: warning: {message}", file=sys.stderr)
+
+    before, warnings.showwarning = warnings.showwarning, show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
 
 
 @contextmanager

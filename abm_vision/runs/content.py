@@ -11,7 +11,8 @@ import re
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
@@ -27,7 +28,7 @@ from abm_vision.initializers import get_initializer
 from abm_vision.runs.settings import AdapterSettings
 
 SETTLED = 2.0  # seconds: what was written just now may be written again under the same time
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 Origin = dict[str, Any]  # name to a hash, or another plain value
 
 # -------------------------------------------------------------------------------------------------------- files
@@ -89,7 +90,8 @@ def initialisation(config: AdapterSettings) -> Origin:
     if config.abm_reference is not None:
         folder = Path(config.abm_reference)
         places = (folder / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
-        found["reference"] = f"sha256 {sha256_of([next((p for p in places if p.is_file()), places[1])])}"
+        weights = next((p for p in places if p.is_file()), places[1])
+        found["reference"] = f"sha256 {sha256_of([weights, weights.with_name(ADAPTER_CONFIG)])}"
     return found
 
 
@@ -200,26 +202,30 @@ def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
         )
 
 
-def check_finished(before: Mapping[str, Any], now: Callable[[], Mapping[str, Any]], folder: Path, say: Any) -> None:
-    """The same of a finished run, whose data and weights may be gone meanwhile: its result still stands, and it is
-    reported that nothing could be checked.
+def check_finished(before: Mapping[str, Any], parts: Iterable[Callable[[], Mapping[str, Any]]], folder: Path) -> None:
+    """The same of a finished run, whose data and weights may be gone meanwhile.
+
+    Its result still stands then; a warning says what could not be checked. All else is.
 
     Args:
         before: the origin that the result keeps.
-        now: gives as much of it as can be found without the network and without a model.
+        parts: each gives a part of it as it can be found now, without the network and without a model.
         folder: of the run.
-        say: receives a line if data or weights are not there.
 
     Raises:
         ValueError: something differs.
     """
-    try:
-        found = now()
-    except OSError as error:
-        reason = str(error).partition("\n")[0]
-        say(f"data, weights and code of this run were not checked: {reason}")
-        return
-    check_origin(before, found, folder)
+    absent = []
+    for part in parts:
+        try:
+            found = part()
+        except OSError as error:
+            absent.append(str(error).partition("\n")[0])
+        else:
+            check_origin(before, found, folder)
+    if absent:
+        reasons = "; ".join(dict.fromkeys(absent))
+        warnings.warn(f"the run in {folder} could not be checked whole: {reasons}", stacklevel=3)
 
 
 def shortened(value: Any) -> str:

@@ -97,6 +97,11 @@ def settle_precision(folder: Path, config: AdapterSettings) -> str:
         ValueError: the folder's configuration is damaged, or of another schema.
     """
     content = read_record(folder / CONFIG, records.Settings, config.schema)
+    if config.precision not in ("auto", content.get("precision", config.precision)):
+        raise ValueError(
+            f"{folder / CONFIG} has precision {content['precision']}, the run is of {config.precision}: move its "
+            "folder away to run again"
+        )
     if "precision" not in content:
         content["precision"] = choose_precision(config.precision, resolve_device(config.device))
         write_json(folder / CONFIG, content)
@@ -110,6 +115,16 @@ def read_result(folder: Path, kind: type[records.Result], schema: int | str) -> 
         ValueError: it is damaged, of another schema, or a field is missing or out of its range.
     """
     return read_record(folder / RESULT, kind, schema) if (folder / RESULT).is_file() else None
+
+
+def check_same_run(result: dict[str, Any], config: AdapterSettings, folder: Path) -> None:
+    """Raise a ValueError if a result is of other settings than the run whose folder it lies in."""
+    found = result["config"]
+    other = [f"{name} {found.get(name)!r}" for name, value in config.used().items() if found.get(name) != value]
+    if other:
+        raise ValueError(
+            f"{folder / RESULT} is of another run, it has {', '.join(other)}: move its folder away to run again"
+        )
 
 
 def remove(folder: Path, names: Iterable[str]) -> None:

@@ -13,6 +13,7 @@ from abm_vision.abm.files import read_object
 from abm_vision.runs.settings import AdapterSettings
 
 REMEDY = "move its folder away to run again"
+Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -69,7 +70,7 @@ def read_record(
         raise FileNotFoundError(f"there is no {path}; {remedy}")
     content = read_object(path, remedy)
     if schema is not None and content.get("schema") != schema:
-        raise ValueError(f"{path} has schema {content.get('schema')}, this version reads {schema}; {remedy}")
+        raise ValueError(f"{path} has schema {content.get('schema')!r}, this version reads {schema!r}; {remedy}")
     return checked(content, kind, str(path), remedy)
 
 
@@ -191,7 +192,7 @@ class Result(Record):
     abm: dict[str, Any] | None
     reference: Reference | None
     information_loss: Losses | None
-    loss_per_step: Annotated[list[float], Field(min_length=1)]
+    loss_per_step: Annotated[list[Number], Field(min_length=1)]
     seconds_per_epoch: list[Seconds]
     seconds: Times
     peak_memory_mib: Annotated[float, Field(ge=0)] | None

@@ -14,7 +14,7 @@ from peft import PeftModel
 
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.backbone import Backbone
-from abm_vision.abm.loading import load_reference, read_settings
+from abm_vision.abm.loading import REMEDY, load_reference, read_settings
 from abm_vision.abm.saving import ABM_FILE
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import get_initializer, initialize_lora
@@ -180,7 +180,11 @@ def _check_weights(adapter: Path, sha256: str | None) -> None:
     if not (adapter / ABM_FILE).is_file():
         return
     recorded = read_settings(adapter).get("weights")
-    if recorded and recorded["sha256"] != sha256:
+    if not recorded:
+        return
+    if not isinstance(recorded, dict) or not {"sha256", "location"} <= recorded.keys():
+        raise ValueError(f"{adapter / ABM_FILE} has weights {recorded!r}, they must name sha256 and location: {REMEDY}")
+    if recorded["sha256"] != sha256:
         raise ValueError(
             f"the reference {adapter} was tuned on {recorded['location']} (sha256 {recorded['sha256']}), this run has "
             f"weights of sha256 {sha256}: pass one that was tuned on the same weights"

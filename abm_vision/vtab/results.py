@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -27,6 +28,7 @@ from abm_vision.vtab.train import Progress
 CHECKPOINT = "checkpoint.pt"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
 _AFRESH = "--rerun, or deleting its folder, starts afresh"
+ORIGIN = {"training images", "training labels", "test images", "test labels", "weights", "initialisation"}
 LEFT = (CHECKPOINT, FAILURE)  # what a finished run has no use for
 
 
@@ -43,6 +45,8 @@ class Test(Record):
     def _parts(self) -> Test:
         if not self.correct <= self.count <= self.split_size:
             raise ValueError(f"{self.correct} correct of {self.count} counted, of {self.split_size} there are")
+        if abs(self.top1 * self.count - self.correct) > 0.5:
+            raise ValueError(f"top1 is {self.top1}, and {self.correct} of {self.count} are correct")
         return self
 
 
@@ -75,8 +79,8 @@ class Weights(Record):
 class Shape(Record):
     """A `Preprocessing`."""
 
-    image_size: Positive
-    interpolation: Literal["nearest", "nearest-exact", "bilinear", "bicubic", "box", "hamming", "lanczos"]
+    image_size: Annotated[int, Field(ge=1, le=2**14)]
+    interpolation: Literal["nearest", "nearest-exact", "bilinear", "bicubic"]  # what torchvision knows of tensors
     mean: Annotated[list[float], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
 
@@ -103,6 +107,13 @@ class Result(records.Result):
 
     @model_validator(mode="after")
     def _every_step(self) -> Result:
+        for part, data in (("training", self.data.train), ("test", self.data.test)):
+            if data.task != self.config["task"]:
+                raise ValueError(f"the {part} data are of {data.task}, the run is of {self.config['task']}")
+        if self.test.count != self.data.test.images or self.test.split != self.data.test.split:
+            raise ValueError(f"{self.test.count} images of {self.test.split} are not the test data")
+        if absent := sorted(ORIGIN - set(self.origin)):
+            raise ValueError(f"its origin lacks {', '.join(absent)}")
         steps = -(-self.data.train.images // self.config["batch_size"])
         if len(self.loss_per_step) != steps * self.config["epochs"]:
             raise ValueError(f"{len(self.loss_per_step)} losses are not {steps} in every epoch")
@@ -161,7 +172,13 @@ def save_checkpoint(
     }
     whole = io.BytesIO()
     torch.save(state, whole)  # to a disk that is full it raises what nobody can tell from a mistake of its own
-    write_atomically(folder / CHECKPOINT, lambda beside: beside.write_bytes(whole.getbuffer()))
+    content = whole.getvalue()
+    write_atomically(folder / CHECKPOINT, lambda beside: beside.write_bytes(_checksum(content) + content))
+
+
+def _checksum(content: bytes) -> bytes:
+    """What a checkpoint begins with: torch reads flipped bits as they are."""
+    return hashlib.sha256(content).digest()
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
@@ -173,8 +190,11 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     path = folder / CHECKPOINT
     if not path.is_file():
         return None
+    checksum, content = (whole := path.read_bytes())[:32], whole[32:]
+    if checksum != _checksum(content):
+        raise ValueError(f"{path} is damaged, its content has another checksum; {_AFRESH}")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         schema = state["schema"]
     except (RuntimeError, pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError) as error:
         reason = str(error).partition(". ")[0] or type(error).__name__  # torch follows it with advice on unsafe loading
@@ -185,7 +205,7 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
         progress, notes = state["progress"], json.loads(state["notes"])
         if not all(isinstance(value, Tensor) for value in state["trained"].values()):
             raise TypeError("what was trained is no tensor")
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} is not whole ({error}); {_AFRESH}") from None
     checked(progress, Checkpoint, str(path), _AFRESH)
     checked(notes, Notes, str(path), _AFRESH)

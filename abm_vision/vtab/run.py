@@ -18,7 +18,7 @@ from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter, st
 from abm_vision.vtab import results
 from abm_vision.vtab.config import SCHEMA, RunConfig
 from abm_vision.vtab.data import Images, data_record, stream
-from abm_vision.vtab.setup import Setup, origin_now, prepare
+from abm_vision.vtab.setup import Setup, origin_parts, prepare
 from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 
@@ -66,7 +66,8 @@ def run(
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
             files.remove(folder, results.LEFT)
-            check_finished(result["origin"], partial(origin_now, config), folder, say)
+            files.check_same_run(result, config, folder)
+            check_finished(result["origin"], origin_parts(config), folder)
             wanted_now = result["reference_only"] and not reference_only
             if wanted_now:
                 result["reference_only"] = False

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -47,7 +47,8 @@ class Setup:
     @cached_property
     def origin(self) -> Origin:
         """The content that a run that is resumed must find unchanged."""
-        return _origin(self.config, _data_origin(self.train_data, self.test_data), self.weights)
+        data = {**_data_origin("training", self.train_data), **_data_origin("test", self.test_data)}
+        return {**data, **_weights_origin(self.weights), **initialisation(self.config)}
 
     @property
     def weights_sha256(self) -> str:
@@ -75,7 +76,7 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     seconds: dict[str, float] = {}
     stage = stopwatch(seconds)
     with stage("data"):
-        train_data, test_data, split_size = _load(config)
+        (train_data, _), (test_data, split_size) = _load(config, "training"), _load(config, "test")
         test_split = test_data.split
         say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} {test_split} images")
     with stage("weights"):
@@ -96,48 +97,48 @@ def prepare(config: RunConfig, folder: Path, say: Say) -> Setup:
     )
 
 
-def origin_now(config: RunConfig, known: dict[RunConfig, Origin] | None = None) -> Origin:
-    """The content that a run of this configuration would be made of now; no model is built, no network asked.
+def origin_parts(
+    config: RunConfig, known: dict[tuple[RunConfig, str], Origin] | None = None
+) -> list[Callable[[], Origin]]:
+    """What gives the content that a run of this configuration would be made of now, part by part.
+
+    No model is built, no network asked. Each raises an OSError if its part is not there, and a ValueError if it is
+    damaged.
 
     Args:
         config: the settings.
         known: what was found of the data of runs, to be added to: those of a suite share theirs.
-
-    Raises:
-        OSError: data or weights are not there.
-        ValueError: the data are damaged.
     """
     fields = ("task", "evaluate", "source", "data_dir", "test_images")
     key = make_config(**{name: getattr(config, name) for name in fields})
     known = {} if known is None else known
-    if key not in known:
-        known[key] = _data_origin(*_load(config)[:2])
-    return _origin(config, known[key], find_weights(config.model, config.weights))
+
+    def data(part: str) -> Origin:
+        if (key, part) not in known:
+            known[key, part] = _data_origin(part, _load(config, part)[0])
+        return known[key, part]
+
+    def weights() -> Origin:
+        return _weights_origin(find_weights(config.model, config.weights))
+
+    return [partial(data, "training"), partial(data, "test"), weights, partial(initialisation, config)]
 
 
-def _data_origin(train_data: vtab_tasks.TaskData, test_data: vtab_tasks.TaskData) -> Origin:
-    splits = {"training": content(train_data, remembered), "test": content(test_data, remembered)}
-    return {f"{split} {part}": found for split, parts in splits.items() for part, found in parts.items()}
+def _data_origin(part: str, data: vtab_tasks.TaskData) -> Origin:
+    return {f"{part} {name}": found for name, found in content(data, remembered).items()}
 
 
-def _origin(config: RunConfig, data: Origin, weights: WeightSource) -> Origin:
-    return {
-        **data,
-        "weights": f"sha256 {weights.sha256}" if weights.sha256 else "random",
-        **initialisation(config),
-    }
+def _weights_origin(weights: WeightSource) -> Origin:
+    return {"weights": f"sha256 {weights.sha256}" if weights.sha256 else "random"}
 
 
-def _load(config: RunConfig) -> tuple[vtab_tasks.TaskData, vtab_tasks.TaskData, int]:
-    """Training data, test data, and how many images the split has that these are from."""
-    train_data, test_data = (
-        vtab_tasks.load(config.task, split, source=config.source, data_dir=config.data_dir)
-        for split in EVALUATIONS[config.evaluate]
-    )
-    size = len(test_data)
-    if 0 < config.test_images < size:
-        test_data = test_data.subset(config.test_images, TEST_SUBSET_SEED)
-    return train_data, test_data, size
+def _load(config: RunConfig, part: str) -> tuple[vtab_tasks.TaskData, int]:
+    """Training or test data, and how many images their split has."""
+    split = dict(zip(("training", "test"), EVALUATIONS[config.evaluate], strict=True))[part]
+    data = vtab_tasks.load(config.task, split, source=config.source, data_dir=config.data_dir)
+    if part == "test" and 0 < config.test_images < len(data):
+        return data.subset(config.test_images, TEST_SUBSET_SEED), len(data)
+    return data, len(data)
 
 
 def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, device: torch.device) -> PeftModel:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from abm_vision.runs.start import Say
 from abm_vision.vtab import results
 from abm_vision.vtab.config import EVALUATIONS, SCHEMA, SET_BY_SUITE, RunConfig, make_config
 from abm_vision.vtab.run import run
-from abm_vision.vtab.setup import origin_now
+from abm_vision.vtab.setup import origin_parts
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -213,11 +212,11 @@ def _run_all(
         top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
         say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
 
-    known: dict[RunConfig, Origin] = {}  # the content of the runs' data, found once a task
+    known: dict[tuple[RunConfig, str], Origin] = {}  # the content of the runs' data, found once a task
     while left := [config for config in configs if config not in outcomes]:
         free = []
         for config in left:
-            finished = _finished(config, folders[config], diagnose, known, say)
+            finished = _finished(config, folders[config], diagnose, known)
             if finished:
                 note(config, finished)
             elif not files.is_locked(folders[config]):
@@ -231,14 +230,15 @@ def _run_all(
 
 
 def _finished(
-    config: RunConfig, folder: Path, diagnose: bool, known: dict[RunConfig, Origin], say: Say
+    config: RunConfig, folder: Path, diagnose: bool, known: dict[tuple[RunConfig, str], Origin]
 ) -> Outcome | None:
     """The outcome of a run that has nothing left to do; None otherwise, and for one whose result cannot be taken."""
     try:
         result = results.read_result(folder)
         if result is None or result["reference_only"] or (diagnose and not result["information_loss"]):
             return None
-        check_finished(result["origin"], partial(origin_now, config, known), folder, say)
+        files.check_same_run(result, config, folder)
+        check_finished(result["origin"], origin_parts(config, known), folder)
     except ValueError:
         return None  # the run itself says what is wrong with it
     return Outcome("done", result["test"]["top1"])

@@ -25,7 +25,7 @@ from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.glue.config import SCHEMA, GlueConfig
 from nlp_ext.glue.scores import score
 from nlp_ext.glue.server import server_file
-from nlp_ext.glue.setup import Setup, Split, origin_now, prepare, read_split, target_length
+from nlp_ext.glue.setup import Setup, Split, origin_parts, prepare, read_split, target_length
 from nlp_ext.glue.tasks import INVALID
 from nlp_ext.training import (
     NOTES,
@@ -120,7 +120,8 @@ def run(
         result = None if rerun else files.read_result(folder, Result, SCHEMA)
         if result is not None:
             say(f"finished before; --rerun repeats it ({folder})")
-            check_finished(result["origin"], partial(origin_now, config), folder, say)
+            files.check_same_run(result, config, folder)
+            check_finished(result["origin"], origin_parts(config), folder)
             if diagnose and not result["information_loss"]:
                 setup = prepare(config, folder, quiet, say)
                 check_origin(result["origin"], setup.origin, folder)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +21,7 @@ from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.tasks import GlueTask, get_task
 from nlp_ext.models import load_model
 from nlp_ext.ranks import text_device
-from nlp_ext.textrun import Row, TextRun, text_origin, token_digest
+from nlp_ext.textrun import Row, TextRun, text_origin, together, token_digest
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -79,9 +81,9 @@ def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
             "validation": [split.record(config.data_source) for split in validation],
         }
         splits = (train, *validation)
-        digests = {split["split"]: split["sha256"] for split in (record["train"], *record["validation"])}
+        digests = {split["split"]: partial(str, split["sha256"]) for split in (record["train"], *record["validation"])}
         tokens = token_digest([row for split in splits for row in split.rows])
-        origin = {**text_origin(config, digests, encode, task), "tokens": tokens}
+        origin = {**together(text_origin(config, digests, encode, task)), "tokens": tokens}
         setup = Setup(
             config,
             adapted,
@@ -100,15 +102,10 @@ def prepare(config: GlueConfig, folder: Path, quiet: bool, say: Say) -> Setup:
     return setup
 
 
-def origin_now(config: GlueConfig) -> Origin:
-    """The content that a run of this configuration would be made of now, but for its tokens; no model is loaded.
-
-    Raises:
-        OSError: data or model are not there.
-        ValueError: the data are damaged.
-    """
+def origin_parts(config: GlueConfig) -> list[Callable[[], Origin]]:
+    """What gives the content that a run of this configuration would be made of now, but for its tokens."""
     task = get_task(config.task)
-    digests = {name: data.digest(_examples(config, name)) for name in ("train", *task.validation)}
+    digests = {name: lambda name=name: data.digest(_examples(config, name)) for name in ("train", *task.validation)}
     return text_origin(config, digests, encode, task)
 
 

@@ -23,7 +23,7 @@ from abm_vision.runs.records import Count, Positive, Record, settings_of
 from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import SCHEMA, InstructConfig
-from nlp_ext.instruct.setup import Setup, origin_now, prepare
+from nlp_ext.instruct.setup import Setup, origin_parts, prepare
 from nlp_ext.ranks import join, whole_state
 from nlp_ext.training import (
     NOTES,
@@ -125,7 +125,8 @@ def run(
                     f"the run in {folder} was made by {result['processes']} processes, now there are "
                     f"{state.num_processes}, which take more in a step: choose another --out, or --rerun"
                 )
-            check_finished(result["origin"], partial(origin_now, config), folder, say)
+            files.check_same_run(result, config, folder)
+            check_finished(result["origin"], origin_parts(config), folder)
         if result is None or (diagnose and not result["information_loss"]):
             setup = prepare(config, folder, quiet, say)
             # Only now: what is there is lost for a run that can begin.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,7 +23,7 @@ from nlp_ext.instruct import data
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.models import load_model
 from nlp_ext.ranks import text_device
-from nlp_ext.textrun import TextRun, text_origin, token_digest
+from nlp_ext.textrun import TextRun, text_origin, together, token_digest
 
 
 @dataclass
@@ -88,7 +89,8 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
             "sha256": data.digest(conversations),
         }
         tokens = token_digest([*train.rows, *held_out.rows])
-        origin = {**text_origin(config, {"instruction": record["sha256"]}, data.encode_all), "tokens": tokens}
+        digest = {"instruction": lambda: record["sha256"]}
+        origin = {**together(text_origin(config, digest, data.encode_all)), "tokens": tokens}
         setup = Setup(
             config, adapted, tokenizer, train.rows, record, weights, origin, device, precision, seconds, held_out,
             prompts,
@@ -97,14 +99,10 @@ def prepare(config: InstructConfig, folder: Path, quiet: bool, say: Say) -> Setu
     return setup
 
 
-def origin_now(config: InstructConfig) -> Origin:
-    """The content that a run of this configuration would be made of now, but for its tokens; no model is loaded.
-
-    Raises:
-        OSError: data or model are not there.
-        ValueError: the data are damaged.
-    """
-    return text_origin(config, {"instruction": data.digest(data.read(config.data_source))}, data.encode_all)
+def origin_parts(config: InstructConfig) -> list[Callable[[], Origin]]:
+    """What gives the content that a run of this configuration would be made of now, but for its tokens."""
+    digest = {"instruction": lambda: data.digest(data.read(config.data_source))}
+    return text_origin(config, digest, data.encode_all)
 
 
 def _kept_as(config: InstructConfig, device: torch.device) -> dict[str, Any]:
