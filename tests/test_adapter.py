@@ -1,7 +1,9 @@
 """What an adapter may be asked to do: bases that two need, names that wrappers change, arguments, precision."""
 
+import json
 import threading
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -315,3 +317,101 @@ def test_an_error_leaves_dropout_in_its_mode():
     assert [type(layer.lora_dropout["default"]) for layer in (model.get_base_model().blocks[0].mlp.fc1,)] == [
         nn.Dropout
     ]
+
+
+# Other doors to the same faults
+
+
+def test_a_model_without_its_adapter_still_has_the_changed_base():
+    model = initialised("pissa")
+    with pytest.raises(ValueError, match="adapter 'default' has changed the base weights, and .* still has"):
+        add_lora(model.unload())
+    merged = trained(initialised("pissa")).merge_and_unload()
+    add_lora(merged, adapter_name="next")  # what was taken out has been put back
+    assert not [name for name in merged.state_dict() if "start_" in name]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_the_state_of_the_model_inside_is_guarded_too(strict):
+    model, fresh = trained(initialised("pissa")), adapted()
+    with pytest.raises(ValueError, match="changed by the initialisation of its adapter, the model's is unchanged"):
+        fresh.get_base_model().load_state_dict(model.get_base_model().state_dict(), strict=strict)
+
+
+def test_files_of_stock_peft_hold_no_more_than_stock_pefts(tmp_path):
+    """`save_pretrained` of a changed base is peft's own raw file, which repeats the change when it is loaded."""
+    model = trained(initialised("olora"))
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if "start_" in name]
+    torch.testing.assert_close(load_adapter(small_vit(), tmp_path).eval()(X), model(X), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["head", "modules_to_save", "lora_A"])
+def test_an_adapter_that_cannot_be_added_leaves_the_model_as_it_was(name):
+    model = small_vit()
+    before = {n: id(m) for n, m in model.named_modules()}
+    try:
+        add_lora(model, rank=4, adapter_name=name)
+    except ValueError:
+        assert {n: id(m) for n, m in model.named_modules()} == before
+        assert all(p.requires_grad for p in model.parameters())
+        add_lora(model, rank=4)
+
+
+def test_a_replaced_layer_and_a_changed_scaling_are_seen_at_saving(tmp_path):
+    model = adapted()
+    model.get_base_model().blocks[1].mlp.fc1 = nn.Linear(32, 96)
+    for verb in (lambda: save_adapter(model, tmp_path), lambda: check_adapters(model, X)):
+        with pytest.raises(ValueError, match=r"'blocks\.1\.mlp\.fc1' of adapter 'default' was replaced"):
+            verb()
+    model = adapted()
+    model.get_base_model().blocks[1].mlp.fc1.set_scale("default", 2)
+    with pytest.raises(ValueError, match=r"the scaling of blocks\.1\.mlp\.fc1 is 3, and a loader would find 1\.5"):
+        save_adapter(model, tmp_path)
+
+
+def test_numbers_of_numpy_are_saved(tmp_path):
+    model = add_lora(small_vit(), np.int64(4), np.float32(6), rank_pattern={"fc1": np.int64(2)})
+    save_adapter(model, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["r"] == 4
+    with pytest.raises(ValueError, match="the settings report cannot be written as JSON"):
+        save_adapter(model, tmp_path, report=torch.zeros(2))
+
+
+def test_the_blocks_of_q_and_v_survive_the_meta_device():
+    with torch.device("meta"):
+        base = timm.create_model("test_vit", img_size=32, num_classes=5, embed_dim=32, depth=2, num_heads=2)
+    model = add_lora(base, rank=4, qkv="qv").to_empty(device="cpu")
+    whole = add_lora(small_vit(), rank=4, qkv="qv")
+    model.load_state_dict(whole.state_dict())
+    gradients = []
+    for one in (model.eval(), whole.eval()):
+        F.cross_entropy(one(X), Y).backward()
+        gradients.append({n: p.grad for n, p in one.named_parameters() if "lora_B" in n})
+    assert all(torch.equal(gradients[0][n], g) for n, g in gradients[1].items())
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda m: initialize_lora(m, "abm_aligned", BATCHES, config=AlignConfig()), "config is .*of type ABMConfig"),
+        (lambda m: initialize_lora_abm_weights(m, BATCHES, AlignConfig()), "config is .*of type ABMConfig"),
+        (lambda m: initialize_lora(m, 5), "init is 5; allowed are"),
+        (lambda m: initialize_lora(m, ["pissa"]), "init is .'pissa'.; allowed are"),
+        (lambda m: initialize_lora(m, "eva", 5), "the dataloader is 5; it must yield batches"),
+        (lambda m: initialize_lora(m, "kaiming", adapter_name=["default"]), "adapter_name is .'default'."),
+        (lambda m: initialize_lora(nn.DataParallel(m), "kaiming"), "pass the model inside, model.module"),
+        (lambda m: add_lora("test_vit"), "the model is 'test_vit'; it must be a torch.nn.Module"),
+        (lambda m: add_lora(small_vit(), modules_to_save=5), "modules_to_save is 5"),
+        (lambda m: add_lora(small_vit(), modules_to_save=["blocks"]), "'blocks', which holds the adapted layer"),
+        (lambda m: ABMConfig(layers=[1]), "a list must hold module names"),
+        (lambda m: ABMConfig(seed=2**64), "it must be less than 2"),
+        (
+            lambda m: initialize_lora_abm_weights(m, BATCHES, FAST, reference=build_vit(depth=2)),
+            "must be models of the same width",
+        ),
+    ],
+)
+def test_arguments_of_other_kinds(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(adapted())

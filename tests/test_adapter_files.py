@@ -364,3 +364,24 @@ def test_a_whole_adapter_swapped_into_one_for_q_and_v_is_saved_whole(saved, tmp_
     save_adapter(model, tmp_path / "swapped")
     assert json.loads((tmp_path / "swapped" / "abm.json").read_text())["qv_only"] == []
     torch.testing.assert_close(load_adapter(build_vit(), tmp_path / "swapped").eval()(images()), whole(images()))
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_stock_peft_trains_are_loaded(tmp_path, bias):
+    config = LoraConfig(target_modules=["mlp.fc1"], bias=bias, init_lora_weights=False)
+    model = get_peft_model(build_vit(), config).eval()
+    with torch.no_grad():
+        model.base_model.model.blocks[0].mlp.fc1.base_layer.bias.add_(1)
+    model.save_pretrained(tmp_path)
+    torch.testing.assert_close(load_adapter(build_vit(), tmp_path).eval()(images()), model(images()))
+
+
+@pytest.mark.parametrize(
+    "change", [{"lora_alpha": float("nan")}, {"lora_dropout": float("nan")}, {"modules_to_save": [1]}]
+)
+def test_numbers_that_are_none(saved, tmp_path, change):
+    shutil.copytree(saved[0][0], tmp_path / "adapter")
+    changed_json(tmp_path / "adapter", "adapter_config.json", lambda c: c.update(change))
+    (name,) = change
+    with pytest.raises(ValueError, match=f"adapter_config.json has .*{name.removeprefix('lora_')}"):
+        load_adapter(build_vit(), tmp_path / "adapter")

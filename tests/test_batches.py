@@ -1,6 +1,7 @@
 """What loaders yield: every verb takes it in the same way, moves it, and says the same of what a model cannot take."""
 
 import collections
+import dataclasses
 
 import pytest
 import timm
@@ -187,3 +188,36 @@ def test_a_mask_that_does_not_fit():
         initialize_lora_abm_weights(
             adapted(), [X], FAST, token_mask_fn=lambda batch, stack: torch.ones(8, 9).bool(), show_progress_bar=False
         )
+
+
+@dataclasses.dataclass
+class Record:
+    """A batch that torch does not look into."""
+
+    image: torch.Tensor
+
+
+@pytest.mark.parametrize(
+    "wrap, forward",
+    [
+        (lambda x, y: (collections.UserDict(image=x), y), lambda m, b: m(b[0]["image"])),
+        (lambda x, y: [{"inner": collections.UserDict(image=x)}, y], lambda m, b: m(b[0]["inner"]["image"])),
+        (lambda x, y: (x.numpy(), y), lambda m, b: m(torch.as_tensor(b[0]))),
+    ],
+)
+def test_nested_batches_are_cut_as_a_whole(wrap, forward):
+    """A step on one sample compares it with its own signs, whatever it is packed in."""
+    plain = initialize_lora_abm_weights(adapted(), [(X, Y)], dataclasses.replace(FAST, batch_size=1))
+    packed = initialize_lora_abm_weights(
+        adapted(), [wrap(X, Y)], dataclasses.replace(FAST, batch_size=1), forward_fn=forward
+    )
+    assert packed.loss_per_step == plain.loss_per_step
+
+
+def test_a_batch_that_cannot_be_cut_stays_whole():
+    config = dataclasses.replace(FAST, batch_size=1)
+    whole = initialize_lora_abm_weights(adapted(), [(X, Y)], dataclasses.replace(FAST, batch_size=8))
+    found = initialize_lora_abm_weights(
+        adapted(), [(Record(X), Y)], config, forward_fn=lambda m, b: m(b[0].image), show_progress_bar=False
+    )
+    assert found.loss_per_step == whole.loss_per_step

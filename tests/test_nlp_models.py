@@ -12,7 +12,7 @@ from conftest import randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import nlp_ext
-from abm_vision import find_backbone
+from abm_vision import find_backbone, load_adapter
 from abm_vision.abm.adapter import adapted_layers
 from nlp_ext import LLAMA, T5, ABMConfig, add_lora, answer_tokens, check_adapters, initialize_lora_abm_weights
 from nlp_ext.ranks import _started
@@ -458,3 +458,22 @@ def test_import_loads_neither_timm_nor_the_harness():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
+        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
+        {"target_modules": ["q_proj", "embed_tokens"]},
+        {"target_modules": ["q_proj", "lm_head"]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [1, 5]},
+    ],
+)
+def test_stock_adapters_of_embeddings_and_output_layers_are_loaded(tmp_path, options):
+    config = LoraConfig(init_lora_weights=False, **options)
+    model = get_peft_model(decoder(), config).eval()
+    batch = causal_batch()
+    model.save_pretrained(tmp_path)
+    found = load_adapter(decoder(), tmp_path).eval()
+    torch.testing.assert_close(found(**batch).logits, model(**batch).logits)
