@@ -109,7 +109,7 @@ class Adapter:
     @cached_property
     def device(self) -> torch.device:
         """Where it lies."""
-        return self.factors[0].device
+        return next(iter([*self.factors, *self.model.parameters()])).device
 
     @property
     def is_zero(self) -> bool:
