@@ -250,7 +250,7 @@ def test_other_content_is_neither_resumed_nor_handed_back(base, tmp_path, monkey
         ("loss_per_step", [1.0] * 3, "3 losses and 2 times are not those of 2 epochs"),
         ("data", {}, "it lacks data.train, data.validation"),
         ("config", {"task": "rte"}, "config: it lacks abm_batch_size"),
-        ("schema", "glue-1", "has schema glue-1, this version reads glue-2"),
+        ("schema", "glue-1", "has schema 'glue-1', this version reads 'glue-2'"),
     ],
 )
 def test_a_field_of_a_result_that_is_no_good(finished, base, tmp_path, place, value, message):

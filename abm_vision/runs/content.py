@@ -215,14 +215,14 @@ def check_finished(before: Mapping[str, Any], parts: Iterable[Callable[[], Mappi
     Raises:
         ValueError: something differs.
     """
+    found: Origin = {}
     absent = []
     for part in parts:
         try:
-            found = part()
+            found |= part()
         except OSError as error:
             absent.append(str(error).partition("\n")[0])
-        else:
-            check_origin(before, found, folder)
+    check_origin(before, found, folder)
     if absent:
         reasons = "; ".join(dict.fromkeys(absent))
         warnings.warn(f"the run in {folder} could not be checked whole: {reasons}", stacklevel=3)
