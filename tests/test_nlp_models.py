@@ -237,7 +237,7 @@ def test_the_loss_is_the_model_s_own():
             {"labels": None},
             "T5's decoder starts from labels or decoder_input_ids; the batch has attention_mask, in",
         ),
-        (decoder, {"input_ids": torch.full((3, 9), 99)}, "the model cannot take a calibration batch"),
+        (decoder, {"input_ids": torch.full((3, 9), 99)}, "the model cannot take a batch"),
     ],
 )
 def test_batches_that_cannot_be_run(model, change, message):
@@ -435,7 +435,7 @@ def test_compiled_afterwards(make, batch):
     expected = model(**batch()).loss
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch()).loss, expected)
-    with pytest.raises(ValueError, match="call torch.compile after the initialisation"):
+    with pytest.raises(ValueError, match="compiled: call torch.compile last"):
         match(compiled, batch())
 
 
