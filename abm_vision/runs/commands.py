@@ -16,6 +16,7 @@ from dataclasses import MISSING, asdict, fields
 from types import FrameType
 from typing import Any, NoReturn
 
+from abm_vision.abm.batches import out_of_memory
 from abm_vision.runs.log import LOGS
 from abm_vision.runs.settings import AdapterSettings, Settings, check_used, read_config
 
@@ -125,7 +126,7 @@ def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+        if not out_of_memory(error):
             raise
         cause = str(error).partition("\n")[0]
         print(f"{program}: error: out of memory ({cause}); a smaller {smaller} takes less", file=sys.stderr)
@@ -197,8 +198,3 @@ def _let_go() -> bool:
     if lost:
         os.dup2(os.open(os.devnull, os.O_WRONLY), out)
     return lost
-
-
-def _out_of_memory(error: Exception) -> bool:
-    """torch has a type of its own for an accelerator's memory alone."""
-    return isinstance(error, MemoryError) or any(w in str(error) for w in ("out of memory", "can't allocate memory"))
