@@ -5,15 +5,15 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
-from abm_vision.abm.backbone import Backbone, find_backbone, register_backbone
+from abm_vision.abm.align import AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.checks import check_adapters
-from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.initialize import initialize_lora_abm_weights
+from abm_vision.abm.host import Backbone, find_backbone, register_backbone
 from abm_vision.abm.loading import load_adapter
 from abm_vision.abm.lora import add_lora
+from abm_vision.abm.match import initialize_lora_abm_weights
 from abm_vision.abm.report import ABMReport
 from abm_vision.abm.saving import save_adapter
+from abm_vision.abm.settings import ABMConfig, AlignConfig
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import INITIALIZERS, Initializer, initialize_lora
 from abm_vision.vit import VIT

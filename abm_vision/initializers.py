@@ -17,19 +17,19 @@ from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
 from abm_vision.abm.adapter import Adapter, adapted_layers, changes_base, guard, remember_base_change
-from abm_vision.abm.align import AlignConfig, AlignReport, initialize_lora_aligned_weights
-from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.align import AlignReport, initialize_lora_aligned_weights
+from abm_vision.abm.arguments import check_type
 from abm_vision.abm.batches import batch_size, check_finite, collect, explained, one_by_one
-from abm_vision.abm.checks import check_type
-from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.gradient import LossFn, weight_gradients
-from abm_vision.abm.initialize import initialize_lora_abm_weights
+from abm_vision.abm.hooks import ForwardFn
+from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.lora import settle_modes
 from abm_vision.abm.loss import counted, whole_mask
+from abm_vision.abm.match import initialize_lora_abm_weights
 from abm_vision.abm.merged_linear import BlockLinear
-from abm_vision.abm.record import ForwardFn
 from abm_vision.abm.report import ABMReport
 from abm_vision.abm.restore import evaluate, initialising
+from abm_vision.abm.settings import ABMConfig, AlignConfig
 
 NEEDS = ("nothing", "batches", "labelled batches", "batches and a reference")
 RANDOM_B_STD = 0.01

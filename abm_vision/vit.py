@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from abm_vision.abm.backbone import Backbone, is_projection
+from abm_vision.abm.host import Backbone, is_projection
 
 # Module names are matched whole. `_INSIDE` keeps out whatever is not part of a block: attention pooling and
 # classifier heads, and the small MLPs that compute position biases inside an attention.

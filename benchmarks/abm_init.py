@@ -39,8 +39,8 @@ from abm_vision import (
     initialize_lora_aligned_weights,
 )
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
 from abm_vision.runs.device import autocast, has_fast_bf16
+from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
 from abm_vision.vtab.data import Images, load_all, preprocessing_for
 from abm_vision.vtab.train import Progress, choose_attention, make_optimiser, train

@@ -16,7 +16,7 @@ import torch
 from training_step import build, stepper, timed
 
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
+from abm_vision.runs.provenance import environment
 
 RESULT = Path(__file__).parent / "results" / "attention.json"
 MODEL, ROUNDS = "vit_small_patch14_dinov2", 7

@@ -18,7 +18,7 @@ from directions import adapted
 
 import vtab_tasks
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
+from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
 from abm_vision.vtab.data import stream
 from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train

@@ -18,8 +18,8 @@ from torch import Tensor
 import vtab_tasks
 from abm_vision import create_backbone
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
 from abm_vision.runs.device import autocast, has_fast_bf16
+from abm_vision.runs.provenance import environment
 from abm_vision.vtab.data import preprocessing_for, stream
 from abm_vision.vtab.train import choose_attention
 

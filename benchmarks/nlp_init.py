@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, ByT5Tokenizer, DataCollatorForSeq2Seq
 
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
 from abm_vision.runs.device import autocast, has_fast_bf16
+from abm_vision.runs.provenance import environment
 from nlp_ext import ABMConfig, add_lora, initialize_lora_abm_weights
 from nlp_ext.glue import synthetic
 from nlp_ext.glue.tasks import get_task

@@ -21,7 +21,7 @@ from training_step import take_turns
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
+from abm_vision.runs.provenance import environment
 from nlp_ext import add_lora
 from nlp_ext.tiny import make_model
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import vtab_tasks
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
+from abm_vision.runs.provenance import environment
 
 RESULT = Path(__file__).parent / "results" / "rendering.json"
 # Tasks that share pictures are measured once; the last is dSprites, which is drawn anew every time.

@@ -27,7 +27,7 @@ from torch import nn
 
 from abm_vision import add_lora
 from abm_vision.abm.files import write_json
-from abm_vision.provenance import environment
+from abm_vision.runs.provenance import environment
 
 VARIANTS = ("floor", "peft", "ours", "full")
 RESULT = Path(__file__).parent / "results" / "training_step.json"

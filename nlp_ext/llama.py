@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-from abm_vision.abm.backbone import Backbone
+from abm_vision.abm.host import Backbone
 from nlp_ext import batches
 
 _BLOCK = r"(?:model\.)?layers\.\d+"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from abm_vision.abm.backbone import Backbone
+from abm_vision.abm.host import Backbone
 from nlp_ext import batches
 
 # Sequence classification wraps the model as `transformer`.

@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.runs.content import Origin, initialisation, version
 from abm_vision.runs.order import diagnosis_batches, shuffled
 from abm_vision.runs.settings import AdapterSettings

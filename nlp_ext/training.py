@@ -18,12 +18,12 @@ from abm_vision import plots
 from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.initializers import get_initializer
-from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_origin
 from abm_vision.runs.device import peak_memory
 from abm_vision.runs.folder import ADAPTER, FAILURE, RESULT, Diverged
 from abm_vision.runs.log import LOGS, Log
+from abm_vision.runs.provenance import environment
 from abm_vision.runs.records import Notes, Positive, Record, Result, Seconds, read_record
 from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter

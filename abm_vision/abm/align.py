@@ -23,46 +23,18 @@ from peft import PeftModel
 from torch import Tensor
 
 from abm_vision.abm.adapter import Adapter, adapted_layers
-from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.arguments import check_type
 from abm_vision.abm.batches import collect, explained
 from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, measure
-from abm_vision.abm.checks import check_real, check_seed, check_type, check_whole
-from abm_vision.abm.config import ABMConfig
 from abm_vision.abm.gradient import LossFn, weight_gradients
+from abm_vision.abm.hooks import ForwardFn
+from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.merged_linear import BlockLinear
-from abm_vision.abm.record import ForwardFn
 from abm_vision.abm.report import BoundaryState, LayerReport, layer_reports
 from abm_vision.abm.restore import evaluate, initialising
+from abm_vision.abm.settings import ABMConfig, AlignConfig
 
 HALVINGS = 30  # 1e-9 of the size: below the rounding of every precision
-
-
-@dataclass(frozen=True)
-class AlignConfig:
-    """The settings of the aligned start.
-
-    Args:
-        samples: labelled calibration samples; whole batches of the loader are taken until there are as many.
-        norm: length of every row of A.
-        size: length of every column of B, if the boundaries allow it.
-        match: the least share of hidden units that must stay on the pretrained model's side, in (0, 1]; B is
-            halved until they do.
-        seed: of torch, Python and NumPy during the initialisation, for what the loader draws.
-    """
-
-    samples: int = 128
-    norm: float = 2.0
-    size: float = 0.01
-    match: float = 0.99
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        check_whole("samples", self.samples, 1)
-        for field in ("norm", "size", "match"):
-            check_real(field, getattr(self, field), 0, above=True)
-        if self.match > 1:
-            raise ValueError(f"match is {self.match}; it must lie in (0, 1]")
-        check_seed(self.seed)
 
 
 @dataclass(frozen=True)

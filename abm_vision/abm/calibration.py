@@ -12,12 +12,12 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from abm_vision.abm.adapter import Adapter
-from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.batches import batch_size, can_be_cut, check_finite, cut
-from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.hooks import ForwardFn, TokenMaskFn, preactivations
+from abm_vision.abm.host import Backbone
 from abm_vision.abm.loss import boundary_figures, counted, layer_weight, pack_signs, unpack_signs
-from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
 from abm_vision.abm.restore import evaluate, restored
+from abm_vision.abm.settings import ABMConfig
 
 
 @dataclass(frozen=True)

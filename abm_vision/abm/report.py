@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from abm_vision.abm.calibration import Calibration
-from abm_vision.abm.config import ABMConfig
+from abm_vision.abm.settings import ABMConfig
 
 
 @dataclass(frozen=True)

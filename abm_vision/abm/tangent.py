@@ -26,9 +26,9 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from abm_vision.abm.adapter import Adapter
-from abm_vision.abm.backbone import layer_kind
 from abm_vision.abm.batches import batch_size, collect
 from abm_vision.abm.gradient import LossFn, weight_gradients
+from abm_vision.abm.host import layer_kind
 from abm_vision.abm.merged_linear import BlockLinear
 
 

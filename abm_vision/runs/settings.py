@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from abm_vision.abm.align import AlignConfig
-from abm_vision.abm.checks import check_choice
-from abm_vision.abm.config import FITS, ABMConfig
+from abm_vision.abm.arguments import check_choice
 from abm_vision.abm.files import read_object
 from abm_vision.abm.lora import KINDS
+from abm_vision.abm.settings import FITS, ABMConfig, AlignConfig
 from abm_vision.initializers import INITIALIZERS, get_initializer
 from abm_vision.runs.device import PRECISIONS, resolve_device
 

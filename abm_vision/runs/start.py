@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel
 
 from abm_vision.abm.adapter import adapted_layers
-from abm_vision.abm.backbone import Backbone
+from abm_vision.abm.host import Backbone
 from abm_vision.abm.loading import REMEDY, load_reference, read_settings
 from abm_vision.abm.saving import ABM_FILE
 from abm_vision.abm.tangent import InformationLoss, information_loss

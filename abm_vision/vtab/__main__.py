@@ -11,7 +11,7 @@ from typing import Any
 
 import vtab_tasks
 from abm_vision.abm.bars import watched
-from abm_vision.runs.commands import guarded, print_config, run_guarded, say, settings_of
+from abm_vision.runs.cli import guarded, print_config, run_guarded, say, settings_of
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.log import opened
 from abm_vision.vtab.config import RunConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
-from abm_vision.runs.commands import Parser, add_run_options, add_settings
+from abm_vision.runs.cli import Parser, add_run_options, add_settings
 from abm_vision.vtab.config import SET_BY_SUITE, SOURCES, RunConfig
 
 EPILOG = (

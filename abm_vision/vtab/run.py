@@ -9,11 +9,11 @@ from typing import Any
 
 from abm_vision import plots
 from abm_vision.initializers import get_initializer
-from abm_vision.provenance import environment
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
 from abm_vision.runs.log import Log
+from abm_vision.runs.provenance import environment
 from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter, stopwatch
 from abm_vision.vtab import results
 from abm_vision.vtab.config import SCHEMA, RunConfig

@@ -12,8 +12,8 @@ from peft import PeftModel
 from torch import Tensor
 
 import vtab_tasks
-from abm_vision.abm.backbone import Backbone, find_backbone
 from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.device import resolve_device

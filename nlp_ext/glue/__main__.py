@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from abm_vision.runs.commands import (
+from abm_vision.runs.cli import (
     Parser,
     add_run_options,
     add_settings,

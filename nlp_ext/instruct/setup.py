@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from abm_vision.abm.backbone import Backbone
 from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.host import Backbone
 from abm_vision.abm.lora import add_lora
 from abm_vision.abm.restore import evaluate
 from abm_vision.runs.content import Origin

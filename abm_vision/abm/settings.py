@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral
 
-from abm_vision.abm.checks import check_choice, check_real, check_seed, check_whole
+from abm_vision.abm.arguments import check_choice, check_real, check_seed, check_whole
 
 FITS = ("end_to_end", "local")
 
@@ -65,3 +65,31 @@ class ABMConfig:
         if not number and not all(isinstance(name, str) for name in self.layers):
             raise ValueError(f"layers is {self.layers}; a list must hold module names")
         object.__setattr__(self, "layers", int(self.layers) if number else tuple(self.layers))
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The settings of the aligned start.
+
+    Args:
+        samples: labelled calibration samples; whole batches of the loader are taken until there are as many.
+        norm: length of every row of A.
+        size: length of every column of B, if the boundaries allow it.
+        match: the least share of hidden units that must stay on the pretrained model's side, in (0, 1]; B is
+            halved until they do.
+        seed: of torch, Python and NumPy during the initialisation, for what the loader draws.
+    """
+
+    samples: int = 128
+    norm: float = 2.0
+    size: float = 0.01
+    match: float = 0.99
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_whole("samples", self.samples, 1)
+        for field in ("norm", "size", "match"):
+            check_real(field, getattr(self, field), 0, above=True)
+        if self.match > 1:
+            raise ValueError(f"match is {self.match}; it must lie in (0, 1]")
+        check_seed(self.seed)

@@ -9,7 +9,7 @@ from conftest import build_vit, images, randomise
 from test_abm import factors, figures, match, rows_of, same, values
 
 from abm_vision import ABMConfig, add_lora
-from abm_vision.abm import local
+from abm_vision.abm import closed_form
 from abm_vision.abm.adapter import adapted_layers
 
 LOCAL = ABMConfig(fit="local", samples=8)
@@ -19,7 +19,7 @@ def minimised(z, u, tau, start, margin):
     """The same problem by L-BFGS in double precision."""
     z, u, tau, start = (t.double() for t in (z, u, tau, start))
     b = start.clone().requires_grad_()
-    ridge = local.RIDGE * u.square().mean()
+    ridge = closed_form.RIDGE * u.square().mean()
 
     def objective():
         short = (margin - tau * (z + u @ b.T)).clamp_min(0)
@@ -42,7 +42,7 @@ def test_newton_against_a_generic_minimiser(margin):
     generator = torch.Generator().manual_seed(0)
     z, u, start = (torch.randn(*s, generator=generator) for s in ((200, 12), (200, 3), (12, 3)))
     tau = torch.where(torch.randn(200, 12, generator=generator) > -0.5, z, -z).sign()
-    found, losses = local._newton(z, u, tau, start, margin)
+    found, losses = closed_form._newton(z, u, tau, start, margin)
     expected, _ = minimised(z, u, tau, start, margin)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-3)
     first = (margin - tau * (z + u @ start.T)).clamp_min(0).square().mean().item()
@@ -66,7 +66,7 @@ def test_figures_against_two_models_and_what_is_fitted():
     torch.testing.assert_close(rows_of(report, "after"), after, rtol=1e-4, atol=1e-5)
     changed = {n for n, p in values(model).items() if not torch.equal(p, before[n])}
     assert changed == {f"base_model.model.blocks.{i}.mlp.fc1.lora_B.default.weight" for i in range(6)}
-    assert report.after.loss < report.before.loss and len(report.loss_per_step) == local.NEWTON_STEPS + 1
+    assert report.after.loss < report.before.loss and len(report.loss_per_step) == closed_form.NEWTON_STEPS + 1
     assert report.loss_per_step[-1] < report.loss_per_step[0]
     assert "each on its own" in str(report)
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from abm_vision.runs.commands import Parser, guarded, say
+from abm_vision.runs.cli import Parser, guarded, say
 
 LINE = "† 87.3 ± 0.4 café \udcff"  # the last as Python holds a byte of a file's name that is no text
 

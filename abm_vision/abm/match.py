@@ -14,17 +14,17 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from abm_vision.abm.adapter import Adapter, check_base
-from abm_vision.abm.backbone import Backbone, find_backbone
+from abm_vision.abm.arguments import check_type
 from abm_vision.abm.bars import progress
 from abm_vision.abm.batches import collect, explained
 from abm_vision.abm.calibration import Calibration, Layer, calibrate, choose_layers, measure
-from abm_vision.abm.checks import check_type
-from abm_vision.abm.config import ABMConfig
-from abm_vision.abm.local import fit_locally
+from abm_vision.abm.closed_form import fit_locally
+from abm_vision.abm.hooks import ForwardFn, TokenMaskFn, preactivations
+from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.loss import boundary_loss
-from abm_vision.abm.record import ForwardFn, TokenMaskFn, preactivations
 from abm_vision.abm.report import ABMReport, layer_reports
 from abm_vision.abm.restore import evaluate, initialising
+from abm_vision.abm.settings import ABMConfig
 
 
 def initialize_lora_abm_weights(

@@ -5,7 +5,7 @@ import torch
 from conftest import build_vit, images
 from torch import nn
 
-from abm_vision.abm.record import preactivations, record_preactivations
+from abm_vision.abm.hooks import preactivations, record_preactivations
 
 
 def forward(model, batch):

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.calibration import Calibration, Layer, Part
+from abm_vision.abm.hooks import ForwardFn, preactivations
 from abm_vision.abm.loss import counted
-from abm_vision.abm.record import ForwardFn, preactivations
 
 NEWTON_STEPS = 5
 TOKENS = 8192  # of a layer at most, evenly spread: r unknowns a unit need no more

@@ -1,0 +1,40 @@
+"""Checks of arguments. No torch: settings are made, and a command line is read, without it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+
+def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = "") -> None:
+    """Raise a ValueError naming the allowed values unless `value` is one of them."""
+    if value not in allowed:
+        choices = ", ".join(repr(a) for a in allowed)
+        raise ValueError(f"{field} is {value!r}; allowed are {choices}{', ' + hint if hint else ''}")
+
+
+def check_whole(field: str, value: object, low: int) -> None:
+    """Raise a ValueError unless `value` is a whole number of at least `low`."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
+        raise ValueError(f"{field} is {value!r}; it must be a whole number of {low} or more")
+
+
+def check_seed(value: object) -> None:
+    """Raise a ValueError unless torch's generators take it as a seed."""
+    check_whole("seed", value, 0)
+    if value >= 2**63:
+        raise ValueError(f"seed is {value}; it must be less than 2 ** 63")
+
+
+def check_type(field: str, value: object, kind: type) -> None:
+    """Raise a ValueError unless `value` is of that kind."""
+    if not isinstance(value, kind):
+        raise ValueError(f"{field} is {value!r}; it must be of type {kind.__name__}, or None for its defaults")
+
+
+def check_real(field: str, value: object, low: float, *, above: bool = False) -> None:
+    """Raise a ValueError unless `value` is a finite number of at least `low`, or `above` it."""
+    fits = isinstance(value, Real) and not isinstance(value, bool) and (value > low if above else value >= low)
+    if not fits or value == math.inf:
+        raise ValueError(f"{field} is {value!r}; it must be {f'more than {low:g}' if above else f'{low:g} or more'}")
