@@ -11,21 +11,19 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ledger import RESULTS, Ledger
 
-from abm_vision.initializers import INITIALIZERS
-from abm_vision.runs.settings import uses
+from abm_vision.initializers import INITIALIZERS, Properties
 from abm_vision.vtab import RunConfig
 from abm_vision.vtab.comparison import area, compare
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"
 TASKS = ("dsprites_loc", "dsprites_ori")
-PLAIN = asdict(RunConfig())
+PLAIN = RunConfig().to_dict()
 VARIANTS = {"floor": "frozen floor", "ours": "LoRA, ours", "peft": "LoRA, stock peft", "full": "full fine-tuning"}
 
 
@@ -118,7 +116,7 @@ def information_loss() -> str:
 
 def starts() -> str:
     rows = [
-        [f"`{name}`", start.summary, start.needs, "yes" if start.changes_base else "no", start.source]
+        [f"`{name}`", start.summary, str(start.needs), "yes" if Properties.CHANGES_BASE in start.properties else "no", start.source]
         for name, start in INITIALIZERS.items()
     ]
     return table(["start", "what it is", "needs", "changes base weights", "source"], rows)
@@ -377,7 +375,7 @@ def _epoch(record: dict[str, Any]) -> float:
 
 def _changed(config: dict[str, Any]) -> str:
     """The start's settings that are not today's defaults."""
-    own = {k: v for k, v in config.items() if uses(config["init"], k) and k.startswith(("abm_", "align_"))}
+    own = {k: v for k, v in config.items() if RunConfig.uses(config["init"], k) and k not in RunConfig.shared()}
     given = {k: v for k, v in own.items() if v != PLAIN[k] and v is not None}
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import vtab_tasks
 from abm_vision.abm.bars import watched
-from abm_vision.runs.cli import guarded, print_config, run_guarded, say, settings_of
+from abm_vision.runs.cli import guarded, print_config, run_guarded, say, settings_of, value_of
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.log import opened
 from abm_vision.vtab.config import RunConfig
@@ -139,7 +139,7 @@ def _suite(words: list[str]) -> int:
 
 def _grid(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """`lr=1e-3,2e-3` to {"lr": (0.001, 0.002)}, by the type of the setting."""
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(RunConfig)}
+    kinds = {name: value_of(setting) for name, setting in RunConfig.settings().items()}
     grid: dict[str, tuple[Any, ...]] = {}
     for word in words:
         flag, _, values = word.partition("=")

@@ -20,7 +20,7 @@ from scipy.stats import wilcoxon
 import vtab_tasks
 from abm_vision.runs import folder as files
 from abm_vision.runs.records import Failure, read_record
-from abm_vision.runs.settings import uses
+from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab import results
 from abm_vision.vtab.comparison import BASELINE, area, data_content
 
@@ -371,7 +371,7 @@ def _once(runs: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[tu
 def _facts(run: dict[str, Any]) -> dict[str, Any]:
     """Settings and circumstances that a reader must know to be equal; those that the start has a use for."""
     config, reference = run["config"], run["reference"]
-    used = {k: v for k, v in config.items() if k not in (*_IDENTITY, *_PLACES) and uses(config["init"], k)}
+    used = {k: v for k, v in config.items() if k not in (*_IDENTITY, *_PLACES) and RunConfig.uses(config["init"], k)}
     environment, sha256 = run["environment"], run["weights"]["sha256"]
     commit = environment["commit"]
     return {

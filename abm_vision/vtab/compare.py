@@ -14,7 +14,6 @@ from abm_vision import plots
 from abm_vision.abm.files import write_atomically
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.markup import markdown, markdown_table
-from abm_vision.runs.settings import check_used, uses
 from abm_vision.vtab.comparison import BASELINE, Comparison, Row
 from abm_vision.vtab.config import RunConfig, make_config
 from abm_vision.vtab.run import run
@@ -48,11 +47,11 @@ def run_all(
         raise ValueError(
             f"init is {', '.join(inits)}; {BASELINE}, which all others are compared with, must be among them"
         )
-    check_used(settings, inits)
+    RunConfig.check_used(settings, inits)
     say = say or (lambda line: None)
     wanted = list(itertools.product(tasks, inits, rates, range(seeds)))
     configs = [
-        make_config(**{k: v for k, v in settings.items() if uses(i, k)}, task=t, init=i, lr=lr, seed=s)
+        make_config(**{k: v for k, v in settings.items() if RunConfig.uses(i, k)}, task=t, init=i, lr=lr, seed=s)
         for t, i, lr, s in wanted
     ]
     found, diverged = [], []

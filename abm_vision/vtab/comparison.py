@@ -143,7 +143,7 @@ def _equal(common: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def _settings(result: dict[str, Any]) -> dict[str, Any]:
     """What must be equal for a difference to be the start's."""
-    config = {k: v for k, v in result["config"].items() if k not in _OWN and not k.startswith(("abm_", "align_"))}
+    config = {k: v for k, v in result["config"].items() if k in RunConfig.shared() - set(_OWN)}
     # What was asked for; what came of it is below, or says nothing about the run.
     for name in ("source", "weights", "precision", "device", "data_dir", "workers"):
         config.pop(name)

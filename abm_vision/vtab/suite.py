@@ -22,7 +22,6 @@ from abm_vision.abm.files import CannotWrite
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import Origin, check_finished
 from abm_vision.runs.folder import Diverged
-from abm_vision.runs.settings import check_used, uses
 from abm_vision.runs.start import Say
 from abm_vision.vtab import results
 from abm_vision.vtab.config import EVALUATIONS, SCHEMA, SET_BY_SUITE, RunConfig, make_config
@@ -67,7 +66,7 @@ class Suite:
         both = sorted(set(self.grid) & set(self.settings))
         if both:
             raise ValueError(f"{', '.join(both)} is set and to be selected: give it once")
-        check_used({*self.settings, *self.grid}, self.inits)
+        RunConfig.check_used({*self.settings, *self.grid}, self.inits)
         self.final()  # checks the settings
 
     def selection(self) -> list[RunConfig]:
@@ -99,7 +98,7 @@ class Suite:
             yield dict(zip(self.grid, values, strict=True))
 
     def _config(self, task: str, init: str, seed: int, point: Mapping[str, Any], evaluate: str) -> RunConfig:
-        settings = {k: v for k, v in {**self.settings, **point}.items() if uses(init, k)}
+        settings = {k: v for k, v in {**self.settings, **point}.items() if RunConfig.uses(init, k)}
         return make_config(**settings, task=task, init=init, seed=seed, evaluate=evaluate)
 
 
@@ -184,7 +183,8 @@ def run_suite(suite: Suite, out: str | Path, execute: Executor, say: Say = print
             continue
         # Ties go to the first of the grid.
         best = max(scores, key=lambda c: scores[c]) if scores else None
-        chosen[task, init] = {name: getattr(best, name) for name in suite.grid if uses(init, name)} if best else {}
+        values = best.used() if best else {}
+        chosen[task, init] = {name: values[name] for name in suite.grid if name in values}
         if chosen[task, init]:
             say(f"{task} {init}: selected {_words(chosen[task, init])}, {100 * scores[best]:.1f} % of val200")
     final = suite.final(chosen)
