@@ -116,7 +116,13 @@ def information_loss() -> str:
 
 def starts() -> str:
     rows = [
-        [f"`{name}`", start.summary, str(start.needs), "yes" if Properties.CHANGES_BASE in start.properties else "no", start.source]
+        [
+            f"`{name}`",
+            start.summary,
+            str(start.needs),
+            "yes" if Properties.CHANGES_BASE in start.properties else "no",
+            start.source,
+        ]
         for name, start in INITIALIZERS.items()
     ]
     return table(["start", "what it is", "needs", "changes base weights", "source"], rows)

@@ -16,9 +16,9 @@ from dataclasses import MISSING, Field
 from types import FrameType
 from typing import Any, NoReturn
 
-from abm_vision.runs.log import LOGS
 from abm_vision.initializers import INITIALIZERS, load_plugin
 from abm_vision.initializers.registry import kind_of
+from abm_vision.runs.log import LOGS
 from abm_vision.runs.settings import PLUGIN, AdapterSettings, Settings, read_config
 
 
@@ -62,7 +62,9 @@ def add_settings(parser: Parser, config: type[AdapterSettings], without: Collect
     _add_flags(parser, config.settings(), without)
 
 
-def _add_flags(parser: argparse._ActionsContainer, settings: Mapping[str, Field[Any]], without: Collection[str]) -> None:
+def _add_flags(
+    parser: argparse._ActionsContainer, settings: Mapping[str, Field[Any]], without: Collection[str]
+) -> None:
     for setting, field in settings.items():
         if setting in without:
             continue

@@ -20,9 +20,9 @@ from scipy.stats import wilcoxon
 import vtab_tasks
 from abm_vision.runs import folder as files
 from abm_vision.runs.records import Failure, read_record
-from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab import results
 from abm_vision.vtab.comparison import BASELINE, area, data_content
+from abm_vision.vtab.config import RunConfig
 
 _IDENTITY = ("task", "init", "seed")
 # What was asked for and where it lay; what came of it is told by `_facts`.
