@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import dataclasses
 import json
 import math
 import re
@@ -24,7 +23,7 @@ def record(
     init="kaiming", lr=1e-3, seed=0, losses=(4, 3, 2, 1), top1=0.5, init_seconds=0.0, task="dsprites_loc", **more
 ):
     """A result as `compare` reads it: two epochs of two steps, 10 seconds each."""
-    config = dataclasses.asdict(make_config(task=task, init=init, lr=lr, seed=seed, epochs=2))
+    config = make_config(task=task, init=init, lr=lr, seed=seed, epochs=2).to_dict()
     loss = {"overall": {"loss": 0.9}}
     return {
         "config": config,
