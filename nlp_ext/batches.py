@@ -63,7 +63,3 @@ def answer_tokens(batch: Mapping[str, Any], stack: str = "") -> Tensor | None:
             f"no token of a batch has a label other than {IGNORED}: its answers were cut off, or are empty"
         )
     return mask
-
-
-def nothing_to_prepare(model: nn.Module, adapted: list[str]) -> None:
-    """Every projection of these models runs as it is."""

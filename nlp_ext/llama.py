@@ -56,7 +56,6 @@ LLAMA = Backbone(
     key_modules=r".*\.k_proj",
     fused_qkv=_fused_qkv,
     head_modules=_heads,
-    prepare=batches.nothing_to_prepare,
     forward_fn=batches.forward,
     loss_fn=batches.loss,
     token_mask_fn=batches.real_tokens,

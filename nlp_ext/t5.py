@@ -26,10 +26,6 @@ def _heads(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_children() if name in _HEADS]
 
 
-def _no_fused_qkv(model: nn.Module) -> list[str]:
-    return []
-
-
 def _input_stack(name: str) -> str:
     """Cross-attention takes its keys and values from the encoder."""
     from_encoder = ".decoder." not in f".{name}" or name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
@@ -75,9 +71,7 @@ T5 = Backbone(
     # Of a gated MLP the input of `act` is that of wi_0; wi_1 is the linear branch and has no boundary.
     boundary_modules={s: rf"(?:transformer\.)?{s}\.block\.\d+\.layer\.\d\.DenseReluDense\.act" for s in _STACKS},
     key_modules=r".*\.k",
-    fused_qkv=_no_fused_qkv,
     head_modules=_heads,
-    prepare=batches.nothing_to_prepare,
     forward_fn=_forward,
     loss_fn=batches.loss,
     token_mask_fn=_real_tokens,

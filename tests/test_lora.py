@@ -354,13 +354,8 @@ def test_a_model_of_ones_own_with_its_record():
         matches=lambda m: isinstance(m, nn.Sequential),
         target_modules={"attention": r"\d+\.mix", "mlp": r"\d+\.(up|down)"},
         boundary_modules={"blocks": r"\d+\.act"},
-        key_modules="none",
-        fused_qkv=lambda m: [],
-        head_modules=lambda m: [],
-        prepare=lambda m, names: None,
         forward_fn=lambda m, batch: m(batch),
         loss_fn=lambda m, batch: m(batch).square().mean(),
-        token_mask_fn=lambda batch, stack: None,
     )
     model = add_lora(nn.Sequential(Block(), Block()), rank=2, backbone=record)
     assert adapted(model) == [f"{i}.{n}" for i in range(2) for n in ("mix", "up", "down")]
