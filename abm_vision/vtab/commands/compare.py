@@ -44,12 +44,12 @@ def command(parsed: argparse.Namespace) -> int:
     options = vars(parsed)
     runs, out, report, as_json, quiet = (options.pop(k) for k in ("runs", "out", "report", "json", "quiet"))
 
-    from abm_vision.vtab import compare, comparison, results
+    from abm_vision.vtab import HARNESS, compare, comparison
 
     if runs:
         if options:
             raise ValueError(f"finished runs have their settings: leave out {', '.join(options)}")
-        found, diverged = [results.read_finished(folder) for folder in runs], []
+        found, diverged = [HARNESS.read_finished(folder) for folder in runs], []
     else:
         quiet = quiet or as_json
         task, init, lr, seeds = (options.pop(name, default) for name, default in COMPARED.items())
