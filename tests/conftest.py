@@ -7,6 +7,8 @@ from contextlib import contextmanager
 # Set before any Hugging Face library is imported: nothing here may reach for a network.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# One thread in every process, those that tests start as well: pytest-xdist has a process on every core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import timm
@@ -30,6 +32,7 @@ TINY = {  # settings of a run that takes seconds
     "abm_samples": 16,
 }
 
+torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
