@@ -79,3 +79,16 @@ def images(count=4, side=SIDE, seed=0):
 @pytest.fixture
 def vit():
     return build_vit().eval()
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory):
+    """A folder with a T5 of random weights and ByT5's tokeniser."""
+    from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder

@@ -4,32 +4,18 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
+from helpers import FLAGS, refused, start, tiny
 from PIL import Image
-from test_vtab import TINY, tiny
 
 import vtab_tasks
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.parsers import run_parser
 from vtab_tasks.tasks import Edition, Part, get_task
-
-FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-COMMAND = [sys.executable, "-m", "abm_vision.vtab"]
-
-
-def start(*words):
-    def heed_interrupts():  # a shell's background jobs, and what they start, ignore SIGINT
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*COMMAND, *map(str, words)], text=True, preexec_fn=heed_interrupts, **pipes)
-
 
 # A run
 
@@ -129,17 +115,6 @@ def test_predict(capsys, tmp_path):
 
 
 # Bad input: exit code 2, one message, no traceback
-
-
-def refused(words, capsys):
-    """The message that the command refuses `words` with."""
-    try:
-        code = main([str(w) for w in words])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert code == 2 and "Traceback" not in err and err.startswith("abm-vtab")
-    return err
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from test_cli import FLAGS, refused, start
-from test_vtab import TINY
+from conftest import TINY
+from helpers import FLAGS, refused, start
 
 from abm_vision.runs.folder import Diverged
 from abm_vision.vtab import compare as module

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import GLUE as SMALL
+from helpers import small_glue as small
 from peft import PeftModel
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
 
 from nlp_ext.glue import run as module
 from nlp_ext.glue import setup
@@ -25,33 +27,10 @@ from nlp_ext.glue.setup import shortened
 from nlp_ext.glue.synthetic import examples
 from nlp_ext.glue.tasks import TASKS, get_task
 
-SMALL = {
-    "task": "rte",
-    "data": "synthetic",
-    "rank": 2,
-    "abm_samples": 16,
-    "abm_steps": 2,
-    "epochs": 2,
-    "train_examples": 80,
-    "validation_examples": 12,
-    "batch_size": 16,
-    "precision": "fp32",
-}
-
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with a T5 of random weights and ByT5's tokeniser."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return folder
-
-
-def small(base, **settings):
-    return GlueConfig.make(**{**SMALL, "model": str(base), **settings})
+def base(t5):
+    return t5
 
 
 @pytest.fixture(scope="module")

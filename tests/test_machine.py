@@ -4,12 +4,12 @@ import tempfile
 from pathlib import Path
 
 import torch
+from helpers import changes, snapshot
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from test_states import changes, snapshot
 from torch import nn
 from torch.func import functional_call
 
