@@ -159,6 +159,8 @@ def small_glue(base, **settings):
 
 
 def start(*words):
+    """The real command, in a process of its own."""
+
     def heed_interrupts():  # a shell's background jobs, and what they start, ignore SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -166,12 +168,18 @@ def start(*words):
     return subprocess.Popen([*COMMAND, *map(str, words)], text=True, preexec_fn=heed_interrupts, **pipes)
 
 
-def refused(words, capsys):
-    """The message that the command refuses `words` with."""
+def answer(words, capsys, command=main):
+    """Exit code, output and messages of a command, in this process."""
+    capsys.readouterr()
     try:
-        code = main([str(w) for w in words])
+        code = command([str(w) for w in words])
     except SystemExit as stop:  # argparse
         code = stop.code
-    out, err = capsys.readouterr()
+    return code, *capsys.readouterr()
+
+
+def refused(words, capsys):
+    """The message that the command refuses `words` with."""
+    code, _, err = answer(words, capsys)
     assert code == 2 and "Traceback" not in err and err.startswith("abm-vtab")
     return err
