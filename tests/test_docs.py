@@ -61,16 +61,19 @@ def code(page):
     return found.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", [run_parser, suite_parser, glue_parser, instruct_parser, mt_bench_parser])
 def test_every_option_is_there(site, parser):
     flags = {flag for action in parser()._actions for flag in action.option_strings} - {"-h", "--help"}
     assert flags <= code(site / "commands" / "index.html")
 
 
+@pytest.mark.slow
 def test_every_start_is_there(site):
     assert set(INITIALIZERS) <= code(site / "concepts" / "index.html")
 
 
+@pytest.mark.slow
 def test_examples_are_shown(site):
     page = (site / "pipelines" / "index.html").read_text()
     assert page.count("initialize_lora_abm_weights</span><span class=") + page.count("initialize_lora_abm_weights") >= 5
