@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from pathlib import Path
+from unittest import mock
 
 import timm
 import torch
@@ -45,8 +46,8 @@ def architectures() -> dict[str, list[str]]:
 
 
 def build(name: str) -> nn.Module:
-    """The architecture without memory."""
-    with torch.device("meta"):
+    """The architecture without memory, and without the draws for its weights, which take most of the time."""
+    with torch.device("meta"), mock.patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor):
         return timm.create_model(name)
 
 
