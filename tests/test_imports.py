@@ -30,7 +30,7 @@ def test_arrows(folder):
     files = list((ROOT / folder).rglob("*.py"))
     assert files
     for path in files:
-        # The data set for PyTorch is the one file that is made for it, and is imported only when it is asked for.
+        # The dataset for PyTorch is the one file that needs torch, and is imported only on request.
         allowed = {"torch"} if path == ROOT / "vtab_tasks" / "torch.py" else set()
         assert not {name.partition(".")[0] for name in imported(path)} & (FORBIDDEN[folder] - allowed), path
 

@@ -1,4 +1,4 @@
-"""How the tasks derive their labels from the features of a TFDS example.
+"""Labels of the tasks, derived from the features of a TFDS example.
 
 Bins are those of the official VTAB code, github.com/google-research/task_adaptation, `data/*.py`. A threshold itself
 belongs to the bin below it.
@@ -15,7 +15,7 @@ KITTI_NO_VEHICLE = 3
 
 
 def given(example: Mapping[str, Any]) -> int:
-    """The data set's own label."""
+    """The dataset's own label."""
     return int(example["label"])
 
 

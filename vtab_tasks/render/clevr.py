@@ -1,6 +1,6 @@
 """Scenes after CLEVR (Johnson et al., CVPR 2017): 3 to 10 plain solids on a grey floor. A surrogate, not the data.
 
-Sizes, positions, colours, and the camera with its jitter follow the data set's generator,
+Sizes, positions, colours, and the camera with its jitter follow the dataset's generator,
 github.com/facebookresearch/clevr-dataset-gen; what differs: one sun instead of three lamps, no ray bounces, half the
 resolution, and, in place of counting visible pixels, a rule on how far solids stick out from behind others.
 """

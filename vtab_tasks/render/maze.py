@@ -1,7 +1,7 @@
 """Maze corridors with one object after DeepMind Lab (Beattie et al., 2016). A surrogate, not the data.
 
 A first-person view down a corridor with openings, textured walls, floor and ceiling. An apple or a melon gives a
-positive reward, a lemon a negative one; it stands close, far or very far. The data set's own thresholds of distance are
+positive reward, a lemon a negative one; it stands close, far or very far. The dataset's own thresholds of distance are
 not published; here they are 3 and 6 of the corridor's half widths. Lengths are half widths.
 """
 
@@ -55,7 +55,7 @@ def picture(view: View) -> NDArray[np.uint8]:
 
 
 def _corridor(random: np.random.Generator, aside: float) -> list[Solid]:
-    """Nothing in it tells how far the object is. It stands `aside` of the middle, a pillar on the other side."""
+    """Nothing in it shows how far the object is. It stands `aside` of the middle, a pillar on the other side."""
     end = random.uniform(12.5, 19)
     walls, ceiling = _tiles(random, 1.5, 1.0), _tiles(random, 1.0, 1.0)
     top = (0, end / 2, CEILING + 0.05)
@@ -79,7 +79,7 @@ def _block(texture: Texture, x: float, y: float, half_x: float, half_y: float) -
 
 
 def _from(texture: Texture, centre: tuple[float, ...], half: tuple[float, ...], axes: tuple[int, ...]) -> Texture:
-    """A texture of the world, on a solid: the pattern goes on from block to block."""
+    """A texture of the world, on a solid: the pattern continues from block to block."""
 
     def on_solid(points: Array) -> Array:
         world = points * np.asarray(half, np.float32) + np.asarray(centre, np.float32)

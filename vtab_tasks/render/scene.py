@@ -28,11 +28,11 @@ class Solid:
     Attributes:
         shape: `box`, `cylinder` (its axis is the third) or `ellipsoid`.
         centre: (x, y, z).
-        half: Half sides, or radii, along its own axes.
+        half: half sides, or radii, along its own axes.
         colour: (r, g, b) in [0, 1], or a texture of points in its own frame, where it reaches from -1 to 1.
-        turn: Rotation about the vertical in radians, counter-clockwise from above.
-        pitch: Rotation about its own first axis, before `turn`.
-        gloss: Strength of the highlight.
+        turn: rotation about the vertical in radians, counter-clockwise from above.
+        pitch: rotation about its own first axis, before `turn`.
+        gloss: strength of the highlight.
     """
 
     shape: str
@@ -255,7 +255,7 @@ def _colours(solid: Solid, points: Array) -> Array:
 
 
 def _in_shadow(scene: Scene, points: Array, sun: Array, facing: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether a solid stands between a point and the sun. Points that face away need not be asked."""
+    """Whether a solid stands between a point and the sun. Points that face away are not tested."""
     dark = np.zeros(len(points), bool)
     across = np.linalg.svd(sun[None])[2][1:].astype(np.float32)  # two directions at right angles to the sun's
     u, v = np.ascontiguousarray((points @ across.T).T)
