@@ -64,7 +64,7 @@ def checked_text(value: object, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} has half a character ({value[error.start]!a}) at {error.start}: correct it") from None
+        raise ValueError(f"{what} has half a character ({value[error.start]!a}) at {error.start}: fix it") from None
     return value
 
 
