@@ -48,26 +48,26 @@ class Given:
         return len(self.drawn)
 
     def right(self, first: int, count: int = 0) -> Tensor:
-        """Right singular vectors of G as rows, from number `first` (1 is the leading one) on; as many as the rank."""
+        """Return right singular vectors of G as rows, from number `first` (1 is the leading one); `rank` many by default."""
         return torch.linalg.svd(self.gradient, full_matrices=False)[2][first - 1 :][: count or self.rank]
 
     def left(self) -> Tensor:
-        """The leading left singular vectors as columns."""
+        """Return the leading left singular vectors as columns."""
         return torch.linalg.svd(self.gradient, full_matrices=False)[0][:, :RANK]
 
     def principal(self, first: int, count: int = RANK) -> Tensor:
-        """Principal directions of the inputs, not centred, as EVA takes them."""
+        """Return principal directions of the inputs, not centred, as in EVA."""
         return torch.linalg.svd(self.inputs, full_matrices=False)[2][first - 1 : first - 1 + count]
 
 
 def mixed(given: Given) -> Tensor:
-    """Eight random orthonormal combinations of v_1 .. v_16."""
+    """Draw eight random orthonormal combinations of v_1 .. v_16."""
     rotation, _ = torch.linalg.qr(torch.randn(2 * RANK, 2 * RANK, generator=torch.Generator().manual_seed(0)))
     return rotation[:RANK] @ given.right(1, 2 * RANK)
 
 
 def evened(given: Given) -> Tensor:
-    """v_1 .. v_8, each row divided by the root mean square of its v x, then scaled to a mean length of 1."""
+    """Divide each of v_1 .. v_8 by the root mean square of its v x, then scale the rows to a mean length of 1."""
     rows = given.right(1)
     rows = rows / (given.inputs @ rows.T).square().mean(0).sqrt()[:, None]
     return rows / rows.norm() * RANK**0.5
@@ -123,7 +123,7 @@ class _Enough(Exception):
 
 
 def adapted(task: str, ranks: dict[str, int], seed: int = 0) -> tuple[PeftModel, Images, torch.device, str]:
-    """The model, layers of rank 8 unless `ranks` names another (their scale is 1), its 1,000 images, how it runs."""
+    """Build the model, of rank 8 except in the layers of `ranks`, at scale 1; return images, device, precision, too."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if has_fast_bf16(device) else "fp32"
     data = vtab_tasks.load(task, "train800val200", source="rendered")
@@ -137,7 +137,7 @@ def adapted(task: str, ranks: dict[str, int], seed: int = 0) -> tuple[PeftModel,
 
 
 def gradients(model: PeftModel, batch: tuple[Tensor, Tensor], variant: Variant) -> dict[str, Tensor]:
-    """Every layer's G (out, in), or (heads * out, in) of several heads."""
+    """Compute every layer's G (out, in), or (heads * out, in) with several heads."""
     images, labels = batch
     if not variant.labelled:
         labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]

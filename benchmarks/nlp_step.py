@@ -42,7 +42,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 def stepper(name: str, variant: str, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """One step of AdamW; input embeddings require a gradient so that the floor's backward pass is complete."""
+    """Make one step of AdamW; input embeddings require a gradient so that the floor's backward pass is complete."""
     count, tokens, answer = BATCHES[name]
     model: nn.Module = build(name)
     embeddings = model.get_input_embeddings()

@@ -154,7 +154,7 @@ def screening() -> str:
 
 
 def confirmation() -> str:
-    """Initialisations with three seeds, each at its best rate; information loss from the screening."""
+    """List initialisations with three seeds, each at its best rate; information loss from the screening."""
     parts = []
     for task in TASKS:
         records = Ledger(f"initializers-{task}").records
@@ -194,7 +194,7 @@ def confirmation() -> str:
 
 
 def sweep() -> str:
-    """Effect of the settings of our initialisations, at a given rate."""
+    """List the effect of the settings of our initialisations, at a given rate."""
     parts = []
     for task in TASKS:
         found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -217,7 +217,7 @@ def sweep() -> str:
 
 
 def directions() -> str:
-    """Both tasks side by side, best mean of both first."""
+    """List both tasks side by side, the best mean of both first."""
     found = {task: {r["variant"]: r for r in Ledger(f"directions-{task}").records} for task in TASKS}
     names = [name for name in found[TASKS[0]] if all(name in records for records in found.values())]
     names.sort(key=lambda name: sum(records[name]["area"] for records in found.values()))
@@ -246,7 +246,7 @@ def from_adapter() -> str:
 
 
 def suite() -> str:
-    """Test top-1 of the suite's runs on the rendered tasks, a linear probe beside them."""
+    """List test top-1 of the suite's runs on the rendered tasks, a linear probe beside them."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted((RESULTS / "suite").glob("*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
@@ -341,7 +341,7 @@ def nlp_init() -> str:
 
 
 def nlp_initializers() -> str:
-    """Initialisations on the tiny language models, all rates and the spread over seeds."""
+    """List initialisations on the tiny language models, all rates and the spread over seeds."""
     parts = []
     for subject in ("sst2", "rte", "instruct"):
         records = Ledger(f"nlp_initializers-{subject}").records

@@ -45,7 +45,7 @@ def build(variant: str, name: str, image_size: int, device: str) -> nn.Module:
 
 
 def stepper(model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """One step of AdamW; the input requires a gradient so that the floor's backward pass is complete."""
+    """Make one step of AdamW; the input requires a gradient so that the floor's backward pass is complete."""
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
     images = torch.randn(batch, 3, image_size, image_size, device=device, requires_grad=True)
     labels = torch.randint(0, 16, (batch,), device=device)

@@ -60,7 +60,7 @@ class Edition:
         return (getattr(self, split),)
 
     def size(self, split: str) -> int:
-        """Number of images in a split."""
+        """Count the images in a split."""
         return sum(len(part) for part in self.parts(split))
 
 
@@ -103,7 +103,7 @@ class Task:
     manual_files: tuple[str, ...] = ()
 
     def parts(self, split: str) -> tuple[Part, ...]:
-        """The slices of the official edition that make up a split, in order.
+        """List the slices of the official edition that make up a split, in order.
 
         Raises:
             ValueError: `split` is none of `SPLITS`.
@@ -111,11 +111,11 @@ class Task:
         return self.editions[0].parts(split)
 
     def size(self, split: str) -> int:
-        """Number of images in a split of the official edition."""
+        """Count the images in a split of the official edition."""
         return self.editions[0].size(split)
 
     def sizes(self, split: str) -> tuple[int, ...]:
-        """Numbers of images that a split may have, the official one first."""
+        """List the numbers of images that a split may have, the official one first."""
         return tuple(dict.fromkeys(edition.size(split) for edition in self.editions))
 
 

@@ -32,7 +32,7 @@ class Latents(NamedTuple):
 
 
 def latents_of(rows: NDArray[np.integer]) -> Latents:
-    """The latents of rows 0, ..., 737279 of the dataset."""
+    """Return the latents of rows 0, ..., 737279 of the dataset."""
     return Latents(*np.unravel_index(rows, GRID))
 
 
@@ -87,7 +87,7 @@ def _in_ellipse(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bo
 
 
 def heart_outline() -> NDArray[np.float64]:
-    """The heart's 240 corners (u, v), float64 (240, 2), by increasing angle around the origin."""
+    """Return the heart's 240 corners (u, v), float64 (240, 2), by increasing angle around the origin."""
     t = np.linspace(0, 2 * np.pi, 240, endpoint=False)
     u = 7.357 * np.sin(t) - 2.255 * np.sin(3 * t) - 0.015 * np.sin(5 * t)
     v = -1.613 - 8.575 * np.cos(t) + 3.099 * np.cos(2 * t) + 1.247 * np.cos(3 * t)

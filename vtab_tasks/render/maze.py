@@ -28,19 +28,19 @@ class View(NamedTuple):
 
 
 def view(random: np.random.Generator) -> View:
-    """Draw what is seen. Both rewards are equally frequent, and the three distances."""
+    """Draw a view at random. Both rewards, and the three distances, are equally frequent."""
     negative, far = int(random.integers(2)), int(random.integers(3))
     kind = 2 if negative else int(random.integers(2))
     return View(kind, far, random.uniform(*DISTANCES[far]), int(random.integers(2**31)))
 
 
 def example(view: View) -> dict[str, Any]:
-    """What the label is derived from, as TFDS has it: {close, far, very far} x {positive, negative}."""
+    """Return the features for the label, as in TFDS: {close, far, very far} x {positive, negative}."""
     return {"label": view.bin + (3 if view.kind == 2 else 0)}
 
 
 def picture(view: View) -> NDArray[np.uint8]:
-    """uint8 (120, 160, 3)."""
+    """Draw the picture, uint8 (120, 160, 3)."""
     random = np.random.default_rng(view.seed)
     yaw = random.normal(0, 0.08)
     position = np.array([random.uniform(-0.45, 0.45), 0, random.uniform(0.8, 1.0)], np.float32)
@@ -55,7 +55,7 @@ def picture(view: View) -> NDArray[np.uint8]:
 
 
 def _corridor(random: np.random.Generator, aside: float) -> list[Solid]:
-    """Nothing in it shows how far the object is. It stands `aside` of the middle, a pillar on the other side."""
+    """The corridor, the same at every distance of the object, which is `aside` of the middle, with a pillar opposite."""
     end = random.uniform(12.5, 19)
     walls, ceiling = _tiles(random, 1.5, 1.0), _tiles(random, 1.0, 1.0)
     top = (0, end / 2, CEILING + 0.05)

@@ -32,18 +32,18 @@ class View(NamedTuple):
 
 
 def view(split: str, row: int) -> View:
-    """The picture with this row number in its half of the dataset."""
+    """Return the view with this row number in its half of the dataset."""
     category, toy, elevation, azimuth, lighting = (int(k) for k in np.unravel_index(row, GRID))
     return View(category, TOYS[split][toy], elevation, azimuth, lighting)
 
 
 def example(view: View) -> dict[str, Any]:
-    """What the labels are derived from, as TFDS has it."""
+    """Return the features for the label, as in TFDS."""
     return {"label_azimuth": view.azimuth, "label_elevation": view.elevation}
 
 
 def picture(view: View) -> NDArray[np.uint8]:
-    """uint8 (96, 96, 3), grey."""
+    """Draw the picture, uint8 (96, 96, 3), grey."""
     solids, zero = _toy(view.category, view.toy)
     turn = zero + np.radians(20 * view.azimuth)
     elevation = np.radians(30 + 5 * view.elevation)

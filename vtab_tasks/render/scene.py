@@ -69,7 +69,7 @@ class Camera:
     def looking_at(
         position: Sequence[float], target: Sequence[float], focal: float, width: int, height: int
     ) -> "Camera":
-        """A camera without roll."""
+        """Make a camera without roll."""
         ahead = np.asarray(target, np.float32) - np.asarray(position, np.float32)
         ahead /= np.linalg.norm(ahead)
         right = np.cross(ahead, np.array([0, 0, 1], np.float32))
@@ -77,13 +77,13 @@ class Camera:
         return Camera(np.asarray(position, np.float32), right, np.cross(ahead, right), ahead, focal, width, height)
 
     def rays(self) -> Array:
-        """Directions of all pixels' rays (height, width, 3), of depth 1."""
+        """Return directions of all pixels' rays (height, width, 3), of depth 1."""
         u = (np.arange(self.width, dtype=np.float32) + 0.5 - self.width / 2) / self.focal
         v = (np.arange(self.height, dtype=np.float32) + 0.5 - self.horizon * self.height) / self.focal
         return self.ahead + u[None, :, None] * self.right + v[:, None, None] * self.down
 
     def project(self, points: Array) -> Array:
-        """Points (n, 3) to (column, row, depth), (n, 3)."""
+        """Project points (n, 3) to (column, row, depth), (n, 3)."""
         offset = np.asarray(points, np.float32) - self.position
         depth = offset @ self.ahead
         column = offset @ self.right / depth * self.focal + self.width / 2
