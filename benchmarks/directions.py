@@ -48,7 +48,7 @@ class Given:
         return len(self.drawn)
 
     def right(self, first: int, count: int = 0) -> Tensor:
-        """Return right singular vectors of G as rows, from number `first` (1 is the leading one); `rank` many by default."""
+        """Return right singular vectors of G as rows, from number `first` (1 leads); as many as the rank by default."""
         return torch.linalg.svd(self.gradient, full_matrices=False)[2][first - 1 :][: count or self.rank]
 
     def left(self) -> Tensor:

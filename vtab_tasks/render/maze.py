@@ -55,7 +55,7 @@ def picture(view: View) -> NDArray[np.uint8]:
 
 
 def _corridor(random: np.random.Generator, aside: float) -> list[Solid]:
-    """The corridor, the same at every distance of the object, which is `aside` of the middle, with a pillar opposite."""
+    """The corridor, which does not depend on the object's distance: the object is `aside`, a pillar opposite."""
     end = random.uniform(12.5, 19)
     walls, ceiling = _tiles(random, 1.5, 1.0), _tiles(random, 1.0, 1.0)
     top = (0, end / 2, CEILING + 0.05)
