@@ -331,7 +331,9 @@ def test_bad_arguments(vit, options, message):
 
 
 def test_unknown_model_says_what_to_pass():
-    with pytest.raises(ValueError, match=r"Sequential is no supported model .*timm vision transformer.*Pass backbone=Backbone"):
+    with pytest.raises(
+        ValueError, match=r"Sequential is no supported model .*timm vision transformer.*Pass backbone=Backbone"
+    ):
         add_lora(nn.Sequential(nn.Linear(2, 2)))
 
 
