@@ -16,9 +16,10 @@ from peft.tuners.lora.corda import preprocess_corda
 from peft.tuners.tuners_utils import cast_adapter_dtype
 from torch import Tensor, nn
 
-from abm_vision.abm.adapter import Adapter, adapted_layers, changes_base, guard, remember_base_change
+from abm_vision.abm.adapter import Adapter, adapted_layers, guard
 from abm_vision.abm.align import AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.arguments import check_type
+from abm_vision.abm.base_change import changes_base, remember_base_change
 from abm_vision.abm.batches import (
     batch_size,
     check_finite,
