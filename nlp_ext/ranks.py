@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 
 from abm_vision.abm.adapter import changes_base
 from abm_vision.runs.device import resolve_device
+from abm_vision.runs.harness import Processes
+from abm_vision.runs.settings import AdapterSettings
 
 
 def join(cpu: bool) -> PartialState:
@@ -27,9 +29,15 @@ def join(cpu: bool) -> PartialState:
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("FSDP is of version 1, which hides LoRA's weights: accelerate launch --fsdp_version 2")
-        # Every process needs the whole model for the start; the Trainer shards it afterwards.
+        # Every process needs the whole model for the initialisation; the Trainer shards it afterwards.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=cpu)
+
+
+def processes(config: AdapterSettings) -> Processes:
+    """Those of a run, as the spine takes them; this one has joined the others."""
+    state = join(cpu=resolve_device(config.device).type == "cpu")
+    return Processes(state.is_main_process, state.num_processes, state.wait_for_everyone, same_on_all_ranks)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
@@ -60,18 +68,18 @@ def text_device(name: str) -> torch.device:
 
 @torch.no_grad()
 def same_on_all_ranks(model: PeftModel) -> None:
-    """Give every process what the start has made in the first, so that all begin with the same model.
+    """Give every process what the initialisation has made in the first, so that all train the same model.
 
-    Every process runs the start itself, on the same samples and with the same seed; what other hardware or kernels
+    Every process initialises its own, on the same samples and with the same seed; what other hardware or kernels
     would make of it (a singular vector of the other sign) must not drive them apart.
     """
     if PartialState().num_processes > 1:
-        for tensor in _started(model):
+        for tensor in _initialised(model):
             tensor.copy_(broadcast(tensor.detach().clone(), from_process=0))
 
 
-def _started(model: PeftModel) -> Iterator[Tensor]:
-    """What trains, frozen factors, and, where the start has changed the base weights, those and the kept start."""
+def _initialised(model: PeftModel) -> Iterator[Tensor]:
+    """What trains, frozen factors; of an initialisation that changes base weights, those and the factors it keeps."""
     yield from (p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n)
     if any(changes_base(config) for config in model.peft_config.values()):
         for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
