@@ -10,8 +10,8 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from test_cli import FLAGS, refused, start
-from test_vtab import TINY
+from conftest import TINY
+from helpers import FLAGS, answer, refused
 
 from abm_vision.runs.folder import Diverged
 from abm_vision.vtab import compare as module
@@ -208,20 +208,18 @@ def test_run_all_reuses_and_records_what_diverged(tmp_path, monkeypatch):
         run_all(*arguments[:4], {**settings, "abm_steps": 2}, tmp_path)
 
 
-def test_the_real_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     flags = [*FLAGS[:-4], "--epochs", "1", "--eval-epochs", "1"]
     words = ["compare", *flags, "--init", "kaiming,random_b", "--seeds", "2", "--lr", "1e-3", "--out", tmp_path]
-    process = start(*words)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
+    code, out, err = answer(words, capsys)
+    assert (code, err) == (0, "")
     assert "--- run 4 of 4: dsprites_loc, random_b, lr 0.001, seed 1" in out
     assert re.search(r"dsprites_loc \[rendered\], 2 seeds\nstart +best lr", out)
     assert out.splitlines()[-1] == str(tmp_path / "compare.png")
     folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
     assert len(folders) == 4
-    process = start("compare", *folders, "--json", "--report", tmp_path / "again")
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
+    code, out, err = answer(["compare", *folders, "--json", "--report", tmp_path / "again"], capsys)
+    assert (code, err) == (0, "")
     assert {row["init"] for row in json.loads(out)} == {"kaiming", "random_b"}
     assert (tmp_path / "again" / "compare.md").read_text() == (tmp_path / "compare.md").read_text()
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import answer as answer_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -107,7 +108,7 @@ def said(role, content="a"):
         ({"instruction": None, "output": "b"}, "3: instruction is None; a text is needed"),
         ({"instruction": "a", "output": 4}, "3: output is 4; a text is needed"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, r"3: input is \['b'\]; a text is needed"),
-        ({"instruction": "\ud800", "output": "c"}, r"3: instruction has half a character \('.ud800'\) at 0: mend it"),
+        ({"instruction": "\ud800", "output": "c"}, r"3: instruction has half a character \('.ud800'\) at 0: fix it"),
         ({"messages": []}, "has the columns messages; needed are instruction"),
         ({"messages": "hello"}, "messages is 'hello'; needed is a list of turns"),
         ({"messages": {"role": "user"}}, "messages is .*; needed is a list of turns"),
@@ -319,7 +320,11 @@ def test_a_finished_run_is_read_and_can_be_diagnosed(finished, base, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "settings", [{"packing": True, "batch_size": 2, "length": 192}, {"checkpointing": True, "accumulation": 2}]
+    "settings",
+    [
+        {"packing": True, "batch_size": 2, "length": 192},
+        pytest.param({"checkpointing": True, "accumulation": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, settings):
     config = small(base, **settings)
@@ -424,6 +429,7 @@ def test_two_processes_start_from_one_adapter(replicated):
     assert len(read(folder)["loss_per_step"]) == 5  # 80 conversations, 8 a process
 
 
+@pytest.mark.slow
 def test_a_sharded_model_trains_as_a_replicated_one(replicated, base, tmp_path):
     """FSDP 2 against DDP: every layer is sharded, loss and saved adapter are the same."""
     seen, folder = in_two_processes(base, tmp_path, "fsdp")
@@ -470,6 +476,7 @@ def test_packed_conversations_do_not_see_one_another(base, tmp_path):
 # Commands
 
 
+@pytest.mark.slow
 def test_the_real_command(base, tmp_path):
     words = [
         sys.executable,
@@ -484,23 +491,26 @@ def test_the_real_command(base, tmp_path):
     assert json.loads(done.stdout)["config"]["packing"] is True and done.stderr == ""
 
 
-def test_chat(finished, base):
-    result, _, _ = finished
-    words = [sys.executable, "-m", "nlp_ext.instruct", "chat", f"--adapter={result['folder']}", "--new-tokens=5"]
-    done = subprocess.run(words, input="Hello\nAnd?\n\n", capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+def typed(text, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
+
+
+def test_chat(finished, monkeypatch, capsys):
+    typed(b"Hello\nAnd?\n\n", monkeypatch)
+    code, _, err = answer_of(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=5"], capsys, main)
+    assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize(
-    ("typed", "encoding", "errors"),
+    ("line", "encoding", "errors"),
     [
         (b"caf\xe9\n", "utf-8", "strict"),
         (b"caf\xe9\n", "utf-8", "surrogateescape"),
         ("é\n".encode(), "ascii", "strict"),
     ],
 )
-def test_lines_that_are_no_text(finished, capsys, monkeypatch, typed, encoding, errors):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding, errors))
+def test_lines_that_are_no_text(finished, capsys, monkeypatch, line, encoding, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line), encoding, errors))
     assert main(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=5"]) == 2
     assert f"abm-instruct: error: a line is no text in {encoding} (" in capsys.readouterr().err
 
@@ -585,11 +595,10 @@ def test_other_processes_are_not_the_same_run(finished, base, monkeypatch):
     path.write_text(whole)
 
 
-def test_a_conversation_longer_than_the_model(finished, base):
-    result, _, _ = finished
-    words = [sys.executable, "-m", "nlp_ext.instruct", "chat", f"--adapter={result['folder']}", "--new-tokens=500"]
-    done = subprocess.run(words, input="Hello\n\n", capture_output=True, text=True)
-    assert done.returncode == 2 and "the model reads 512: begin a new one" in done.stderr
+def test_a_conversation_longer_than_the_model(finished, monkeypatch, capsys):
+    typed(b"Hello\n\n", monkeypatch)
+    code, _, err = answer_of(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=500"], capsys, main)
+    assert code == 2 and "the model reads 512: begin a new one" in err
 
 
 def test_an_adapter_on_other_weights(finished, base, tmp_path, capsys):
