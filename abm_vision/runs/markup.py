@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
 
 # What means something to Markdown, wherever it stands: an underscore does at the edge of a word, a bracket before what
 # makes a link of it.
@@ -47,15 +46,6 @@ def code(text: object) -> str:
 def quoted(text: object) -> str:
     """A string in double quotes, as YAML and Python read it."""
     return json.dumps(str(text), ensure_ascii=False)
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], bold: Collection[str] = ()) -> str:
-    """A table of cells that are shown as they are; the names (first cells) among `bold` are set off."""
-    lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
-    strong = {markdown(name) for name in bold}
-    lines = [[f"**{name}**" if name in strong else name, *cells] for name, *cells in lines]
-    lines.insert(1, ["---"] * len(head))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex(text: object) -> str:

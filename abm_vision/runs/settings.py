@@ -179,6 +179,11 @@ def uses(init: str, setting: str) -> bool:
     return init == "abm_aligned" or not setting.startswith("align_")
 
 
+def of_initialisation(name: str) -> bool:
+    """Whether a setting is an initialisation's own, in which runs may differ that are compared for their initialisation."""
+    return name.startswith(("abm_", "align_"))
+
+
 def check_used(names: Iterable[str], inits: Iterable[str]) -> None:
     """Raise a ValueError if a setting is given that none of the starts has a use for."""
     idle = sorted(name for name in names if not any(uses(init, name) for init in inits))

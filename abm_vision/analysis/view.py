@@ -1,0 +1,153 @@
+"""View: what an analysis must know of one harness's results, beyond what those of every harness hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+Result = dict[str, Any]  # the content of a result.json
+STAND_INS = ("rendered", "synthetic")  # sources of data that this package makes itself
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of published results.
+
+    Args:
+        method: as the source calls it.
+        parameters: trained ones in millions, without the head; None where it is not stated.
+        top1: task to %.
+        note: how its protocol differs from the official one.
+    """
+
+    method: str
+    parameters: float | None
+    top1: dict[str, float]
+    note: str
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over tasks, or over the means of groups of tasks.
+
+    Args:
+        name: short, as the head of a column.
+        title: as a line of a table.
+        parts: the groups of tasks; one for a plain mean.
+        whole: it is shown only where every task is there, since a part would mislead.
+    """
+
+    name: str
+    title: str
+    parts: tuple[tuple[str, ...], ...]
+    whole: bool = False
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Data of one kind, real or a stand-in, which no average mixes with another.
+
+    Args:
+        name: in a word, as a tag.
+        title: of its tables and figures.
+        tasks: all that there are.
+        means: the means over them.
+        published: what others measured on them.
+        note: what a reader must know.
+    """
+
+    name: str
+    title: str
+    tasks: tuple[str, ...]
+    means: tuple[Mean, ...] = ()
+    published: tuple[Published, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class View:
+    """One harness's results, as an analysis sees them.
+
+    Args:
+        name: of the benchmark, as the title of a report.
+        key, score, unit: of the score: in CSV and JSON (`top1`), in words (`test top-1`), and its unit.
+        value: a result's score, as it is recorded.
+        higher: whether a higher one is better.
+        scale: from the recorded score to its unit.
+        digits: decimals of a score in tables.
+        limits: of the axis of scores in a figure.
+        details: columns of a run in CSV: the score, and what belongs to it.
+        counted: number of samples that were scored, and of those in their split.
+        samples: what is scored: images, examples.
+        subset: what a reader must know of scores on a part of a split.
+        read: the checked result in a run's folder, None if it is not finished; raises a ValueError if it is damaged.
+        checkpoint: name, in a run's folder, of what an interrupted run has left.
+        selection: whether a run was made to choose settings, and is no result.
+        kinds: of data, real ones first.
+        kind: name of a result's kind.
+        sources: part of the data to where it is from; that of the scored part last.
+        content: name to hash of the data's content; empty for records made before results had any.
+        asked: settings for which a result says in another field what came of them, or that decide nothing.
+        task: name of the task in a configuration.
+        groups: task to the group that it belongs to.
+        model: the model in words, from a run's settings.
+    """
+
+    name: str
+    key: str
+    score: str
+    unit: str
+    value: Callable[[Result], float]
+    read: Callable[[Path], Result | None]
+    checkpoint: str
+    kinds: tuple[Kind, ...]
+    kind: Callable[[Result], str]
+    sources: Callable[[Result], Mapping[str, str]]
+    content: Callable[[Result], Mapping[str, str]]
+    counted: Callable[[Result], tuple[int, int]]
+    details: Callable[[Result], Mapping[str, Any]]
+    asked: tuple[str, ...]
+    samples: str
+    subset: str = ""
+    higher: bool = True
+    scale: float = 1.0
+    digits: int = 1
+    limits: tuple[float, float] | None = None
+    selection: Callable[[Result], bool] = lambda result: False
+    task: Callable[[Mapping[str, Any]], str] = lambda config: config["task"]
+    groups: Mapping[str, str] = field(default_factory=dict)
+    model: Callable[[Mapping[str, Any]], str] = lambda settings: settings["model"]
+
+    @property
+    def label(self) -> str:
+        """The score with its unit, as the head of a column."""
+        return f"{self.score} ({self.unit})" if self.unit else self.score
+
+    @property
+    def points(self) -> str:
+        """The unit of a difference of scores, behind its name."""
+        return " (points)" if self.unit == "%" else f" ({self.unit})" if self.unit else ""
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """All tasks, in order."""
+        return self.kinds[0].tasks
+
+    def shown(self, result: Result) -> float:
+        """The score in its unit."""
+        return self.scale * self.value(result)
+
+    def task_of(self, result: Result) -> str:
+        """The task of a result."""
+        return self.task(result["config"])
+
+    def source(self, result: Result) -> str:
+        """Where the data are from that a result's score is of."""
+        return list(self.sources(result).values())[-1]
+
+
+def stand_in(source: str) -> str:
+    """What is said behind a task whose data are no real ones."""
+    return f" ({source} data)" if source in STAND_INS else ""
