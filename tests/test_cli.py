@@ -16,7 +16,7 @@ from test_vtab import TINY, tiny
 import vtab_tasks
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
-from abm_vision.vtab.parsers import run_parser
+from abm_vision.vtab.commands.run import parser as run_parser
 from vtab_tasks.tasks import Edition, Part, get_task
 
 FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]

@@ -171,7 +171,7 @@ def test_both_stacks_have_a_ramp_of_their_own():
     ],
 )
 def test_other_models_are_told(model):
-    with pytest.raises(ValueError, match=r"no model that this package knows \(known: T5, LLaMA, timm vision trans"):
+    with pytest.raises(ValueError, match=r"no supported model \(those are: T5, LLaMA, timm vision trans"):
         add_lora(model())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
@@ -77,12 +78,14 @@ def is_projection(module: nn.Module) -> bool:
     return isinstance(base, nn.Linear)
 
 
-_backbones: list[Backbone] = []
+# The records that come with this package; each is loaded when a model is looked up.
+_SHIPPED = ("nlp_ext.t5:T5", "nlp_ext.llama:LLAMA", "abm_vision.vit:VIT")
+_registered: list[Backbone] = []
 
 
 def register_backbone(backbone: Backbone) -> None:
-    """Make a family known to `find_backbone`; later records are asked first."""
-    _backbones.insert(0, backbone)
+    """Make a family known to `find_backbone`; later records are asked first, the shipped ones last."""
+    _registered.insert(0, backbone)
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -92,12 +95,13 @@ def find_backbone(model: nn.Module) -> Backbone:
         ValueError: the model is of no known family.
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for backbone in _backbones:
+    backbones = [*_registered, *map(resolve_name, _SHIPPED)]
+    for backbone in backbones:
         if backbone.matches(bare):
             return backbone
-    known = ", ".join(b.name for b in _backbones) or "none"
     raise ValueError(
-        f"{type(bare).__module__}.{type(bare).__name__} is no model that this package knows (known: {known}). "
+        f"{type(bare).__module__}.{type(bare).__name__} is no supported model (those are: "
+        f"{', '.join(b.name for b in backbones)}). "
         "Pass backbone=Backbone(...) with the module names of its attention and MLP projections and of its "
         "activation modules."
     )

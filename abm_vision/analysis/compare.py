@@ -40,7 +40,7 @@ class Row:
         loss: training loss, mean over steps and seeds; loss_error is the standard error, None for a single seed.
         loss_ratio: to the baseline's, paired by seed; loss_low and loss_high are its interval.
         timed_ratio: the same with the initialisation's cost counted: the curve begins with as many epochs at its first
-            value as the initialisation took time for, and ends where the baseline's ends. None if the cost is not known.
+            value as the initialisation took time for, and ends where the baseline's ends. None if the cost is unknown.
         score: the final one, mean over seeds; score_error is the standard error.
         score_gain: less the baseline's, paired by seed; score_low and score_high are its interval.
         init_epochs: what the initialisation cost, tuned reference included, in training epochs of the same run; None

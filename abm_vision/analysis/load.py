@@ -104,7 +104,7 @@ def data_content(run: Result, view: View) -> dict[str, str]:
 
 
 def _named(runs: Sequence[Result], view: View) -> list[Result]:
-    """The runs with `method`, their initialisation and what differs between its runs of one task, and `own`, the latter.
+    """The runs with `own`, what differs between runs of one initialisation and task, and `method`, a name with that.
 
     What differs between tasks only, as a selection makes it, stays within one method.
     """

@@ -67,7 +67,7 @@ def _draw_boundaries(axes: Axes, report: dict[str, Any]) -> None:
 
 
 def draw_information_loss(result: dict[str, Any]) -> Figure:
-    """Heat maps, depth by kind of layer: information loss before and after the initialisation, and the best of this rank."""
+    """Heat maps, depth by kind of layer: information loss before and after the initialisation, and this rank's best."""
     before, after = (result["information_loss"][k] for k in ("before", "after"))
     kinds = [kind["name"] for kind in after["kinds"]]
     panels = {
