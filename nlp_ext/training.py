@@ -17,7 +17,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from abm_vision import plots
 from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
-from abm_vision.initializers import get_initializer
+from abm_vision.initializers import Properties
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_origin
 from abm_vision.runs.device import peak_memory
@@ -189,7 +189,7 @@ def begin(
     notes = read_record(folder / NOTES, Notes, remedy=AFRESH) if checkpoint else fresh
     check_origin(notes["origin"], setup.origin, folder)
     diagnose = diagnose and notes["information_loss"] is None
-    if checkpoint is None or diagnose or not get_initializer(setup.config.init).in_factors:
+    if checkpoint is None or diagnose or Properties.BEYOND_FACTORS in setup.config.initializer.properties:
         started = start_adapter(setup, setup.config, tune, setup.seconds, quiet, diagnose, say)
         if PartialState().is_main_process:
             check_same_start(notes, started, folder)
@@ -203,7 +203,7 @@ def common_record(setup: TextRun, notes: dict[str, Any], progress: Progress) -> 
     """What every result on text says; `setup.seconds` must be complete."""
     return {
         "schema": setup.config.schema,
-        "config": asdict(setup.config),
+        "config": setup.config.to_dict(),
         "origin": setup.origin,
         "data": setup.data,
         "weights": asdict(setup.weights),

@@ -257,7 +257,7 @@ def _rates_table(comparison: Comparison, task: str) -> str:
 
     rows = ([init, *(cell(found, lr) for lr in rates)] for init, found in spread.items())
     table = markdown_table(["initialisation", *(f"lr {lr:g}" for lr in rates)], rows)
-    return f"Training loss and {view.score} at every learning rate:\n\n{table}"
+    return f"Training loss and {view.title} at every learning rate:\n\n{table}"
 
 
 def records(comparison: Comparison) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from abm_vision.analysis.view import Result, View
 from abm_vision.runs.content import shortened
 from abm_vision.runs.folder import CONFIG, FAILURE, RESULT
 from abm_vision.runs.records import Failure, read_record
-from abm_vision.runs.settings import of_initialisation, uses
 
 BASELINE = "kaiming"
 OTHER_DATA = "other data"
@@ -57,12 +56,12 @@ def find(folder: Path, view: View) -> tuple[list[Result], Unfinished]:
             continue
         if result is None:
             unfinished.append((path.parent.name, _why(path.parent, view)))
-        elif view.selection(result):
+        elif view.is_selection(result["config"]):
             selections += 1
         elif not result.get("reference_only"):
             runs.append({**result, "file": f"{path.parent.name}/{RESULT}"})
     if not runs:
-        others = f" ({selections} of a selection are no results)" if selections else ""
+        others = f" ({selections} scored on {view.selection_split} are no results)" if selections else ""
         unread = "".join(f"; {name} is {why}" for name, why in unfinished if why.startswith("not readable"))
         raise FileNotFoundError(
             f"no finished run below {folder}{others}: give the folder that was --out of the runs{unread}"
@@ -78,7 +77,7 @@ def _why(folder: Path, view: View) -> str:
             return read_record(folder / FAILURE, Failure)["reason"]
         except ValueError as error:
             return f"failed; why is not readable: {error}"
-    return "half done" if (folder / view.checkpoint).exists() else "not begun"
+    return "half done" if view.is_interrupted(folder) else "not begun"
 
 
 def _with_data(runs: Sequence[Result], view: View) -> list[Result]:
@@ -164,7 +163,7 @@ def facts(run: Result, view: View) -> dict[str, Any]:
 
 def _settings(run: Result, view: View) -> dict[str, Any]:
     config, elsewhere = run["config"], (*_IDENTITY, *_ASKED, *view.asked)
-    return {name: v for name, v in config.items() if name not in elsewhere and uses(config["init"], name)}
+    return {name: v for name, v in config.items() if name not in elsewhere and view.config.uses(config["init"], name)}
 
 
 def compare_facts(runs: Sequence[Result], view: View) -> tuple[dict[str, Any], dict[str, dict[str, list[str]]]]:
@@ -205,9 +204,9 @@ def common_settings(results: Sequence[Result], view: View) -> dict[str, Any]:
 
 def _shared(result: Result, view: View) -> dict[str, Any]:
     """What must be equal for a difference to be the initialisation's."""
-    own = {name for name in result["config"] if of_initialisation(name)} | {"lr"}
+    shared = view.config.shared() - {"lr"}
     return {
-        **{name: value for name, value in _settings(result, view).items() if name not in own},
+        **{name: value for name, value in _settings(result, view).items() if name in shared},
         "weights": result["weights"]["sha256"],
         "precision": result["precision"],
         "device": result["environment"]["device"],

@@ -293,7 +293,7 @@ def to_html(report: Report, to_runs: str = ".") -> str:
 def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
     from abm_vision.analysis.figures import report as figures
 
-    score = section.view.score
+    score = section.view.title
     yield f"{score[0].upper()}{score[1:]} by task", figures.draw_tasks(section)
     yield "Training loss by epoch", figures.draw_convergence(section)
     if figure := figures.draw_lost(section):

@@ -119,7 +119,7 @@ class Section:
     @property
     def title(self) -> str:
         unit = f" in {self.view.unit}" if self.view.unit else ""
-        return f"{self.kind.title}, {self.view.score}{unit}"
+        return f"{self.kind.title}, {self.view.title}{unit}"
 
     def averages(self, method: str) -> list[Average]:
         """Every mean of this kind of data."""

@@ -24,22 +24,25 @@ _BOOKTABS = TableFormat(  # tabulate's own escapes what is escaped here already,
 )
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str | TableFormat) -> str:
-    """The first column to the left, the others to the right; nothing is taken for a number."""
-    columns = ["left", *["right"] * (len(head) - 1)]
-    return tabulate([*rows], [*head], tablefmt=style, disable_numparse=True, colalign=columns)
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str | TableFormat) -> str:
+    """Columns of numbers to the right, others and the first to the left; nothing is taken for a number."""
+    first = next((row for row in rows if row is not SEPARATING_LINE), head)
+    columns = ["right" if k and cell[:1] in "0123456789+-–" else "left" for k, cell in enumerate(first)]
+    return tabulate(rows, head, tablefmt=style, disable_numparse=True, colalign=columns)
 
 
 def plain_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table for a terminal."""
-    return _table(head, ([one_line(cell) for cell in row] for row in rows), "plain")
+    lines = [[one_line(cell) for cell in row] for row in (head, *rows)]
+    columns = ["left", *["right"] * (len(head) - 1)]
+    return tabulate(lines, tablefmt="plain", disable_numparse=True, colalign=columns)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], bold: Collection[str] = ()) -> str:
     """A table of cells that are shown as they are; the names (first cells) among `bold` are set off."""
     strong = {markdown(name) for name in bold}
-    lines = ([markdown(cell) for cell in row] for row in rows)
-    lines = ([f"**{name}**" if name in strong else name, *cells] for name, *cells in lines)
+    lines = [[markdown(cell) for cell in row] for row in rows]
+    lines = [[f"**{name}**" if name in strong else name, *cells] for name, *cells in lines]
     return _table([markdown(cell) for cell in head], lines, "pipe")
 
 

@@ -1,4 +1,4 @@
-"""View: what an analysis must know of one harness's results, beyond what those of every harness hold."""
+"""View: what is known of a harness without loading it: its settings, and what an analysis makes of its results."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel
+
+from abm_vision.runs.settings import AdapterSettings
 
 Result = dict[str, Any]  # the content of a result.json
 STAND_INS = ("rendered", "synthetic")  # sources of data that this package makes itself
@@ -68,11 +72,17 @@ class Kind:
 
 @dataclass(frozen=True)
 class View:
-    """One harness's results, as an analysis sees them.
+    """What commands and an analysis must know of a harness, beyond what is the same for all.
 
     Args:
+        program: name of the command.
         name: of the benchmark, as the title of a report.
-        key, score, unit: of the score: in CSV and JSON (`top1`), in words (`test top-1`), and its unit.
+        config: class of its configurations.
+        result: schema of its `result.json`.
+        harness: the `runs.harness.Harness`, which loads a model library, as `module:name`.
+        unfinished: names, in a run's folder, of what an interrupted run has left.
+        key, score, unit: of the score: in CSV and JSON (`top1`), in words (`top-1`), and its unit.
+        split: what is scored, in a word (`test`).
         value: a result's score, as it is recorded.
         higher: whether a higher one is better.
         scale: from the recorded score to its unit.
@@ -82,9 +92,9 @@ class View:
         counted: number of samples that were scored, and of those in their split.
         samples: what is scored: images, examples.
         subset: what a reader must know of scores on a part of a split.
-        read: the checked result in a run's folder, None if it is not finished; raises a ValueError if it is damaged.
-        checkpoint: name, in a run's folder, of what an interrupted run has left.
-        selection: whether a run was made to choose settings, and is no result.
+        selection: settings of a run that is made to choose others, and is no result; empty where all data that could be
+            scored for this are scored at the end.
+        selection_split: what such a run is scored on, in a word.
         kinds: of data, real ones first.
         kind: name of a result's kind.
         sources: part of the data to where it is from; that of the scored part last.
@@ -93,15 +103,22 @@ class View:
         task: name of the task in a configuration.
         groups: task to the group that it belongs to.
         model: the model in words, from a run's settings.
+        estimate: how long runs are likely to take, as `module:name` of a function of a configuration like theirs and of a
+            folder that may hold finished ones, which returns a function of a configuration to seconds, and in words what
+            it is founded on. Empty where that is not known before the data are read.
     """
 
+    program: str
     name: str
+    config: type[AdapterSettings]
+    result: type[BaseModel]
+    harness: str
+    unfinished: tuple[str, ...]
     key: str
     score: str
+    split: str
     unit: str
     value: Callable[[Result], float]
-    read: Callable[[Path], Result | None]
-    checkpoint: str
     kinds: tuple[Kind, ...]
     kind: Callable[[Result], str]
     sources: Callable[[Result], Mapping[str, str]]
@@ -115,15 +132,22 @@ class View:
     scale: float = 1.0
     digits: int = 1
     limits: tuple[float, float] | None = None
-    selection: Callable[[Result], bool] = lambda result: False
+    selection: Mapping[str, Any] = field(default_factory=dict)
+    selection_split: str = ""
     task: Callable[[Mapping[str, Any]], str] = lambda config: config["task"]
     groups: Mapping[str, str] = field(default_factory=dict)
     model: Callable[[Mapping[str, Any]], str] = lambda settings: settings["model"]
+    estimate: str = ""
+
+    @property
+    def title(self) -> str:
+        """The score in words, with what is scored."""
+        return f"{self.split} {self.score}"
 
     @property
     def label(self) -> str:
-        """The score with its unit, as the head of a column."""
-        return f"{self.score} ({self.unit})" if self.unit else self.score
+        """The same with its unit, as the head of a column."""
+        return f"{self.title} ({self.unit})" if self.unit else self.title
 
     @property
     def points(self) -> str:
@@ -138,6 +162,33 @@ class View:
     def shown(self, result: Result) -> float:
         """The score in its unit."""
         return self.scale * self.value(result)
+
+    def in_words(self, value: float) -> str:
+        """A recorded score with its name and unit, such as `top-1 87.50 %`."""
+        return f"{self.score} {self.scale * value:.2f} {self.unit}".rstrip()
+
+    @property
+    def set_by_suite(self) -> tuple[str, ...]:
+        """The settings that a suite sets itself."""
+        return ("task", "init", "seed", *self.selection)
+
+    def read(self, folder: Path) -> Result | None:
+        """The result of a finished run, None for one that is not.
+
+        Raises:
+            ValueError: it is damaged, of another schema, or a field is missing or out of its range.
+        """
+        from abm_vision.runs.folder import read_result
+
+        return read_result(folder, self.result, self.config.schema)
+
+    def is_interrupted(self, folder: Path) -> bool:
+        """Whether a run has begun and is not finished."""
+        return any((folder / name).exists() for name in self.unfinished)
+
+    def is_selection(self, config: Mapping[str, Any]) -> bool:
+        """Whether a run of these settings is made to choose others."""
+        return bool(self.selection) and self.selection.items() <= config.items()
 
     def task_of(self, result: Result) -> str:
         """The task of a result."""

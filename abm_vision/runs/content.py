@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -24,7 +24,8 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from abm_vision.abm.files import write_json
-from abm_vision.initializers import get_initializer
+from abm_vision.initializers import Initializer
+from abm_vision.initializers.registry import PACKAGE
 from abm_vision.runs.settings import AdapterSettings
 
 SETTLED = 2.0  # seconds: what was written just now may be written again under the same time
@@ -86,7 +87,7 @@ def _hash(value: Any) -> str:
 
 def initialisation(config: AdapterSettings) -> Origin:
     """The code of a run's initialisation, and the reference that it is given."""
-    found: Origin = {"initialisation": version(get_initializer(config.init).apply)}
+    found: Origin = {"initialisation": version_of(config.initializer)}
     if config.abm_reference is not None:
         folder = Path(config.abm_reference)
         places = (folder / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
@@ -95,8 +96,32 @@ def initialisation(config: AdapterSettings) -> Origin:
     return found
 
 
+def version_of(row: Initializer) -> str:
+    """What a row says of itself, else its `version`; of one from a plugin its source files, too.
+
+    Raises:
+        ValueError: there is no source file.
+    """
+    if row.version is not None:
+        return row.version
+    if row.plugin is None:
+        return version(row.apply)
+    try:
+        return f"source {_hash(_sources(row.plugin))[:12]}, {version(row.apply)}"
+    except (AttributeError, OSError, TypeError) as error:
+        raise ValueError(f"the source of init {row.name} cannot be read ({error}): give its row a version") from error
+
+
+def _sources(module: str) -> list[str]:
+    """The text of a module's file, and of all others of its package."""
+    package = sys.modules[module.partition(".")[0]]
+    folders = [Path(folder) for folder in getattr(package, "__path__", ())]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py")) or [Path(package.__file__)]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
 def version(*things: Any) -> str:
-    """A hash of code and of all that it uses of its own package, with the versions of other packages that it calls.
+    """A hash of code and of what it uses of its own package and this one, with the versions of others that it calls.
 
     Comments, documentation, annotations and layout are no part of it. torch is not named: its version is kept with
     every result.
@@ -104,7 +129,7 @@ def version(*things: Any) -> str:
     Args:
         things: functions, classes, or dataclass instances, whose fields count.
     """
-    package, seen = _package(things[0]), set()
+    packages, seen = {_package(things[0]), PACKAGE}, set()
     parts: list[tuple[str, str]] = []
     versions: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [("", thing) for thing in things]
@@ -122,7 +147,7 @@ def version(*things: Any) -> str:
             waiting += [("", type(found)), *((f"{name}.{key}", value) for key, value in vars(found).items())]
         elif not isinstance(found, (FunctionType, type)):
             continue
-        elif _package(found) == package:
+        elif _package(found) in packages:
             seen.add(id(found))
             tree = _tree(found)
             parts.append((f"{found.__module__}.{found.__qualname__}", ast.unparse(tree)))
@@ -168,16 +193,18 @@ def _used(thing: Any, tree: ast.AST) -> Iterator[tuple[str, Any]]:
     Of a module's variables those that are constants by their name: others may change while a program runs.
     """
     around = vars(sys.modules[thing.__module__])
+    pairs: list[tuple[str, Any]] = []
     for node in ast.walk(tree):
-        name, found = "", None
         if isinstance(node, ast.Name):
-            name, found = node.id, around.get(node.id)
+            pairs.append((node.id, around.get(node.id)))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = around.get(node.value.id)
             if isinstance(module, ModuleType) and _package(module) == _package(thing):
-                name, found = node.attr, getattr(module, node.attr, None)
-        if isinstance(found, (FunctionType, type)) or name.isupper():
-            yield name, found
+                pairs.append((node.attr, getattr(module, node.attr, None)))
+        elif isinstance(node, ast.ImportFrom) and not node.level:  # where it is used
+            module = import_module(node.module)
+            pairs += [(alias.name, getattr(module, alias.name, None)) for alias in node.names]
+    yield from ((name, found) for name, found in pairs if isinstance(found, (FunctionType, type)) or name.isupper())
     if isinstance(thing, FunctionType):
         yield from inspect.getclosurevars(thing).nonlocals.items()
 

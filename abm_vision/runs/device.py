@@ -12,9 +12,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-PRECISIONS = ("auto", "bf16", "fp32")
-
-
 def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA, then MPS, then CPU.
 

@@ -17,7 +17,7 @@ from abm_vision.abm.host import Backbone
 from abm_vision.abm.loading import REMEDY, load_reference, read_settings
 from abm_vision.abm.saving import ABM_FILE
 from abm_vision.abm.tangent import InformationLoss, information_loss
-from abm_vision.initializers import get_initializer, initialize_lora
+from abm_vision.initializers import Needs, initialize_lora
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER, RESULT, settle_precision
 from abm_vision.runs.records import Tuned, read_record
@@ -68,8 +68,7 @@ def start_adapter(
                 ready.model,
                 config.init,
                 ready.calibration(),
-                config=config.abm(),
-                align=config.align(),
+                config=config.init_config(),
                 reference=REFERENCE if reference else None,
                 backbone=ready.backbone,
                 show_progress_bar=not quiet,
@@ -154,7 +153,7 @@ def _reference(ready: Ready, config: AdapterSettings, tune: Tune, say: Say) -> I
 
     Yields its folder and the seconds that tuning took: its own start and training, None where they are not known.
     """
-    if "reference" not in get_initializer(config.init).needs:
+    if Needs.REFERENCE not in config.initializer.needs:
         yield None
         return
     given = config.abm_reference

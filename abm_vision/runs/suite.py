@@ -1,33 +1,29 @@
-"""Many runs over tasks, starts and seeds, after the protocol of VTAB-1K, that survive whatever happens to one of them.
+"""Many runs over tasks, initialisations and seeds that survive whatever happens to one of them.
 
-Protocol (Zhai et al., arXiv:1910.04867): if settings are to be chosen, every combination of a stated grid, the same for
-every task, is trained on the 800 images and scored on the other 200. The best is trained again on all 1,000 and scored
-once on the test split, after its last epoch.
+Protocol (that of VTAB-1K, Zhai et al., arXiv:1910.04867): if settings are to be chosen, every combination of a stated
+grid, the same for every task, is trained and scored on a part of the training data. The best is trained again on all of
+them and scored once, after its last epoch.
 """
 
 from __future__ import annotations
 
 import itertools
-import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
-import vtab_tasks
 from abm_vision.abm.files import CannotWrite
+from abm_vision.analysis.view import View
 from abm_vision.runs import folder as files
-from abm_vision.runs.content import Origin, check_finished
+from abm_vision.runs.content import check_finished
 from abm_vision.runs.folder import Diverged
-from abm_vision.runs.settings import check_used, uses
-from abm_vision.runs.start import Say
-from abm_vision.vtab import results
-from abm_vision.vtab.config import EVALUATIONS, SCHEMA, SET_BY_SUITE, RunConfig, make_config
-from abm_vision.vtab.run import run
-from abm_vision.vtab.setup import origin_parts
+from abm_vision.runs.harness import Harness, Say, Session
+from abm_vision.runs.run import run
+from abm_vision.runs.settings import AdapterSettings
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -38,84 +34,111 @@ class Suite:
     """What is to be run.
 
     Args:
+        view: of which harness.
         tasks, inits: names.
         seeds: seeds 0, ..., seeds - 1 of every final run.
-        settings: of all runs, as for `make_config`.
+        settings: of all runs, as for the harness's configuration.
         grid: setting to the values that selection chooses from; empty: no selection.
-        diagnose: measure the information loss of every final run's start.
+        rates: learning rates that every final run is made with; empty: that of the settings.
 
     Raises:
-        ValueError: a name is unknown or given twice, no seed, or a grid over what the suite itself sets.
+        ValueError: a name is unknown or given twice, no seed, a grid where nothing can be selected on, or one over what
+            the suite itself sets.
     """
 
+    view: View
     tasks: tuple[str, ...]
     inits: tuple[str, ...]
     seeds: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    diagnose: bool = False
+    rates: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name, values in (("tasks", self.tasks), ("init", self.inits), *self.grid.items()):
+        rates = [("lr", self.rates)] if self.rates else []
+        for name, values in (("task", self.tasks), ("init", self.inits), *rates, *self.grid.items()):
             if not values or len(set(values)) < len(values):
                 raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}; give one or more, each once")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}; it must be 1 or more")
-        taken = sorted(set(SET_BY_SUITE) & {*self.settings, *self.grid})
+        if self.grid and not self.view.selection:
+            raise ValueError(
+                f"{self.view.name} has no samples to choose settings on but those that are scored at the end: leave "
+                "--grid out"
+            )
+        taken = sorted(set(self.view.set_by_suite) & {*self.settings, *self.grid})
         if taken:
             raise ValueError(f"the suite itself sets {', '.join(taken)}: leave them out of settings and grid")
         both = sorted(set(self.grid) & set(self.settings))
         if both:
             raise ValueError(f"{', '.join(both)} is set and to be selected: give it once")
-        check_used({*self.settings, *self.grid}, self.inits)
+        self.view.config.check_used({*self.settings, *self.grid}, self.inits)
         self.final()  # checks the settings
 
-    def selection(self) -> list[RunConfig]:
+    def selection(self) -> list[AdapterSettings]:
         """The runs that settings are chosen by; none without a grid."""
         if not self.grid:
             return []
         runs = (
-            self._config(task, init, SELECTION_SEED, point, "val")
+            self._config(task, init, SELECTION_SEED, {**point, **self.view.selection})
             for task, init in itertools.product(self.tasks, self.inits)
             for point in self._points()
         )
-        return list(dict.fromkeys(runs))  # points that differ in what a start has no use for are one run
+        return list(dict.fromkeys(runs))  # points that differ in what an initialisation has no use for are one run
 
-    def final(self, chosen: Mapping[tuple[str, str], Mapping[str, Any]] | None = None) -> list[RunConfig]:
-        """The runs that are scored on the test split, with the settings chosen for each (task, start).
+    def final(self, chosen: Mapping[tuple[str, str], Mapping[str, Any]] | None = None) -> list[AdapterSettings]:
+        """The runs that are results, with the settings chosen for each (task, initialisation).
 
         Those for which nothing was chosen are left out. Before anything is, all are there with the grid's first point.
         """
         if chosen is None:
             chosen = dict.fromkeys(itertools.product(self.tasks, self.inits), next(self._points()))
+        rates = [{"lr": rate} for rate in self.rates] or [{}]
         return [
-            self._config(task, init, seed, chosen[task, init], "test")
-            for task, init, seed in itertools.product(self.tasks, self.inits, range(self.seeds))
+            self._config(task, init, seed, {**chosen[task, init], **rate})
+            for task, init, rate, seed in itertools.product(self.tasks, self.inits, rates, range(self.seeds))
             if (task, init) in chosen
         ]
+
+    @cached_property
+    def harness(self) -> Harness:
+        """The harness, loaded."""
+        return resolve_name(self.view.harness)
+
+    def estimate(self, out: str | Path) -> tuple[Callable[[AdapterSettings], float] | None, str]:
+        """A function to the seconds that a run is likely to take, None if nothing is known; and in words why."""
+        if not self.view.estimate:
+            return None, "how long they take is not known before"
+        return resolve_name(self.view.estimate)(self.final()[0], out)
 
     def _points(self) -> Iterator[dict[str, Any]]:
         for values in itertools.product(*self.grid.values()):
             yield dict(zip(self.grid, values, strict=True))
 
-    def _config(self, task: str, init: str, seed: int, point: Mapping[str, Any], evaluate: str) -> RunConfig:
-        settings = {k: v for k, v in {**self.settings, **point}.items() if uses(init, k)}
-        return make_config(**settings, task=task, init=init, seed=seed, evaluate=evaluate)
+    def _config(self, task: str, init: str, seed: int, point: Mapping[str, Any]) -> AdapterSettings:
+        config = self.view.config
+        settings = {k: v for k, v in {**self.settings, **point}.items() if config.uses(init, k)}
+        return config.make(**settings, **_of_task(config, task), init=init, seed=seed)
 
 
-def parse_tasks(text: str) -> tuple[str, ...]:
-    """`all`, groups and tasks with commas between, in the order of the table.
+def _of_task(config: type[AdapterSettings], task: str) -> dict[str, str]:
+    """A harness of a single task has no setting for it."""
+    return {"task": task} if "task" in {f.name for f in fields(config)} else {}
+
+
+def parse_tasks(text: str, view: View) -> tuple[str, ...]:
+    """`all`, groups and tasks with commas between, in their order.
 
     Raises:
         ValueError: a name is neither a group nor a task.
     """
     wanted: set[str] = set()
     for word in text.split(","):
-        if word in ("all", *vtab_tasks.GROUPS):
-            wanted |= {task.name for task in vtab_tasks.TASKS.values() if word in ("all", task.group)}
+        if word in ("all", *view.groups.values()):
+            wanted |= {task for task in view.tasks if word in ("all", view.groups.get(task))}
         else:
-            wanted.add(vtab_tasks.get_task(word).name)
-    return tuple(name for name in vtab_tasks.TASKS if name in wanted)
+            wanted.add(view.config.make(**_of_task(view.config, word)).subject)
+    return tuple(task for task in view.tasks if task in wanted)
 
 
 # ---------------------------------------------------------------------------------------------------------- running
@@ -125,23 +148,24 @@ def parse_tasks(text: str) -> tuple[str, ...]:
 class Outcome:
     """What became of one run.
 
-    `done` with its top-1, `failed` with the reason, `busy`: another process is at it, or `unwritable`: its files cannot
+    `done` with its score, `failed` with the reason, `busy`: another process is at it, or `unwritable`: its files cannot
     be written, so that no other run's could be.
     """
 
     state: str
-    top1: float | None = None
+    score: float | None = None
     reason: str = ""
     diverged: bool = False
 
 
-Executor = Callable[[Sequence[RunConfig], Path, bool], Iterable[tuple[RunConfig, Outcome]]]
+Made = Iterable[tuple[AdapterSettings, Outcome]]
+Executor = Callable[[Harness, Sequence[AdapterSettings], Session], Made]
 
 
-def attempt(config: RunConfig, out: Path, diagnose: bool, say: Say | None = None) -> Outcome:
-    """One run, in this process. What can go wrong in one run and not in the next is its outcome."""
+def attempt(harness: Harness, config: AdapterSettings, session: Session) -> Outcome:
+    """Make one run, in this process. What can go wrong in one run and not in the next is its outcome."""
     try:
-        result = run(config, out, diagnose=diagnose, say=say)
+        run(harness, config, session)
     except files.Busy:
         return Outcome("busy")
     except CannotWrite as error:
@@ -150,31 +174,30 @@ def attempt(config: RunConfig, out: Path, diagnose: bool, say: Say | None = None
         # One line: it stands in lists and tables.
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         return Outcome("failed", reason=reason, diverged=isinstance(error, Diverged))
-    return Outcome("done", result["test"]["top1"])
+    return Outcome("done")
 
 
-def run_suite(suite: Suite, out: str | Path, execute: Executor, say: Say = print) -> dict[RunConfig, Outcome]:
-    """Make all runs that `out` does not have yet. Several suites may work on the same folder at the same time.
+def run_suite(suite: Suite, session: Session, execute: Executor) -> dict[AdapterSettings, Outcome]:
+    """Make all runs that `session.out` does not have yet. Several suites may work on the same folder at the same time.
 
     Args:
         suite: what is to be run.
-        out: parent of the runs' folders.
+        session: how; its `say` receives a line about every run, and only final runs are diagnosed.
         execute: makes runs and yields their outcomes as they come, see `executors.py`.
-        say: receives a line about every run.
 
     Returns:
         The outcome of every run, those of selection first. Why a run failed is kept in its folder, `failure.json`; the
         same suite again tries it again.
 
     Raises:
-        CannotWrite: `out` is full or read-only. What is there is whole, and the same suite goes on from it.
+        CannotWrite: the folder is full or read-only. What is there is whole, and the same suite goes on from it.
     """
-    out = Path(out)
-    outcomes = _run_all(suite.selection(), out, False, execute, say)
+    view, say = suite.view, session.say
+    outcomes = _run_all(suite, suite.selection(), replace(session, diagnose=False), execute)
     chosen: dict[tuple[str, str], dict[str, Any]] = {}
     for task, init in itertools.product(suite.tasks, suite.inits):
-        tried = {c: o for c, o in outcomes.items() if (c.task, c.init) == (task, init)}
-        scores = {c: o.top1 for c, o in tried.items() if o.state == "done"}
+        tried = {c: o for c, o in outcomes.items() if (c.subject, c.init) == (task, init)}
+        scores = {c: o.score for c, o in tried.items() if o.state == "done"}
         lost = sum(o.state == "failed" and not o.diverged for o in tried.values())
         if lost:  # a choice from what is left would be another one after the next try
             say(f"{task} {init}: {lost} of {len(tried)} runs of the selection failed, so there is no final run yet")
@@ -184,44 +207,42 @@ def run_suite(suite: Suite, out: str | Path, execute: Executor, say: Say = print
             continue
         # Ties go to the first of the grid.
         best = max(scores, key=lambda c: scores[c]) if scores else None
-        chosen[task, init] = {name: getattr(best, name) for name in suite.grid if uses(init, name)} if best else {}
+        values = best.used() if best else {}
+        chosen[task, init] = {name: values[name] for name in suite.grid if name in values}
         if chosen[task, init]:
-            say(f"{task} {init}: selected {_words(chosen[task, init])}, {100 * scores[best]:.1f} % of val200")
-    final = suite.final(chosen)
-    return {**outcomes, **_run_all(final, out, suite.diagnose, execute, say)}
-
-
-def _words(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in settings.items())
+            words = ", ".join(f"{name} {value}" for name, value in chosen[task, init].items())
+            say(f"{task} {init}: selected {words}, {view.in_words(scores[best])} of {view.selection_split}")
+    return {**outcomes, **_run_all(suite, suite.final(chosen), session, execute)}
 
 
 def _run_all(
-    configs: Sequence[RunConfig], out: Path, diagnose: bool, execute: Executor, say: Say
-) -> dict[RunConfig, Outcome]:
-    folders = {config: files.open_folder(out, config) for config in configs}
-    outcomes: dict[RunConfig, Outcome] = {}
+    suite: Suite, configs: Sequence[AdapterSettings], session: Session, execute: Executor
+) -> dict[AdapterSettings, Outcome]:
+    say, view = session.say, suite.view
+    folders = {config: files.open_folder(session.out, config) for config in configs}
+    outcomes: dict[AdapterSettings, Outcome] = {}
 
-    def note(config: RunConfig, outcome: Outcome) -> None:
+    def note(config: AdapterSettings, outcome: Outcome) -> None:
         if outcome.state == "busy":
             return
         if outcome.state == "unwritable":
             raise CannotWrite(outcome.reason)
+        if outcome.state == "done":
+            outcome = replace(outcome, score=view.value(view.read(folders[config])))
+        else:
+            files.write_failure(folders[config], config.schema, outcome.reason)
         outcomes[config] = outcome
-        if outcome.state == "failed":
-            files.write_failure(folders[config], SCHEMA, outcome.reason)
-        top1 = f"top-1 {100 * outcome.top1:.2f} %" if outcome.state == "done" else f"FAILED {outcome.reason}"
-        say(f"[{len(outcomes)}/{len(configs)}] {_name(config)}: {top1}")
+        said = view.in_words(outcome.score) if outcome.state == "done" else f"FAILED {outcome.reason}"
+        say(f"[{len(outcomes)}/{len(configs)}] {_name(config, view)}: {said}")
 
-    known: dict[tuple[RunConfig, str], Origin] = {}  # the content of the runs' data, found once a task
     while left := [config for config in configs if config not in outcomes]:
         free = []
         for config in left:
-            finished = _finished(config, folders[config], diagnose, known)
-            if finished:
-                note(config, finished)
+            if _is_finished(suite, config, folders[config], session.diagnose):
+                note(config, Outcome("done"))
             elif not files.is_locked(folders[config]):
                 free.append(config)
-        for config, outcome in execute(free, out, diagnose):
+        for config, outcome in execute(suite.harness, free, session):
             note(config, outcome)
         if waiting := len(configs) - len(outcomes):
             say(f"{waiting} runs are with another process; looking again in {WAIT:.0f} s")
@@ -229,24 +250,22 @@ def _run_all(
     return outcomes
 
 
-def _finished(
-    config: RunConfig, folder: Path, diagnose: bool, known: dict[tuple[RunConfig, str], Origin]
-) -> Outcome | None:
-    """The outcome of a run that has nothing left to do; None otherwise, and for one whose result cannot be taken."""
+def _is_finished(suite: Suite, config: AdapterSettings, folder: Path, diagnose: bool) -> bool:
+    """Whether a run has nothing left to do; not so if its result cannot be taken."""
     try:
-        result = results.read_result(folder)
-        if result is None or result["reference_only"] or (diagnose and not result["information_loss"]):
-            return None
+        result = suite.view.read(folder)
+        if result is None or result.get("reference_only") or (diagnose and not result["information_loss"]):
+            return False
         files.check_same_run(result, config, folder)
-        check_finished(result["origin"], origin_parts(config, known), folder)
+        check_finished(result["origin"], suite.harness.origin(config), folder)
     except ValueError:
-        return None  # the run itself says what is wrong with it
-    return Outcome("done", result["test"]["top1"])
+        return False  # the run itself says what is wrong with it
+    return True
 
 
-def _name(config: RunConfig) -> str:
-    kind = " (selection)" if config.evaluate == "val" else ""
-    return f"{config.task} {config.init} lr {config.lr:g} seed {config.seed}{kind}"
+def _name(config: AdapterSettings, view: View) -> str:
+    kind = " (selection)" if view.is_selection(config.to_dict()) else ""
+    return f"{config.subject} {config.init} lr {config.lr:g} seed {config.seed}{kind}"
 
 
 # --------------------------------------------------------------------------------------------------------- planning
@@ -254,72 +273,30 @@ def _name(config: RunConfig) -> str:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a plan: how far it is, the seconds that it is likely to take yet, and why its result is no good."""
+    """One run of a plan: how far it is, and why its result is no good."""
 
-    config: RunConfig
+    config: AdapterSettings
     state: str
-    seconds: float
     reason: str = ""
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether it would not be run."""
+        return self.state in ("finished", "not readable")
 
-def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list[Planned]:
-    """What the suite would run, selection first. Final runs stand there with the grid's first point.
 
-    Args:
-        throughput: images per second in `train` and `test`, and seconds of `start`, as `measure` gives them.
-    """
+def plan(suite: Suite, out: str | Path) -> list[Planned]:
+    """What the suite would run, selection first. Final runs stand there with the grid's first point."""
     planned = []
     for config in (*suite.selection(), *suite.final()):
         folder = Path(out) / config.run_name()
         try:
-            finished = results.read_result(folder) is not None
+            state, reason = "finished" if suite.view.read(folder) else "to run", ""
         except ValueError as error:
-            planned.append(Planned(config, "not readable", 0.0, str(error)))
-            continue
-        if finished:
-            planned.append(Planned(config, "finished", 0.0))
-            continue
-        state = "to run"
-        if (folder / files.FAILURE).is_file():
+            state, reason = "not readable", str(error)
+        if state == "to run" and (folder / files.FAILURE).is_file():
             state = "failed before"
-        elif (folder / results.CHECKPOINT).is_file():
+        elif state == "to run" and suite.view.is_interrupted(folder):
             state = "half done"
-        task = vtab_tasks.get_task(config.task)
-        train, test = map(task.size, EVALUATIONS[config.evaluate])
-        if config.test_images:
-            test = min(test, config.test_images)
-        seconds = throughput["start"] + config.epochs * train / throughput["train"] + test / throughput["test"]
-        planned.append(Planned(config, state, seconds))
+        planned.append(Planned(config, state, reason))
     return planned
-
-
-def measure(suite: Suite, out: str | Path) -> tuple[dict[str, float], str]:
-    """The throughput to plan with, and in words where it is from.
-
-    It is that of finished runs under `out` with the same model at the same size, or else of one epoch that is run now.
-    """
-    final = suite.final()[0]
-    # Scored on the 200 images: the test split is not opened for this.
-    short = replace(final, epochs=1, evaluate="val", warmup_epochs=min(1.0, final.warmup_epochs))
-    if found := _throughput(out, short):
-        return found, f"finished runs in {out}"
-    with tempfile.TemporaryDirectory() as folder:
-        run(short, folder)
-        return _throughput(folder, short), f"one epoch of {short.task} just now"
-
-
-def _throughput(out: str | Path, like: RunConfig) -> dict[str, float] | None:
-    alike = ("model", "image_size", "batch_size", "targets", "precision", "device")
-    finished = []
-    for folder in Path(out).glob("*/"):
-        with suppress(ValueError):  # a plan and a report name what cannot be read; here others will do
-            finished.append(results.read_result(folder))
-    found = [r for r in finished if r and all(r["config"][k] == getattr(like, k) for k in alike)]
-    if not found:
-        return None
-    seconds = [r["seconds"] for r in found]
-    return {
-        "train": statistics.median(r["images_per_second"]["train"] for r in found),
-        "test": statistics.median(r["images_per_second"]["test"] for r in found),
-        "start": statistics.median(s["data"] + s["weights"] + s["lora"] + s["init"] for s in seconds),
-    }

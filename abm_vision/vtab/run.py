@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from abm_vision import plots
-from abm_vision.initializers import get_initializer
+from abm_vision.initializers import Properties
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
@@ -113,7 +113,7 @@ def _run(
     if state is not None:
         check_origin(notes["origin"], setup.origin, folder)
     diagnose = diagnose and notes["information_loss"] is None
-    if state is None or diagnose or not get_initializer(config.init).in_factors:
+    if state is None or diagnose or Properties.BEYOND_FACTORS in config.initializer.properties:
         started = start_adapter(setup, config, tune, seconds, quiet, diagnose, say)
         check_same_start(notes, started, folder)
         notes = {"origin": setup.origin, "seconds": dict(seconds), **notes, **{k: v for k, v in started.items() if v}}
@@ -149,7 +149,7 @@ def _run(
         progress.accuracies[config.epochs] = correct / count
     result = {
         "schema": SCHEMA,
-        "config": asdict(config),
+        "config": config.to_dict(),
         "origin": setup.origin,
         "test": {
             "top1": correct / count,

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import vtab_tasks
 from abm_vision.analysis.published import PUBLISHED
-from abm_vision.analysis.view import Kind, Mean, Result, View
-from abm_vision.vtab.results import CHECKPOINT, read_result
+from abm_vision.analysis.view import Kind, Mean, View
+from abm_vision.vtab.config import RunConfig
+from abm_vision.vtab.results import Result
 
 _ALL = tuple(vtab_tasks.TASKS)
 _GROUPS = {
@@ -33,14 +36,20 @@ _RENDERED = Kind(
 )
 
 
-def _sources(result: Result) -> dict[str, str]:
+def _sources(result: dict[str, Any]) -> dict[str, str]:
     return {"training data": result["data"]["train"]["source"], "test data": result["data"]["test"]["source"]}
 
 
 VIEW = View(
+    program="abm-vtab",
     name="VTAB-1K",
+    result=Result,
+    harness="abm_vision.vtab.harness:HARNESS",
+    estimate="abm_vision.vtab.planning:estimate",
+    config=RunConfig,
     key="top1",
-    score="test top-1",
+    score="top-1",
+    split="test",
     unit="%",
     value=lambda result: result["test"]["top1"],
     scale=100.0,
@@ -49,9 +58,9 @@ VIEW = View(
     counted=lambda result: (result["test"]["count"], result["test"]["split_size"]),
     samples="images",
     subset="fewer images than the test split has, drawn with a fixed seed",
-    read=read_result,
-    checkpoint=CHECKPOINT,
-    selection=lambda result: result["config"]["evaluate"] == "val",
+    unfinished=("checkpoint.pt",),
+    selection={"evaluate": "val"},
+    selection_split="val200",
     kinds=(_REAL, _RENDERED),
     kind=lambda result: "rendered" if result["data"]["test"]["source"] == "rendered" else "real",
     sources=_sources,

@@ -1,16 +1,17 @@
-"""`abm-vtab report`: of finished runs."""
+"""`report`: of finished runs."""
 
 from __future__ import annotations
 
 import argparse
 
+from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser
 
 
-def parser() -> Parser:
+def parser(view: View) -> Parser:
     """A folder of runs."""
     flags = Parser(
-        "abm-vtab report",
+        f"{view.program} report",
         description="Tables, figures and statistics of the finished runs in a folder, as Markdown, CSV, "
         "LaTeX and one HTML page.",
     )
@@ -19,12 +20,11 @@ def parser() -> Parser:
     return flags
 
 
-def command(options: argparse.Namespace) -> int:
+def command(view: View, options: argparse.Namespace) -> int:
     """Write the report, and print it."""
+    from abm_vision.analysis import report
 
-    from abm_vision.vtab import collection, report
-
-    found = collection.collect(options.folder)
-    paths = report.write_report(found, options.out or options.folder)
+    found = report.collect(options.folder, view)
+    paths = report.write_files(found, options.out or options.folder)
     print(report.to_markdown(found), *paths, sep="\n")
     return 0

@@ -1,91 +1,108 @@
-"""`abm-vtab suite`: many runs."""
+"""`suite`: many runs."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
-from abm_vision.vtab.commands import PROGRAM
-from abm_vision.vtab.config import SET_BY_SUITE, RunConfig
+from abm_vision.analysis.view import View
+from abm_vision.runs.cli import Parser, add_settings, run_guarded, say, value_of
+
+if TYPE_CHECKING:
+    from abm_vision.runs.suite import Executor, Suite
 
 LOCAL_FLAGS = ("jobs",)
 RAY_FLAGS = {"cpus_per_run": "cpus", "gpus_per_run": "gpus", "ray_address": "address"}  # to those of `on_ray`
 
 
-def parser() -> Parser:
+def parser(view: View) -> Parser:
     """What is to be run, how, and the settings that all runs share."""
     flags = Parser(
-        "abm-vtab suite",
-        description="Run tasks, starts and seeds after the protocol of VTAB-1K. Finished runs are reused, killed ones "
-        "go on, failed ones are recorded and do not stop the rest; several suites may share one --out.",
+        f"{view.program} suite",
+        description="Run tasks, initialisations and seeds. Finished runs are reused, interrupted ones resumed, failed "
+        "ones are recorded and do not stop the rest; several suites may share one --out.",
     )
-    flags.add_argument("--tasks", default="all", help="all, natural, specialized, structured, or names (default: all)")
-    flags.add_argument("--init", default="abm,kaiming", help="starts with commas between (default: abm,kaiming)")
+    if len(view.tasks) > 1:
+        choices = ", ".join(["all", *dict.fromkeys(view.groups.values())])
+        flags.add_argument("--tasks", default="all", help=f"{choices}, or names with commas between (default: all)")
+    default = "abm,kaiming"
+    flags.add_argument("--init", default=default, help=f"initialisations with commas between (default: {default})")
     flags.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
-    flags.add_argument(
-        "--grid",
-        action="append",
-        default=[],
-        metavar="SETTING=A,B",
-        help="choose this setting on train800/val200, for every task from the same values; may be given several times",
-    )
-    add_settings(flags, RunConfig, without=SET_BY_SUITE)
+    if view.selection:
+        text = f"choose this setting on {view.selection_split}, for every task from the same values; may be given several"
+        flags.add_argument("--grid", action="append", default=[], metavar="SETTING=A,B", help=f"{text} times")
+    add_settings(flags, view.config, without=view.set_by_suite)
     flags.add_argument("--out", default="results", help="folder of the runs (default: results)")
-    flags.add_argument("--diagnose", action="store_true", help="measure the information loss of every start")
-    flags.add_argument("--executor", choices=("local", "ray"), default="local", help="where (default: local)")
-    unset = {"default": argparse.SUPPRESS}  # a flag of the other executor is told, not passed over
-    flags.add_argument("--jobs", type=int, **unset, help="local: runs at a time (default: 1)")
-    flags.add_argument("--ray-address", **unset, help="ray: the cluster's address (default: found, or started here)")
-    flags.add_argument("--cpus-per-run", type=float, **unset, help="ray: CPUs that a run takes (default: 1)")
-    flags.add_argument("--gpus-per-run", type=float, **unset, help="ray: GPUs, or a fraction (default: 0)")
+    flags.add_argument(
+        "--diagnose", action="store_true", help="measure the information loss of every initialisation"
+    )
+    add_executors(flags)
     flags.add_argument("--dry-run", action="store_true", help="list the runs and the time they are likely to take")
     flags.add_argument("--quiet", action="store_true", help="nothing but the failures")
     return flags
 
 
-def command(parsed: argparse.Namespace) -> int:
-    """Make the runs; the exit code is 1 if one of them failed."""
-    options = vars(parsed)
-    tasks, init, seeds, grid, out, diagnose, executor, dry_run, quiet = (
-        options.pop(name) for name in "tasks init seeds grid out diagnose executor dry_run quiet".split()
-    )
+def add_executors(flags: Parser) -> None:
+    """Where runs are made."""
+    flags.add_argument("--executor", choices=("local", "ray"), default="local", help="where (default: local)")
+    unset = {"default": argparse.SUPPRESS}  # a flag of the other executor is reported, not passed over
+    flags.add_argument("--jobs", type=int, **unset, help="local: runs at a time (default: 1)")
+    flags.add_argument("--ray-address", **unset, help="ray: the cluster's address (default: found, or started here)")
+    flags.add_argument("--cpus-per-run", type=float, **unset, help="ray: CPUs that a run takes (default: 1)")
+    flags.add_argument("--gpus-per-run", type=float, **unset, help="ray: GPUs, or a fraction (default: 0)")
+
+
+def executor(options: dict[str, Any]) -> Executor:
+    """What makes the runs; takes the flags that say so out of `options`.
+
+    Raises:
+        ValueError: a flag is for another executor, or as the executors do.
+    """
+    kind = options.pop("executor")
     given = {name: options.pop(name) for name in (*LOCAL_FLAGS, *RAY_FLAGS) if name in options}
-    others = LOCAL_FLAGS if executor == "ray" else RAY_FLAGS
+    others = LOCAL_FLAGS if kind == "ray" else RAY_FLAGS
     foreign = [f"--{name.replace('_', '-')}" for name in given if name in others]
     if foreign:
-        raise ValueError(f"{', '.join(foreign)} is not for --executor {executor}")
+        raise ValueError(f"{', '.join(foreign)} is not for --executor {kind}")
 
-    from abm_vision.vtab import executors, suite
+    from abm_vision.runs import executors
 
-    wanted = suite.Suite(
-        suite.parse_tasks(tasks), tuple(init.split(",")), seeds, options, _grid(grid), diagnose=diagnose
+    if kind == "ray":
+        return executors.on_ray(**{RAY_FLAGS[name]: value for name, value in given.items()})
+    jobs = given.get("jobs", 1)
+    return executors.in_this_process if jobs == 1 else executors.local(jobs)
+
+
+def command(view: View, parsed: argparse.Namespace) -> int:
+    """Make the runs; the exit code is 1 if one of them failed."""
+    options = vars(parsed)
+    init, seeds, out, diagnose, dry_run, quiet = (
+        options.pop(name) for name in "init seeds out diagnose dry_run quiet".split()
     )
+    tasks, grid = options.pop("tasks", "all"), options.pop("grid", [])
+
+    from abm_vision.runs.harness import Session, silent
+    from abm_vision.runs.suite import Suite, parse_tasks, run_suite
+
+    execute = executor(options)
+    wanted = Suite(view, parse_tasks(tasks, view), tuple(init.split(",")), seeds, options, _grid(view, grid))
     if dry_run:
         _print_plan(wanted, out)
         return 0
-    if executor == "ray":
-        execute = executors.on_ray(**{RAY_FLAGS[name]: value for name, value in given.items()})
-    elif given.get("jobs", 1) == 1:
-        execute = executors.in_this_process(None if quiet else say)
-    else:
-        execute = executors.local(given["jobs"])
-    note = (lambda line: None) if quiet else say
-    outcomes = run_guarded(PROGRAM, lambda: suite.run_suite(wanted, out, execute, note))
+    session = Session(out, diagnose=diagnose, say=silent if quiet else say)
+    outcomes = run_guarded(view.program, lambda: run_suite(wanted, session, execute))
     failed = {config: outcome for config, outcome in outcomes.items() if outcome.state == "failed"}
     for config, outcome in failed.items():
         print(f"failed: {config.run_name()}: {outcome.reason}", file=sys.stderr)
-    if not quiet:
-        say(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed; results in {out}")
+    session.say(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed; results in {out}")
     return 1 if failed else 0
 
 
-def _grid(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
+def _grid(view: View, words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     """`lr=1e-3,2e-3` to {"lr": (0.001, 0.002)}, by the type of the setting."""
-    kinds = {f.name: {"int": int, "float": float}.get(str(f.type), str) for f in fields(RunConfig)}
+    kinds = {name: value_of(setting) for name, setting in view.config.settings().items()}
     grid: dict[str, tuple[Any, ...]] = {}
     for word in words:
         flag, _, values = word.partition("=")
@@ -101,23 +118,19 @@ def _grid(words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
     return grid
 
 
-def _print_plan(wanted: Any, out: str) -> None:
-    from abm_vision.vtab import suite
+def _print_plan(suite: Suite, out: str) -> None:
+    from abm_vision.runs.suite import plan
 
-    throughput, origin = suite.measure(wanted, out)
-    planned = suite.plan(wanted, out, throughput)
+    estimate, origin = suite.estimate(out)
+    planned = plan(suite, out)
+    times = {one.config: estimate(one.config) for one in planned if not one.is_settled} if estimate else {}
     for one in planned:
-        kind = "selection" if one.config.evaluate == "val" else "final"
-        print(
-            f"{one.config.run_name():<44} {kind:<10} lr {one.config.lr:<8g} {one.state:<14} {one.seconds / 60:7.1f} min"
-        )
+        kind = "selection" if suite.view.is_selection(one.config.to_dict()) else "final"
+        minutes = f" {times.get(one.config, 0.0) / 60:7.1f} min" if estimate else ""
+        print(f"{one.config.run_name():<44} {kind:<10} lr {one.config.lr:<8g} {one.state:<14}{minutes}")
     for one in planned:
         if one.reason:
             print(one.reason, file=sys.stderr)
-    hours = sum(one.seconds for one in planned) / 3600
     finished = sum(one.state == "finished" for one in planned)
-    speed = f"{throughput['train']:.0f} images/s in training and {throughput['test']:.0f} in testing ({origin})"
-    print(
-        f"{len(planned)} runs, {finished} finished; about {hours:.1f} h one after another, at {speed}; drawing or "
-        "decoding images for the first time is extra"
-    )
+    hours = f"about {sum(times.values()) / 3600:.1f} h one after another, {origin}"
+    print(f"{len(planned)} runs, {finished} finished; {hours if estimate else origin}")
