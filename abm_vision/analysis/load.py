@@ -150,6 +150,7 @@ def facts(run: Result, view: View) -> dict[str, Any]:
     return {
         **_settings(run, view),
         "weights": f"sha256 {sha256[:12]}" if sha256 else "random",
+        **view.circumstances(run),
         "data": view.source(run),
         OTHER_DATA: run["other_data"],
         _CODE: run["origin"]["initialisation"],
@@ -208,6 +209,7 @@ def _shared(result: Result, view: View) -> dict[str, Any]:
     return {
         **{name: value for name, value in _settings(result, view).items() if name in shared},
         "weights": result["weights"]["sha256"],
+        **view.circumstances(result),
         "precision": result["precision"],
         "device": result["environment"]["device"],
     }

@@ -99,6 +99,7 @@ class View:
         kind: name of a result's kind.
         sources: part of the data to where it is from; that of the scored part last.
         content: name to hash of the data's content; empty for records made before results had any.
+        circumstances: what else must be equal for two results to be comparable, by name.
         asked: settings for which a result says in another field what came of them, or that decide nothing.
         task: name of the task in a configuration.
         groups: task to the group that it belongs to.
@@ -135,6 +136,7 @@ class View:
     selection: Mapping[str, Any] = field(default_factory=dict)
     selection_split: str = ""
     task: Callable[[Mapping[str, Any]], str] = lambda config: config["task"]
+    circumstances: Callable[[Result], Mapping[str, Any]] = lambda result: {}
     groups: Mapping[str, str] = field(default_factory=dict)
     model: Callable[[Mapping[str, Any]], str] = lambda settings: settings["model"]
     estimate: str = ""
