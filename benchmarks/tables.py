@@ -16,9 +16,9 @@ from typing import Any
 
 from ledger import RESULTS, Ledger
 
-from abm_vision.initializers import INITIALIZERS, Properties
 from abm_vision.analysis.compare import compare
 from abm_vision.analysis.stats import training_loss
+from abm_vision.initializers import INITIALIZERS, Properties
 from abm_vision.vtab import RunConfig
 from abm_vision.vtab.view import VIEW
 

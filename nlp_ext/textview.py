@@ -13,7 +13,9 @@ STAND_IN = "stand-in"
 
 def kinds(name: str, tasks: tuple[str, ...], means: tuple[Mean, ...] = ()) -> tuple[Kind, Kind]:
     """Real data and models, and those that this package makes itself."""
-    note = f"Stand-ins, data or models, are made by this package. They are not {name} and compare with no published row."
+    note = (
+        f"Stand-ins, data or models, are made by this package. They are not {name} and compare with no published row."
+    )
     return Kind("real", name, tasks, means), Kind(STAND_IN, f"Stand-ins (not {name})", tasks, means, note=note)
 
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from abm_vision import plots
 from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
+from abm_vision.analysis.figures import save_figure
+from abm_vision.analysis.figures.run import draw_information_loss, draw_training
 from abm_vision.initializers import Properties
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_origin
@@ -26,7 +28,6 @@ from abm_vision.runs.log import LOGS, Log
 from abm_vision.runs.provenance import environment
 from abm_vision.runs.records import Notes, Positive, Record, Result, Seconds, read_record
 from abm_vision.runs.settings import AdapterSettings
-from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
 from nlp_ext.ranks import same_on_all_ranks
 from nlp_ext.textrun import TextRun
 
@@ -230,9 +231,9 @@ def clear(folder: Path, *names: str) -> None:
 def finish(result: dict[str, Any], folder: Path, title: str) -> None:
     """Figures, then the last file of a run: with it the run is finished, and what it began with is not needed."""
     if not (folder / CURVES).is_file():
-        plots.save_figure(plots.draw_training(result, title), folder / CURVES)
+        save_figure(draw_training(result, title), folder / CURVES)
     if result["information_loss"]:
-        plots.save_figure(plots.draw_information_loss(result), folder / INFORMATION_LOSS)
+        save_figure(draw_information_loss(result), folder / INFORMATION_LOSS)
     write_json(folder / RESULT, result)
     files.remove(folder, (NOTES, CHECKPOINTS))
 

@@ -12,6 +12,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
+
 def resolve_device(name: str) -> torch.device:
     """`auto` is CUDA, then MPS, then CPU.
 

@@ -95,9 +95,7 @@ def _gpus() -> list[str]:
     return mask.split(",")[:count] if mask else [str(k) for k in range(count)]
 
 
-def _in_child(
-    attempted: Attempt, threads: int, gpu: str | None, children: set[Process], stopping: Event
-) -> Outcome:
+def _in_child(attempted: Attempt, threads: int, gpu: str | None, children: set[Process], stopping: Event) -> Outcome:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     # No daemon: those may have no loader processes of their own.

@@ -150,7 +150,9 @@ class AdapterSettings:
             if taken := sorted(set(row.settings) & set(plain)):
                 raise ValueError(f"{', '.join(taken)} is a setting of every run: give init {row.name} another prefix")
         for name, one in plain.items():
-            found |= {k: f for row in INITIALIZERS.values() for k, f in row.settings.items()} if name == OWN else {name: one}
+            found |= (
+                {k: f for row in INITIALIZERS.values() for k, f in row.settings.items()} if name == OWN else {name: one}
+            )
         return found
 
     @classmethod

@@ -21,7 +21,7 @@ from abm_vision.analysis.view import View
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished
 from abm_vision.runs.folder import Diverged
-from abm_vision.runs.harness import Harness, Say, Session
+from abm_vision.runs.harness import Harness, Session
 from abm_vision.runs.run import run
 from abm_vision.runs.settings import AdapterSettings
 

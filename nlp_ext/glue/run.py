@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from pydantic import ConfigDict
 from torch.utils.data import Dataset
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
@@ -21,7 +22,6 @@ from abm_vision.runs.device import autocast
 from abm_vision.runs.log import Log
 from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.records import Count, Positive, Record, settings_of
-from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.glue.config import SCHEMA, GlueConfig
 from nlp_ext.glue.scores import score
 from nlp_ext.glue.server import server_file

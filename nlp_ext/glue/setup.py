@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from abm_vision.runs.start import Say, settle_device, stopwatch
 from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs.content import Origin
 from abm_vision.runs.order import shuffled
-from abm_vision.runs.start import Say, settle_device, stopwatch
 from nlp_ext.glue import data
 from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.tasks import GlueTask, get_task

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import datasets
+from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from pydantic import Field
 from torch import Tensor
 from trl import SFTConfig, SFTTrainer
@@ -20,7 +21,6 @@ from abm_vision.runs.device import autocast, resolve_device
 from abm_vision.runs.log import Log
 from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.records import Count, Positive, Record, settings_of
-from abm_vision.runs.start import Say, Tune, start_adapter, stopwatch
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import SCHEMA, InstructConfig
 from nlp_ext.instruct.setup import Setup, origin_parts, prepare

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from abm_vision.runs.start import Say, settle_device, stopwatch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from abm_vision.abm.checks import check_adapters
@@ -17,7 +18,6 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.abm.restore import evaluate
 from abm_vision.runs.content import Origin
 from abm_vision.runs.order import shuffled
-from abm_vision.runs.start import Say, settle_device, stopwatch
 from nlp_ext.batches import answer_tokens
 from nlp_ext.instruct import data
 from nlp_ext.instruct.config import InstructConfig

@@ -31,13 +31,13 @@ def parser(view: View) -> Parser:
     flags.add_argument("--init", default=default, help=f"initialisations with commas between (default: {default})")
     flags.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
     if view.selection:
-        text = f"choose this setting on {view.selection_split}, for every task from the same values; may be given several"
+        text = (
+            f"choose this setting on {view.selection_split}, for every task from the same values; may be given several"
+        )
         flags.add_argument("--grid", action="append", default=[], metavar="SETTING=A,B", help=f"{text} times")
     add_settings(flags, view.config, without=view.set_by_suite)
     flags.add_argument("--out", default="results", help="folder of the runs (default: results)")
-    flags.add_argument(
-        "--diagnose", action="store_true", help="measure the information loss of every initialisation"
-    )
+    flags.add_argument("--diagnose", action="store_true", help="measure the information loss of every initialisation")
     add_executors(flags)
     flags.add_argument("--dry-run", action="store_true", help="list the runs and the time they are likely to take")
     flags.add_argument("--quiet", action="store_true", help="nothing but the failures")
