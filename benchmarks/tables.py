@@ -413,8 +413,8 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
         return "-"
     if "diverged" in record:
         return "diverged"
-    text = f"{area(record):.3f}, {100 * record['test']['top1']:.1f} %"
-    return f"**{text}**" if area(record) == best else text
+    text = f"{training_loss(record):.3f}, {100 * record['test']['top1']:.1f} %"
+    return f"**{text}**" if training_loss(record) == best else text
 
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {

@@ -6,8 +6,7 @@ from typing import Any
 
 from abm_vision.analysis.view import Kind, Mean
 
-# Where a model or data are not known from the settings: that of a name is, and of a folder the content.
-ASKED = ("data",)
+ASKED = ("data",)  # a folder or a name; the content is in the result's origin
 STAND_IN = "stand-in"
 
 

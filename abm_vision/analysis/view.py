@@ -104,9 +104,9 @@ class View:
         task: name of the task in a configuration.
         groups: task to the group that it belongs to.
         model: the model in words, from a run's settings.
-        estimate: how long runs are likely to take, as `module:name` of a function of a configuration like theirs and of a
-            folder that may hold finished ones, which returns a function of a configuration to seconds, and in words what
-            it is founded on. Empty where that is not known before the data are read.
+        estimate: how long runs are likely to take, as `module:name` of a function of a configuration like theirs and
+            of a folder that may hold finished ones. It returns a function of a configuration to seconds, and in words
+            what it is founded on. Empty where that is not known before the data are read.
     """
 
     program: str

@@ -23,8 +23,8 @@ def parser(view: View) -> Parser:
     flags = Parser(
         f"{view.program} compare",
         description="Train with every initialisation, learning rate and seed, and compare each initialisation at its "
-        "own best rate. Finished runs are reused, an interrupted comparison is resumed. Or compare the finished runs in "
-        "given folders.",
+        "own best rate. Finished runs are reused, interrupted ones resumed. Or compare the finished runs in given "
+        "folders.",
     )
     flags.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of running any")
     texts = {

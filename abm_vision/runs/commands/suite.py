@@ -31,10 +31,8 @@ def parser(view: View) -> Parser:
     flags.add_argument("--init", default=default, help=f"initialisations with commas between (default: {default})")
     flags.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
     if view.selection:
-        text = (
-            f"choose this setting on {view.selection_split}, for every task from the same values; may be given several"
-        )
-        flags.add_argument("--grid", action="append", default=[], metavar="SETTING=A,B", help=f"{text} times")
+        text = f"choose this setting on {view.selection_split}, for every task from the same values; may be repeated"
+        flags.add_argument("--grid", action="append", default=[], metavar="SETTING=A,B", help=text)
     add_settings(flags, view.config, without=view.set_by_suite)
     flags.add_argument("--out", default="results", help="folder of the runs (default: results)")
     flags.add_argument("--diagnose", action="store_true", help="measure the information loss of every initialisation")
