@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import build_vit, images
-from test_abm import record
-from test_tangent import gradients_by_autograd
+from helpers import gradients_by_autograd, record
 
 from abm_vision import AlignConfig, add_lora, information_loss, initialize_lora_aligned_weights
 from abm_vision.abm import align

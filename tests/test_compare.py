@@ -9,7 +9,7 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from test_cli import FLAGS, refused, start
+from helpers import FLAGS, answer, refused
 
 from abm_vision.analysis import compare as module
 from abm_vision.analysis.compare import records, to_markdown, to_text
@@ -214,20 +214,18 @@ def test_what_diverged_is_recorded_and_what_fails_is_an_error(tmp_path, monkeypa
     assert "diverged" in (tmp_path / "compare.md").read_text()
 
 
-def test_the_real_command(tmp_path):
+def test_the_command(tmp_path, capsys):
     flags = [*FLAGS[:-4], "--epochs", "1", "--eval-epochs", "1"]
     words = ["compare", *flags, "--init", "kaiming,random_b", "--seeds", "2", "--lr", "1e-3", "--out", tmp_path]
-    process = start(*words)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
+    code, out, err = answer(words, capsys)
+    assert (code, err) == (0, "")
     assert "[4/4] dsprites_loc random_b lr 0.001 seed 1: top-1 " in out
     assert re.search(r"dsprites_loc \[rendered\], 2 seeds\ninitialisation +best lr", out)
     assert out.splitlines()[-1] == str(tmp_path / "compare.png")
     folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
     assert len(folders) == 4
-    process = start("compare", *folders, "--json", "--report", tmp_path / "again")
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
+    code, out, err = answer(["compare", *folders, "--json", "--report", tmp_path / "again"], capsys)
+    assert (code, err) == (0, "")
     assert {row["init"] for row in json.loads(out)} == {"kaiming", "random_b"}
     assert (tmp_path / "again" / "compare.md").read_text() == (tmp_path / "compare.md").read_text()
 

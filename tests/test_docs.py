@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY
-from test_glue_run import base, small  # noqa: F401  (a fixture)
+from helpers import small_glue
 
 from abm_vision.initializers import INITIALIZERS
 from abm_vision.vtab import make_config, run
@@ -62,16 +62,19 @@ def code(page):
     return found.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", [run_parser, suite_parser, glue_parser, instruct_parser, mt_bench_parser])
 def test_every_option_is_there(site, parser):
     flags = {flag for action in parser()._actions for flag in action.option_strings} - {"-h", "--help"}
     assert flags <= code(site / "commands" / "index.html")
 
 
+@pytest.mark.slow
 def test_every_start_is_there(site):
     assert set(INITIALIZERS) <= code(site / "concepts" / "index.html")
 
 
+@pytest.mark.slow
 def test_examples_are_shown(site):
     page = (site / "pipelines" / "index.html").read_text()
     assert page.count("initialize_lora_abm_weights</span><span class=") + page.count("initialize_lora_abm_weights") >= 5
@@ -87,9 +90,9 @@ def test_every_field_of_a_result_is_explained(tmp_path):
         assert set(json.loads(path.read_text())) <= named
 
 
-def test_fields_of_text_results_are_explained(base, tmp_path):  # noqa: F811
+def test_fields_of_text_results_are_explained(t5, tmp_path):
     named = set(re.findall(r"`(\w+)`", RESULTS))
-    result = run_glue(small(base, epochs=1), tmp_path)
+    result = run_glue(small_glue(t5, epochs=1), tmp_path)
     assert set(result) - {"folder"} <= named
     assert set(result["scores"]["validation"]) - {"accuracy"} <= named
     assert set(Tokens(1, [], 0, 0).record("synthetic")) | {"perplexity", "before", "after"} <= named

@@ -1,7 +1,6 @@
 """The command for GLUE on a tiny T5 with random weights: result, resume, errors, the server's files."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
@@ -12,8 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import GLUE as SMALL
+from helpers import answer
+from helpers import small_glue as small
+from huggingface_hub import constants
 from peft import PeftModel
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
 
 from nlp_ext.glue import run as module
 from nlp_ext.glue import setup
@@ -25,33 +28,10 @@ from nlp_ext.glue.setup import shortened
 from nlp_ext.glue.synthetic import examples
 from nlp_ext.glue.tasks import TASKS, get_task
 
-SMALL = {
-    "task": "rte",
-    "data": "synthetic",
-    "rank": 2,
-    "abm_samples": 16,
-    "abm_steps": 2,
-    "epochs": 2,
-    "train_examples": 80,
-    "validation_examples": 12,
-    "batch_size": 16,
-    "precision": "fp32",
-}
-
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with a T5 of random weights and ByT5's tokeniser."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return folder
-
-
-def small(base, **settings):
-    return GlueConfig.make(**{**SMALL, "model": str(base), **settings})
+def base(t5):
+    return t5
 
 
 @pytest.fixture(scope="module")
@@ -327,6 +307,7 @@ def test_auto_data_depends_on_the_model_alone():
     assert GlueConfig.make(model="google-t5/t5-small").data_source == "hub"
 
 
+@pytest.mark.slow
 def test_the_real_command(base, tmp_path):
     words = [sys.executable, "-m", "nlp_ext.glue", f"--model={base}", f"--out={tmp_path}", "--epochs=1", "--json"]
     words += [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k != "epochs"]
@@ -382,17 +363,20 @@ class Hub(BaseHTTPRequestHandler):
         ("", "cannot be read from the hub"),
     ],
 )
-def test_hub_errors_are_one_message(name, message, tmp_path):
+def test_hub_errors_are_one_message(name, message, tmp_path, monkeypatch, capsys):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_port
     if not name:  # nobody answers there
         server.shutdown()
         server.server_close()
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path)}
-    words = [sys.executable, "-m", "nlp_ext.glue", "--model", name or "some/model", "--data=synthetic"]
-    done = subprocess.run([*words, f"--out={tmp_path}"], capture_output=True, text=True, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    words = ["--model", name or "some/model", "--data=synthetic", f"--out={tmp_path}"]
+    code, _, err = answer(words, capsys, main)
     server.shutdown()  # a server that is closed while it serves would spin until the end of all tests
     server.server_close()
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert code == 2 and message in err and err.count("\n") == 1

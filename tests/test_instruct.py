@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import answer as answer_of
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
@@ -424,6 +425,7 @@ def test_two_processes_start_from_one_adapter(replicated):
     assert len(read(folder)["loss_per_step"]) == 5  # 80 conversations, 8 a process
 
 
+@pytest.mark.slow
 def test_a_sharded_model_trains_as_a_replicated_one(replicated, base, tmp_path):
     """FSDP 2 against DDP: every layer is sharded, loss and saved adapter are the same."""
     seen, folder = in_two_processes(base, tmp_path, "fsdp")
@@ -470,6 +472,7 @@ def test_packed_conversations_do_not_see_one_another(base, tmp_path):
 # Commands
 
 
+@pytest.mark.slow
 def test_the_real_command(base, tmp_path):
     words = [
         sys.executable,
@@ -484,23 +487,26 @@ def test_the_real_command(base, tmp_path):
     assert json.loads(done.stdout)["config"]["packing"] is True and done.stderr == ""
 
 
-def test_chat(finished, base):
-    result, _, _ = finished
-    words = [sys.executable, "-m", "nlp_ext.instruct", "chat", f"--adapter={result['folder']}", "--new-tokens=5"]
-    done = subprocess.run(words, input="Hello\nAnd?\n\n", capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
+def typed(text, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text), "utf-8"))
+
+
+def test_chat(finished, monkeypatch, capsys):
+    typed(b"Hello\nAnd?\n\n", monkeypatch)
+    code, _, err = answer_of(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=5"], capsys, main)
+    assert (code, err) == (0, "")
 
 
 @pytest.mark.parametrize(
-    ("typed", "encoding", "errors"),
+    ("line", "encoding", "errors"),
     [
         (b"caf\xe9\n", "utf-8", "strict"),
         (b"caf\xe9\n", "utf-8", "surrogateescape"),
         ("é\n".encode(), "ascii", "strict"),
     ],
 )
-def test_lines_that_are_no_text(finished, capsys, monkeypatch, typed, encoding, errors):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(typed), encoding, errors))
+def test_lines_that_are_no_text(finished, capsys, monkeypatch, line, encoding, errors):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(line), encoding, errors))
     assert main(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=5"]) == 2
     assert f"abm-instruct: error: a line is no text in {encoding} (" in capsys.readouterr().err
 
@@ -585,11 +591,10 @@ def test_other_processes_are_not_the_same_run(finished, base, monkeypatch):
     path.write_text(whole)
 
 
-def test_a_conversation_longer_than_the_model(finished, base):
-    result, _, _ = finished
-    words = [sys.executable, "-m", "nlp_ext.instruct", "chat", f"--adapter={result['folder']}", "--new-tokens=500"]
-    done = subprocess.run(words, input="Hello\n\n", capture_output=True, text=True)
-    assert done.returncode == 2 and "the model reads 512: begin a new one" in done.stderr
+def test_a_conversation_longer_than_the_model(finished, monkeypatch, capsys):
+    typed(b"Hello\n\n", monkeypatch)
+    code, _, err = answer_of(["chat", f"--adapter={finished[0]['folder']}", "--new-tokens=500"], capsys, main)
+    assert code == 2 and "the model reads 512: begin a new one" in err
 
 
 def test_an_adapter_on_other_weights(finished, base, tmp_path, capsys):

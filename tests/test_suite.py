@@ -316,6 +316,7 @@ def _work(out, events):
     run_suite(tiny(inits=("kaiming", "gaussian"), seeds=2), out, executors.in_this_process(), silent)
 
 
+@pytest.mark.slow
 def test_two_suites_on_one_folder_share_the_work(tmp_path):
     context = multiprocessing.get_context("spawn")
     events = context.Queue()
@@ -351,6 +352,7 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
         pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_no_process_outlives_a_suite(tmp_path, how, code):
     """Ctrl-C goes to all processes of a terminal, the others to the suite's own."""
@@ -457,6 +459,7 @@ def test_several_processes_give_the_same(tmp_path):
     assert {c: o.top1 for c, o in found.items()} == {c: o.top1 for c, o in alone.items()}
 
 
+@pytest.mark.slow
 def test_processes_may_have_loader_processes(tmp_path):
     suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "workers": 1})
     (outcome,) = run_suite(suite, tmp_path, executors.local(1), silent).values()
@@ -501,6 +504,7 @@ def _kill_the_child(out: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_ray_with_a_node_that_dies(tmp_path):
     """Two nodes; the one at work is killed in the middle of a run, which the other takes up. Same results as alone."""
     ray = pytest.importorskip("ray")
@@ -550,6 +554,7 @@ def test_ray_is_not_installed(monkeypatch):
 # ---- all of VTAB ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_all_19_tasks_from_official_data(tmp_path, monkeypatch):
     """The whole suite on small data sets that the official builders have written, 16 of them."""
     for name, task in list(vtab_tasks.TASKS.items()):

@@ -17,6 +17,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY, build_vit, full_disk
+from helpers import tiny
 from PIL import Image
 
 import vtab_tasks
@@ -30,10 +31,6 @@ from abm_vision.vtab.results import model_card, read_result
 
 RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
 SETUP = importlib.import_module("abm_vision.vtab.setup")
-
-
-def tiny(**changes):
-    return make_config(**{**TINY, **changes})
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,9 @@
 
 >>> import vtab_tasks
 >>> data = vtab_tasks.load("dsprites_loc", "train800val200", source="rendered")
->>> image, label = data[0]          # uint8 (64, 64, 3), int
+>>> image, label = data[0]
+>>> image.dtype, image.shape, label
+(dtype('uint8'), (64, 64, 3), 0)
 
 Needs numpy and Pillow; `tensorflow_datasets` only for data that it has prepared.
 """

@@ -19,6 +19,10 @@ def score(task: GlueTask, predictions: Sequence[int | float | None], labels: Lab
     An invalid class counts as a class that is never right: in F1 and Matthews as the other one of two. An invalid
     score counts as 0, the lowest.
 
+    >>> from nlp_ext.glue.tasks import get_task
+    >>> score(get_task("mrpc"), [1, 1, INVALID, 0], [1, 0, 0, 0])
+    {'f1': 0.5, 'accuracy': 0.5, 'invalid': 1}
+
     Raises:
         ValueError: there are no examples, or not as many predictions as labels.
     """
