@@ -92,3 +92,23 @@ def t5(tmp_path_factory):
     T5ForConditionalGeneration(config).save_pretrained(folder)
     ByT5Tokenizer().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def vit_run(tmp_path_factory):
+    """A finished run on images, to be read alone: configuration, results folder, what it returned."""
+    from abm_vision.vtab import make_config, run
+
+    config, out = make_config(**TINY, eval_epochs=1), tmp_path_factory.mktemp("vit_run")
+    return config, out, run(config, out)
+
+
+@pytest.fixture(scope="session")
+def glue_run(t5, tmp_path_factory):
+    """A finished run on GLUE, to be read alone: what it returned, its lines, results folder."""
+    from helpers import small_glue
+
+    from nlp_ext.glue.run import run
+
+    out, lines = tmp_path_factory.mktemp("glue_run"), []
+    return run(small_glue(t5), out, diagnose=True, test=True, say=lines.append), lines, out

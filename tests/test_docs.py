@@ -7,15 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import TINY
-from helpers import small_glue
 
 from abm_vision.initializers import INITIALIZERS
-from abm_vision.vtab import make_config, run
 from abm_vision.vtab.commands.run import parser as run_parser
 from abm_vision.vtab.commands.suite import parser as suite_parser
 from nlp_ext.glue.__main__ import parser as glue_parser
-from nlp_ext.glue.run import run as run_glue
 from nlp_ext.instruct.__main__ import mt_bench_parser
 from nlp_ext.instruct.__main__ import parser as instruct_parser
 from nlp_ext.instruct.data import Tokens
@@ -80,9 +76,9 @@ def test_examples_are_shown(site):
     assert page.count("initialize_lora_abm_weights</span><span class=") + page.count("initialize_lora_abm_weights") >= 5
 
 
-def test_every_field_of_a_result_is_explained(tmp_path):
+def test_every_field_of_a_result_is_explained(vit_run):
     named = set(re.findall(r"`(\w+)`", RESULTS))
-    result = run(make_config(**TINY), tmp_path)
+    result = vit_run[2]
     assert set(result) - {"folder"} <= named
     for part in ("test", "weights", "preprocessing", "images_per_second", "environment"):
         assert set(result[part]) <= named
@@ -90,9 +86,9 @@ def test_every_field_of_a_result_is_explained(tmp_path):
         assert set(json.loads(path.read_text())) <= named
 
 
-def test_fields_of_text_results_are_explained(t5, tmp_path):
+def test_fields_of_text_results_are_explained(glue_run):
     named = set(re.findall(r"`(\w+)`", RESULTS))
-    result = run_glue(small_glue(t5, epochs=1), tmp_path)
+    result = glue_run[0]
     assert set(result) - {"folder"} <= named
     assert set(result["scores"]["validation"]) - {"accuracy"} <= named
     assert set(Tokens(1, [], 0, 0).record("synthetic")) | {"perplexity", "before", "after"} <= named

@@ -34,11 +34,9 @@ def base(t5):
     return t5
 
 
-@pytest.fixture(scope="module")
-def finished(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished")
-    lines = []
-    return run(small(base), out, diagnose=True, test=True, say=lines.append), lines, out
+@pytest.fixture
+def finished(glue_run):
+    return glue_run
 
 
 def test_result_says_everything(finished, base):
@@ -122,7 +120,7 @@ def test_every_file_that_the_server_wants_is_written():
     )
 
 
-@pytest.mark.parametrize("init", ["abm", "pissa"])
+@pytest.mark.parametrize("init", ["abm", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, init):
     config = small(base, init=init)
     whole = run(config, tmp_path / "whole")

@@ -108,7 +108,7 @@ def said(role, content="a"):
         ({"instruction": None, "output": "b"}, "3: instruction is None; a text is needed"),
         ({"instruction": "a", "output": 4}, "3: output is 4; a text is needed"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, r"3: input is \['b'\]; a text is needed"),
-        ({"instruction": "\ud800", "output": "c"}, r"3: instruction has half a character \('.ud800'\) at 0: mend it"),
+        ({"instruction": "\ud800", "output": "c"}, r"3: instruction has half a character \('.ud800'\) at 0: fix it"),
         ({"messages": []}, "has the columns messages; needed are instruction"),
         ({"messages": "hello"}, "messages is 'hello'; needed is a list of turns"),
         ({"messages": {"role": "user"}}, "messages is .*; needed is a list of turns"),
@@ -320,7 +320,11 @@ def test_a_finished_run_is_read_and_can_be_diagnosed(finished, base, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "settings", [{"packing": True, "batch_size": 2, "length": 192}, {"checkpointing": True, "accumulation": 2}]
+    "settings",
+    [
+        {"packing": True, "batch_size": 2, "length": 192},
+        pytest.param({"checkpointing": True, "accumulation": 2}, marks=pytest.mark.slow),
+    ],
 )
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, settings):
     config = small(base, **settings)

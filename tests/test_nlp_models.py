@@ -235,7 +235,7 @@ def test_the_loss_is_the_model_s_own():
         (
             t5,
             {"labels": None},
-            "T5's decoder starts from labels or decoder_input_ids; the batch has attention_mask, in",
+            "T5's decoder needs labels or decoder_input_ids; the batch has attention_mask, in",
         ),
         (decoder, {"input_ids": torch.full((3, 9), 99)}, "the model cannot take a batch"),
     ],

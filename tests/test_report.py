@@ -454,6 +454,7 @@ def browser():
         browser.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1200, 390])
 def test_the_page(whole, put, browser, width):
     put("dsprites_loc", source="rendered", top1=0.9)

@@ -169,7 +169,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     assert "cannot write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("jobs", [[], ["--jobs", "2"]])
+@pytest.mark.parametrize("jobs", [[], pytest.param(["--jobs", "2"], marks=pytest.mark.slow)])
 def test_a_full_disk_stops_the_suite_and_loses_nothing(tmp_path, capsys, jobs):
     """Nothing could be recorded of any further run, so it stops; checkpoints are some 400 kB here."""
     words = ["suite", "--tasks", "dsprites_loc", "--init", "kaiming,gaussian", "--seeds", "1", "--out", str(tmp_path)]
@@ -336,6 +336,7 @@ def _endless(out):
     run_suite(suite, out, executors.in_this_process(), silent)
 
 
+@pytest.mark.slow
 def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=_endless, args=(tmp_path,))
     process.start()

@@ -33,12 +33,9 @@ RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this n
 SETUP = importlib.import_module("abm_vision.vtab.setup")
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run, and what it returned."""
-    out = tmp_path_factory.mktemp("results")
-    config = tiny(eval_epochs=1)
-    return config, out, run(config, out)
+@pytest.fixture
+def finished(vit_run):
+    return vit_run
 
 
 def break_off(config, out, monkeypatch):
@@ -120,30 +117,33 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path, finished):
     assert other["loss_per_step"] != result["loss_per_step"]
 
 
-def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch):
+def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch, tmp_path):
     config, out, result = finished
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     lines = []
     monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("ran again"))
     assert run(config, out, say=lines.append) == result
     assert "finished before; --rerun repeats it" in lines[0]
     monkeypatch.undo()
-    assert run(config, out, rerun=True)["loss_per_step"] == result["loss_per_step"]
+    assert run(config, tmp_path, rerun=True)["loss_per_step"] == result["loss_per_step"]
 
 
-@pytest.mark.parametrize("stop_after", [0, 1])
+KILLED = [
+    {},
+    {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"},
+    {"init": "pissa"},  # of these three more belongs to the start than A and B
+    {"init": "eva"},
+    {"init": "mica"},
+    {"init": "abm_aligned"},
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"},
-        {"init": "pissa"},  # of these three more belongs to the start than A and B
-        {"init": "eva"},
-        {"init": "mica"},
-        {"init": "abm_aligned"},
-    ],
+    ("stop_after", "changes"),
+    [(0, {}), *((1, c) for c in KILLED), *(pytest.param(0, c, marks=pytest.mark.slow) for c in KILLED[1:])],
 )
 def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, stop_after, changes):
-    config = tiny(epochs=3, **changes)
+    config = tiny(**changes)
     unbroken = run(config, tmp_path / "unbroken")
     lines, original = [], results.save_checkpoint
 
@@ -157,7 +157,7 @@ def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch
         run(config, tmp_path / "broken")
     monkeypatch.undo()
     resumed = run(config, tmp_path / "broken", say=lines.append)
-    assert any("resumed   after epoch 1 of 3" in line for line in lines) is bool(stop_after)
+    assert any("resumed   after epoch 1 of 2" in line for line in lines) is bool(stop_after)
     assert resumed["loss_per_step"] == unbroken["loss_per_step"]
     assert resumed["test"] == unbroken["test"]
     assert {**(resumed["abm"] or {}), "seconds": 0} == {**(unbroken["abm"] or {}), "seconds": 0}
@@ -298,10 +298,18 @@ def test_reference_of_another_task_and_rank(tmp_path):
     assert result["abm"]["before"]["match"] < 1 and result["abm"]["after"]["loss"] < result["abm"]["before"]["loss"]
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        break_off(tiny(), out, patch)
+    return out
+
+
 @pytest.fixture
-def broken_off(tmp_path, monkeypatch):
+def broken_off(killed, tmp_path):
     """A run that was killed after its first epoch: configuration and folder."""
-    break_off(tiny(), tmp_path, monkeypatch)
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     return tiny(), tmp_path
 
 
