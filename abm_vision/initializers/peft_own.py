@@ -214,9 +214,7 @@ def corda(given: Ingredients) -> None:
     _restart(given, "corda", corda_config=config.corda_config)
 
 
-def _padding_zeroed(
-    backbone: Backbone, layers: Mapping[str, LoraLayer], sample: Any
-) -> AbstractContextManager[None]:
+def _padding_zeroed(backbone: Backbone, layers: Mapping[str, LoraLayer], sample: Any) -> AbstractContextManager[None]:
     """Nothing reads what layers make of padding; with inputs of zero it adds nothing to their covariance either."""
     from abm_vision.abm.batches import check_finite
     from abm_vision.abm.batches import whole_mask

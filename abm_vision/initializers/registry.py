@@ -111,8 +111,8 @@ class Initializer:
         needs: what `apply` must be given.
         apply: changes the adapter (and base weights, with `CHANGES_BASE`) in place; may return a report.
         properties: what holds of it.
-        config: the class of its settings, a frozen dataclass on `InitConfig`. Every field beyond `samples` and `seed` is
-            a setting of a run, and a flag.
+        config: the class of its settings, a frozen dataclass on `InitConfig`. Every field beyond `samples` and `seed`
+            is a setting of a run, and a flag.
         prefix: what the names of these begin with: `abm` makes `steps` the setting `abm_steps` and the flag
             `--abm-steps`. The initialisation's name if None.
         version: part of a run's identity, so that a changed initialisation is never answered from an old run. If None,
@@ -183,7 +183,7 @@ def get_initializer(name: str) -> Initializer:
 def register_initializer(row: Initializer) -> None:
     """Add an initialisation to the table: `initialize_lora`, commands and suites then take its name and its settings.
 
-    In a module that Python finds, it is there for the commands, too: `--plugin my_module --init mine --mine-strength 2`.
+    In a module that Python finds it is there for the commands, too: `--plugin my_module --init mine --mine-strength 2`.
 
     Raises:
         ValueError: the name is taken, the row does not fit, or one of its settings is another row's.
@@ -223,7 +223,7 @@ def register_initializer(row: Initializer) -> None:
         raise ValueError(f"init {row.name!r} is registered already: choose another name")
     for word in (row.name, row.prefix or row.name):
         if not isinstance(word, str) or not word.isidentifier():
-            raise ValueError(f"an initialisation is named {word!r}; it must be a word of letters, digits and underscores")
+            raise ValueError(f"an initialisation is named {word!r}; letters, digits and underscores make a name")
     _check_settings(row)
     INITIALIZERS[row.name] = row
 
@@ -258,6 +258,5 @@ def load_plugin(module: str) -> None:
     try:
         import_module(module)
     except ModuleNotFoundError as error:
-        raise ValueError(
-            f"plugin is {module!r}, and there is {str(error)[:1].lower()}{str(error)[1:]}: put its folder on PYTHONPATH, or install it"
-        ) from None
+        why = str(error).replace("No", "no", 1)
+        raise ValueError(f"plugin is {module!r}: {why}; put its folder on PYTHONPATH, or install it") from None

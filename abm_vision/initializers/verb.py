@@ -50,7 +50,7 @@ def initialize_lora(
         config: the settings, of the class that the row names: `ABMConfig`, `AlignConfig`, for most `InitConfig` (number
             of samples, seed). Its defaults if None.
         reference: for "abm_tuned": the name of another adapter of this model, or another model.
-        loss_fn: (model, batch) to the scalar mean loss, for an initialisation that needs labels; the backbone's if None.
+        loss_fn: (model, batch) to the scalar mean loss, for one that needs labels; the backbone's if None.
         forward_fn: (model, batch) runs the model; the backbone's if None.
         adapter_name: the adapter to initialise; it must be the active one.
         backbone: the record of the model's family; found from the model if None.
@@ -107,4 +107,4 @@ def _check_served(adapter: Adapter, row: Initializer) -> None:
             raise ValueError(f"{row.name} cannot leave k alone inside the fused {name}: use qkv='full'")
         if not isinstance(layer.get_base_layer(), nn.Linear):
             kind = type(layer.get_base_layer()).__name__
-            raise ValueError(f"{row.name} initialises nn.Linear layers alone, {name} is a {kind}: leave it out of targets")
+            raise ValueError(f"{row.name} is for nn.Linear layers alone, {name} is a {kind}: leave it out of targets")

@@ -149,10 +149,12 @@ class AdapterSettings:
         for row in INITIALIZERS.values():
             if taken := sorted(set(row.settings) & set(plain)):
                 raise ValueError(f"{', '.join(taken)} is a setting of every run: give init {row.name} another prefix")
-        for name, one in plain.items():
-            found |= (
-                {k: f for row in INITIALIZERS.values() for k, f in row.settings.items()} if name == OWN else {name: one}
-            )
+        for name, setting in plain.items():
+            if name != OWN:
+                found[name] = setting
+                continue
+            for row in INITIALIZERS.values():
+                found |= row.settings
         return found
 
     @classmethod

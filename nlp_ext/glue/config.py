@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 from abm_vision.abm.settings import flag
 from abm_vision.runs.settings import AdapterSettings, at_least, check_share
-from nlp_ext import tiny
 from nlp_ext.glue.data import HUB, SYNTHETIC
 from nlp_ext.glue.tasks import TASKS, get_task
 
@@ -82,6 +81,8 @@ class GlueConfig(AdapterSettings, _First):
     @property
     def data_source(self) -> str:
         """`data`, decided."""
+        from nlp_ext import tiny  # loads transformers
+
         if self.data != "auto":
             return self.data
         return SYNTHETIC if self.model in tiny.MODELS else "hub"

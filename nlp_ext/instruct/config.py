@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 from abm_vision.abm.settings import flag
 from abm_vision.initializers import Needs
 from abm_vision.runs.settings import AdapterSettings, at_least, check_share
-from nlp_ext import tiny
 from nlp_ext.instruct.data import SYNTHETIC, WIZARD
 
 SCHEMA = "instruct-2"
@@ -99,6 +98,8 @@ class InstructConfig(AdapterSettings, _First):
     @property
     def data_source(self) -> str:
         """`data`, decided."""
+        from nlp_ext import tiny  # loads transformers
+
         if self.data != "auto":
             return self.data
         return SYNTHETIC if self.model in tiny.MODELS else WIZARD
