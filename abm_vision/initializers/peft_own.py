@@ -103,8 +103,7 @@ def eva(given: Ingredients) -> None:
     from peft import EvaConfig, initialize_lora_eva_weights
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    from abm_vision.abm.batches import batch_size, check_finite
-    from abm_vision.abm.batches import counted, whole_mask
+    from abm_vision.abm.batches import batch_size, check_finite, counted, whole_mask
     from abm_vision.abm.restore import evaluate
 
     config, layers = EvaConfig(), given.layers
@@ -216,8 +215,7 @@ def corda(given: Ingredients) -> None:
 
 def _padding_zeroed(backbone: Backbone, layers: Mapping[str, LoraLayer], sample: Any) -> AbstractContextManager[None]:
     """Nothing reads what layers make of padding; with inputs of zero it adds nothing to their covariance either."""
-    from abm_vision.abm.batches import check_finite
-    from abm_vision.abm.batches import whole_mask
+    from abm_vision.abm.batches import check_finite, whole_mask
 
     def zeroed(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         check_finite(args[0], f"the input of {name}")

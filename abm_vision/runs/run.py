@@ -12,7 +12,7 @@ import torch
 
 from abm_vision.abm.files import write_json
 from abm_vision.analysis.figures import save_figure
-from abm_vision.analysis.figures.run import draw_information_loss
+from abm_vision.analysis.figures.run import draw_information_loss, draw_training
 from abm_vision.initializers import Properties
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished, check_origin
@@ -155,7 +155,7 @@ def _tune(harness: Harness, asking: Run) -> Tune:
 def _write(harness: Harness, run: Run, result: dict[str, Any]) -> None:
     """Figures, then the last file of a run: with it the run is finished, and no longer needs its checkpoint."""
     if run.processes.main:
-        save_figure(harness.curves(result), run.folder / CURVES)
+        save_figure(draw_training(result, harness.summary(result)), run.folder / CURVES)
         if result["information_loss"]:
             save_figure(draw_information_loss(result), run.folder / INFORMATION_LOSS)
         write_json(run.folder / RESULT, result)

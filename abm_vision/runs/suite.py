@@ -165,7 +165,8 @@ Executor = Callable[[Harness, Sequence[AdapterSettings], Session], Made]
 def attempt(harness: Harness, config: AdapterSettings, session: Session) -> Outcome:
     """Make one run, in this process. What can go wrong in one run and not in the next is its outcome."""
     try:
-        run(harness, config, session)
+        with harness.hushed():
+            run(harness, config, session)
     except files.Busy:
         return Outcome("busy")
     except CannotWrite as error:

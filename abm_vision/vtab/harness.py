@@ -15,7 +15,6 @@ from torch import Tensor
 import vtab_tasks
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
-from abm_vision.analysis.figures.run import draw_training
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.checkpoint import CHECKPOINT, Progress
 from abm_vision.runs.content import Origin, initialisation, remembered
@@ -278,7 +277,6 @@ HARNESS = Harness(
     train=train,
     score=score,
     summary=summary,
-    curves=lambda result: draw_training(result, summary(result)),
     card=model_card,
     settings=adapter_settings,
     unfinished=(CHECKPOINT,),
