@@ -295,7 +295,7 @@ def test_the_paper_preset_is_the_reference_recipe():
     config = GlueConfig.make(preset="paper")
     assert (config.model, config.rank, config.alpha, config.dropout) == ("google-t5/t5-base", 8, 16.0, 0.05)
     assert (config.epochs, config.batch_size, config.lr, config.weight_decay, config.warmup) == (8, 32, 1e-4, 0.01, 0.1)
-    abm = config.abm()
+    abm = config.init_config()
     assert (abm.layers, abm.margin, abm.samples, abm.batch_size, abm.steps) == (6, 0.5, 128, 1, 100)
     assert abm.learning_rate == 3e-4 and config.data_source == "hub" and config.train_examples == 0
 

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
 from conftest import TINY, full_disk
 from official import BUILDERS, small_edition, write_official
 
@@ -28,7 +29,6 @@ from abm_vision.runs.folder import Diverged
 from abm_vision.vtab import HARNESS, executors, make_config, run
 from abm_vision.vtab import suite as module
 from abm_vision.vtab.__main__ import main
-from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
 
 TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
 WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]

@@ -56,7 +56,7 @@ def test_result_says_everything(finished):
     folder = out / config.run_name()
     written = json.loads((folder / "result.json").read_text())
     assert {**written, "folder": str(folder)} == result
-    assert written["schema"] == 5 and written["config"] == dataclasses.asdict(config)
+    assert written["schema"] == 5 and written["config"] == config.to_dict()
     assert written["test"]["count"] == 60 and written["test"]["split_size"] == 73_728
     assert written["test"]["top1"] == written["test"]["correct"] / 60
     assert written["data"]["train"]["images"] == 1000 and written["data"]["test"]["source"] == "rendered"
@@ -561,7 +561,7 @@ def one_epoch(tmp_path_factory):
 
 
 def test_different_settings_never_share_a_folder():
-    base = dataclasses.asdict(RunConfig())
+    base = RunConfig().to_dict()
     other = {"lr": 3e-3, "seed": 1, "init": "kaiming", "abm_margin": 0.1, "epochs": 3, "qkv": "qv"}
     names = {make_config(**{**base, key: value}).run_name() for key, value in other.items()}
     assert len(names | {RunConfig().run_name()}) == len(other) + 1
@@ -629,7 +629,7 @@ def test_device_auto_is_the_best_there_is():
     [("all", "all"), ("4", 4), ("blocks.1.mlp.act,blocks.3.mlp.act", ("blocks.1.mlp.act", "blocks.3.mlp.act"))],
 )
 def test_layers_as_words(text, layers):
-    assert make_config(abm_layers=text).abm().layers == layers
+    assert make_config(abm_layers=text).init_config().layers == layers
 
 
 def test_learning_rate_against_the_formula():

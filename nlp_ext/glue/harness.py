@@ -34,7 +34,7 @@ from abm_vision.runs.run import run as run_spine
 from nlp_ext import trainer
 from nlp_ext.glue import data
 from nlp_ext.glue.config import GlueConfig
-from nlp_ext.glue.results import Result, draw_curves, model_card, summary
+from nlp_ext.glue.results import Result, model_card, summary
 from nlp_ext.glue.scores import score as metrics
 from nlp_ext.glue.server import server_file
 from nlp_ext.glue.tasks import INVALID, GlueTask, get_task
@@ -304,7 +304,6 @@ HARNESS = Harness(
     train=train,
     score=score,
     summary=summary,
-    curves=draw_curves,
     card=model_card,
     settings=partial(adapter_settings, kept=("task", "model", "init", "seed"), score="scores"),
     unfinished=(NOTES, CHECKPOINTS),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from matplotlib.figure import Figure
 from pydantic import ConfigDict
 
-from abm_vision import plots
 from abm_vision.runs.markup import markdown
 from abm_vision.runs.records import Count, Positive, Record, settings_of
 from nlp_ext import results
@@ -63,11 +61,6 @@ def scores_in_words(result: dict[str, Any]) -> str:
         no_label = f", {scores['invalid']} no label" if scores["invalid"] else ""
         parts.append(f"{', '.join(metrics)} % of {scores['count']} {split} examples{no_label}")
     return "; ".join(parts)
-
-
-def draw_curves(result: dict[str, Any]) -> Figure:
-    """The run's training."""
-    return plots.draw_training(result, f"{result['config']['task']} ({marks(result)}): {scores_in_words(result)}")
 
 
 def model_card(result: dict[str, Any]) -> str:

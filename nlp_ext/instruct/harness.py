@@ -32,7 +32,7 @@ from nlp_ext.batches import answer_tokens
 from nlp_ext.instruct import data
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.instruct.results import Result, draw_curves, model_card, summary
+from nlp_ext.instruct.results import Result, model_card, summary
 from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import processes, text_device, whole_state
@@ -267,7 +267,6 @@ HARNESS = Harness(
     train=train,
     score=score,
     summary=summary,
-    curves=draw_curves,
     card=model_card,
     settings=partial(adapter_settings, kept=("model", "base", "init", "seed"), score="perplexity"),
     unfinished=(NOTES, CHECKPOINTS),

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from matplotlib.figure import Figure
 from pydantic import Field
 
-from abm_vision import plots
 from abm_vision.runs.markup import markdown
 from abm_vision.runs.records import Count, Positive, Record, settings_of
 from nlp_ext import results
@@ -63,11 +61,6 @@ def perplexity_in_words(result: dict[str, Any]) -> str:
         f"perplexity {found['before']:.2f} before, {found['after']:.2f} after, on the answers of "
         f"{found['conversations']} held-out conversations"
     )
-
-
-def draw_curves(result: dict[str, Any]) -> Figure:
-    """The run's training."""
-    return plots.draw_training(result, f"instructions ({marks(result)}): {perplexity_in_words(result)}")
 
 
 def model_card(result: dict[str, Any]) -> str:
