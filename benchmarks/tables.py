@@ -118,7 +118,13 @@ def information_loss() -> str:
 
 def initialisations() -> str:
     rows = [
-        [f"`{name}`", row.summary, str(row.needs), "yes" if Properties.CHANGES_BASE in row.properties else "no", row.source]
+        [
+            f"`{name}`",
+            row.summary,
+            str(row.needs),
+            "yes" if Properties.CHANGES_BASE in row.properties else "no",
+            row.source,
+        ]
         for name, row in INITIALIZERS.items()
     ]
     return table(["initialisation", "what it is", "needs", "changes base weights", "source"], rows)
