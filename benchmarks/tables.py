@@ -116,6 +116,10 @@ def information_loss() -> str:
     return f"{table(head, rows)}\n\nViT-B/16, 224 px, {content['images']} images, {precision}; {device}."
 
 
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
+
+
 def initialisations() -> str:
     rows = [
         [
