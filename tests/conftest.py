@@ -7,6 +7,8 @@ from contextlib import contextmanager
 # Set before any Hugging Face library is imported: nothing here may reach for a network.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+# One thread in every process, those that tests start as well: pytest-xdist has a process on every core.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import timm
@@ -30,6 +32,7 @@ TINY = {  # settings of a run that takes seconds
     "abm_samples": 16,
 }
 
+torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
 
@@ -76,3 +79,36 @@ def images(count=4, side=SIDE, seed=0):
 @pytest.fixture
 def vit():
     return build_vit().eval()
+
+
+@pytest.fixture(scope="session")
+def t5(tmp_path_factory):
+    """A folder with a T5 of random weights and ByT5's tokeniser."""
+    from transformers import ByT5Tokenizer, T5Config, T5ForConditionalGeneration
+
+    folder = tmp_path_factory.mktemp("t5")
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
+    T5ForConditionalGeneration(config).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def vit_run(tmp_path_factory):
+    """A finished run on images, to be read alone: configuration, results folder, what it returned."""
+    from abm_vision.vtab import make_config, run
+
+    config, out = make_config(**TINY, eval_epochs=1), tmp_path_factory.mktemp("vit_run")
+    return config, out, run(config, out)
+
+
+@pytest.fixture(scope="session")
+def glue_run(t5, tmp_path_factory):
+    """A finished run on GLUE, to be read alone: what it returned, its lines, results folder."""
+    from helpers import small_glue
+
+    from nlp_ext.glue import run
+
+    out, lines = tmp_path_factory.mktemp("glue_run"), []
+    return run(small_glue(t5), out, diagnose=True, test=True, say=lines.append), lines, out

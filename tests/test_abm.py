@@ -11,62 +11,14 @@ import pytest
 import timm
 import torch
 from conftest import build_vit, images, randomise
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from helpers import ACTS, FAST, factors, figures, match, record, rows_of, same, values
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, TensorDataset
 
 from abm_vision import VIT, ABMConfig, add_lora, initialize_lora_abm_weights
-from abm_vision.abm import calibration
 from abm_vision.abm.adapter import Adapter
-
-ACTS = [f"blocks.{i}.mlp.act" for i in range(6)]
-FAST = ABMConfig(steps=3, samples=8, learning_rate=0.01)
-
-
-def match(model, batches=None, config=FAST, **options):
-    batches = [images(4, seed=s) for s in range(2)] if batches is None else batches
-    return initialize_lora_abm_weights(model, batches, config, show_progress_bar=False, **options)
-
-
-def factors(model, adapter="default"):
-    return {n: p for n, p in model.named_parameters() if f".{adapter}." in n and "lora_" in n}
-
-
-def values(model, adapter="default"):
-    return {n: p.detach().clone() for n, p in factors(model, adapter).items()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def record(model, batch, names=ACTS):
-    """Pre-activations by plain hooks on a bare model or on an adapted one."""
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    z = {}
-    handles = [
-        bare.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: z.update({n: args[0]})) for n in names
-    ]
-    model(batch)
-    for handle in handles:
-        handle.remove()
-    return z
-
-
-def figures(adapted, reference, batches, margin, names=ACTS):
-    """Mean hinge loss, match rate and share inside the margin of each layer, from two models, in double precision."""
-    rows = []
-    for name in names:
-        z = torch.cat([record(adapted, b)[name].detach().double() for b in batches])
-        tau = torch.cat([record(reference, b)[name].detach() for b in batches]).sign().double()
-        hinge = (margin - tau * z).clamp_min(0)
-        rows.append([hinge.square().mean(), ((z > 0) == (tau > 0)).double().mean(), (tau * z < margin).double().mean()])
-    return torch.tensor(rows)
-
-
-def rows_of(report, moment):
-    states = [getattr(layer, moment) for layer in report.layers]
-    return torch.tensor([[s.loss, s.match, s.inside] for s in states], dtype=torch.float64)
-
+from abm_vision.abm.boundary import choose_boundaries
+from abm_vision.abm.reference import calibrate
 
 # The procedure
 
@@ -194,14 +146,15 @@ def test_nothing_above_the_last_boundary_runs_and_the_reference_runs_once_a_batc
 def test_signs_are_kept_as_bits():
     model = add_lora(build_vit()).eval()
     config = ABMConfig(samples=8)
-    chosen = calibration.choose_layers(model.get_base_model(), VIT, config)
+    chosen = choose_boundaries(VIT.find_boundaries(model.get_base_model()), config)
     arguments = ([images(8)], chosen, config, "pretrained", VIT.forward_fn, VIT.token_mask_fn)
-    (part,) = calibration.calibrate(Adapter(model), *arguments).parts
+    (part,) = calibrate(Adapter(model), *arguments).parts
     elements = 8 * 5 * 192  # images, tokens (2x2 patches and a class token), hidden units
     reference = record(build_vit().eval(), images(8))
     for name in ACTS:
-        assert part.packed[name][0].dtype == torch.uint8 and part.packed[name][0].numel() == elements // 8
-        assert torch.equal(part.sign(name), reference[name] > 0)
+        bits, _ = part.signs._packed[name]
+        assert bits.dtype == torch.uint8 and bits.numel() == elements // 8
+        assert torch.equal(part.signs[name], reference[name] > 0)
 
 
 def test_one_step_and_one_sample():

@@ -4,37 +4,23 @@ import json
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 
 import pytest
+from helpers import FLAGS, answer, refused, start, tiny
 from PIL import Image
-from test_vtab import TINY, tiny
 
 import vtab_tasks
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
-from abm_vision.vtab.parsers import run_parser
+from abm_vision.vtab.commands.run import parser as run_parser
 from vtab_tasks.tasks import Edition, Part, get_task
-
-FLAGS = [word for key, value in TINY.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-COMMAND = [sys.executable, "-m", "abm_vision.vtab"]
-
-
-def start(*words):
-    def heed_interrupts():  # a shell's background jobs, and what they start, ignore SIGINT
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*COMMAND, *map(str, words)], text=True, preexec_fn=heed_interrupts, **pipes)
-
 
 # A run
 
 
-def test_the_real_command(tmp_path):
+def test_the_real_command(tmp_path, capsys):
     process = start(*FLAGS, "--task", "dsprites_loc", "--out", tmp_path / "results")
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
@@ -47,20 +33,26 @@ def test_the_real_command(tmp_path):
     (folder,) = (tmp_path / "results").iterdir()
     assert str(folder) in lines[-1] and (folder / "result.json").is_file()
     # A second time it is read, not run; as JSON and nothing else.
-    process = start(*FLAGS, "--out", tmp_path / "results", "--diagnose")
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err) == (0, "")
+    code, out, err = answer([*FLAGS, "--out", tmp_path / "results", "--diagnose"], capsys)
+    assert (code, err) == (0, "")
     assert "finished before" in out and re.search(r"^all +0\.\d{4} +0\.\d{4} +0\.\d{4} +1\.000$", out, re.MULTILINE)
     assert (folder / "information_loss.png").is_file()
-    process = start(*FLAGS, "--out", tmp_path / "results", "--json")
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, err, out.count("\n")) == (0, "", 1)
+    code, out, err = answer([*FLAGS, "--out", tmp_path / "results", "--json"], capsys)
+    assert (code, err, out.count("\n")) == (0, "", 1)
     assert json.loads(out)["test"]["count"] == 60
 
 
-@pytest.mark.parametrize("how, code", [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_killed_and_interrupted_runs_go_on(tmp_path, how, code):
-    words = [*FLAGS, "--epochs", 30, "--batch-size", 100]
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    return run(tiny(epochs=4, batch_size=25), tmp_path_factory.mktemp("unbroken"))
+
+
+@pytest.mark.parametrize(
+    "how, code",
+    [(signal.SIGKILL, -9), (signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
+def test_killed_and_interrupted_runs_go_on(tmp_path, capsys, unbroken, how, code):
+    words = [*FLAGS, "--epochs", 4, "--batch-size", 25]
     process = start(*words, "--out", tmp_path)
     for line in process.stdout:
         if line.startswith("epoch   2"):
@@ -71,11 +63,9 @@ def test_killed_and_interrupted_runs_go_on(tmp_path, how, code):
     assert "Traceback" not in err and ("resumes from the last whole epoch" in err) is (how != signal.SIGKILL)
     (folder,) = tmp_path.iterdir()
     assert {p.name for p in folder.iterdir() if p.name[0] != "."} == {"config.json", "checkpoint.pt"}
-    process = start(*words, "--out", tmp_path)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    assert re.search(r"resumed   after epoch \d+ of 30", out)
-    unbroken = run(tiny(epochs=30, batch_size=100), tmp_path / "unbroken")
+    code, out, err = answer([*words, "--out", tmp_path], capsys)
+    assert code == 0, err
+    assert re.search(r"resumed   after epoch [123] of 4", out)
     resumed = json.loads((folder / "result.json").read_text())
     assert resumed["loss_per_step"] == unbroken["loss_per_step"] and resumed["test"] == unbroken["test"]
 
@@ -131,22 +121,11 @@ def test_predict(capsys, tmp_path):
 # Bad input: exit code 2, one message, no traceback
 
 
-def refused(words, capsys):
-    """The message that the command refuses `words` with."""
-    try:
-        code = main([str(w) for w in words])
-    except SystemExit as stop:  # argparse
-        code = stop.code
-    out, err = capsys.readouterr()
-    assert code == 2 and "Traceback" not in err and err.startswith("abm-vtab")
-    return err
-
-
 @pytest.mark.parametrize(
     "words, message",
     [
         (["--task", "dsprites_lok"], "unknown task 'dsprites_lok'; did you mean dsprites_loc"),
-        (["--model", "vit_smal_patch14_dinov2"], "timm has no model 'vit_smal_patch14_dinov2'; near it: vit_small"),
+        (["--model", "vit_smal_patch14_dinov2"], "timm has no model 'vit_smal_patch14_dinov2'; did you mean vit_small"),
         (["--rank", "0"], "rank is 0; it must be 1 or more"),
         (["--rank", "100"], r"rank 100 for blocks\.0\.attn\.qkv \(192, 64\): allowed are 1 \.\. 64"),
         (["--rank", "many"], "invalid int value: 'many'"),
@@ -254,7 +233,7 @@ def test_images_that_are_trained_and_tested_on_are_counted_in_the_result(communi
         ("images/train800val200/000099.png 3", r"train800val200\.txt:17: there is no .*000099\.png: fetch the missing"),
         (
             "images/train800val200/broken.png 3",
-            r"train800val200\.txt:17: .*broken\.png is cut short, or no JPEG or PNG",
+            r"train800val200\.txt:17: .*broken\.png is truncated, or no JPEG or PNG",
         ),
         ("images/train800val200/000000.png 4", r"txt:17: .*000000\.png is in line 1 too, with label 3: leave one"),
         ("../x.png 3", r"txt:17: \.\./x\.png leaves the folder: write it relative to the list"),

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from conftest import build_vit, images, randomise
-from test_abm import factors, figures, match, rows_of, same, values
+from helpers import factors, figures, match, rows_of, same, values
 
 from abm_vision import ABMConfig, add_lora
 from abm_vision.abm import closed_form

@@ -7,14 +7,11 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import TINY
-from test_glue_run import base, small  # noqa: F401  (a fixture)
 
 from abm_vision.initializers import INITIALIZERS
-from abm_vision.vtab import make_config, run
-from abm_vision.vtab.parsers import run_parser, suite_parser
+from abm_vision.vtab.commands.run import parser as run_parser
+from abm_vision.vtab.commands.suite import parser as suite_parser
 from nlp_ext.glue.__main__ import parser as glue_parser
-from nlp_ext.glue.run import run as run_glue
 from nlp_ext.instruct.__main__ import mt_bench_parser
 from nlp_ext.instruct.__main__ import parser as instruct_parser
 from nlp_ext.instruct.data import Tokens
@@ -61,24 +58,27 @@ def code(page):
     return found.code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parser", [run_parser, suite_parser, glue_parser, instruct_parser, mt_bench_parser])
 def test_every_option_is_there(site, parser):
     flags = {flag for action in parser()._actions for flag in action.option_strings} - {"-h", "--help"}
     assert flags <= code(site / "commands" / "index.html")
 
 
+@pytest.mark.slow
 def test_every_start_is_there(site):
     assert set(INITIALIZERS) <= code(site / "concepts" / "index.html")
 
 
+@pytest.mark.slow
 def test_examples_are_shown(site):
     page = (site / "pipelines" / "index.html").read_text()
     assert page.count("initialize_lora_abm_weights</span><span class=") + page.count("initialize_lora_abm_weights") >= 5
 
 
-def test_every_field_of_a_result_is_explained(tmp_path):
+def test_every_field_of_a_result_is_explained(vit_run):
     named = set(re.findall(r"`(\w+)`", RESULTS))
-    result = run(make_config(**TINY), tmp_path)
+    result = vit_run[2]
     assert set(result) - {"folder"} <= named
     for part in ("test", "weights", "preprocessing", "images_per_second", "environment"):
         assert set(result[part]) <= named
@@ -86,9 +86,9 @@ def test_every_field_of_a_result_is_explained(tmp_path):
         assert set(json.loads(path.read_text())) <= named
 
 
-def test_fields_of_text_results_are_explained(base, tmp_path):  # noqa: F811
+def test_fields_of_text_results_are_explained(glue_run):
     named = set(re.findall(r"`(\w+)`", RESULTS))
-    result = run_glue(small(base, epochs=1), tmp_path)
+    result = glue_run[0]
     assert set(result) - {"folder"} <= named
     assert set(result["scores"]["validation"]) - {"accuracy"} <= named
     assert set(Tokens(1, [], 0, 0).record("synthetic")) | {"perplexity", "before", "after"} <= named

@@ -61,6 +61,7 @@ def test_own_images(monkeypatch, tmp_path, capsys):
     assert json.loads((out / "abm.json").read_text())["classes"] == ["blue", "red"]
 
 
+@pytest.mark.slow
 def test_ddp_example(tmp_path):
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "ddp"]
     program = f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import ddp; ddp.main(*{TINY!r}, out=sys.argv[1])"
@@ -109,6 +110,7 @@ def loss_of(model, images, labels):
     return F.cross_entropy(model(images), labels)
 
 
+@pytest.mark.slow
 def test_ddp_hands_the_start_round_and_averages_gradients(tmp_path):
     """Two gloo processes, half a batch each, the start in one of them, against one process and the whole batch."""
     (tmp_path / "two.py").write_text(TWO)

@@ -1,64 +1,42 @@
 """The command for GLUE on a tiny T5 with random weights: result, resume, errors, the server's files."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 import torch
+from helpers import GLUE as SMALL
+from helpers import answer
+from helpers import small_glue as small
+from huggingface_hub import constants
 from peft import PeftModel
-from transformers import ByT5Tokenizer, T5Config, T5EncoderModel, T5ForConditionalGeneration
+from transformers import ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
 
-from nlp_ext.glue import run as module
-from nlp_ext.glue import setup
-from nlp_ext.glue.__main__ import main, summary
+from nlp_ext import trainer
+from nlp_ext.glue import harness, run
+from nlp_ext.glue.__main__ import main
 from nlp_ext.glue.config import GlueConfig
-from nlp_ext.glue.run import run
+from nlp_ext.glue.harness import shortened
 from nlp_ext.glue.server import server_file
-from nlp_ext.glue.setup import shortened
 from nlp_ext.glue.synthetic import examples
 from nlp_ext.glue.tasks import TASKS, get_task
 
-SMALL = {
-    "task": "rte",
-    "data": "synthetic",
-    "rank": 2,
-    "abm_samples": 16,
-    "abm_steps": 2,
-    "epochs": 2,
-    "train_examples": 80,
-    "validation_examples": 12,
-    "batch_size": 16,
-    "precision": "fp32",
-}
-
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with a T5 of random weights and ByT5's tokeniser."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = T5Config(vocab_size=384, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0)
-    T5ForConditionalGeneration(config).save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return folder
+def base(t5):
+    return t5
 
 
-def small(base, **settings):
-    return GlueConfig.make(**{**SMALL, "model": str(base), **settings})
-
-
-@pytest.fixture(scope="module")
-def finished(base, tmp_path_factory):
-    out = tmp_path_factory.mktemp("finished")
-    lines = []
-    return run(small(base), out, diagnose=True, test=True, say=lines.append), lines, out
+@pytest.fixture
+def finished(glue_run):
+    return glue_run
 
 
 def test_result_says_everything(finished, base):
@@ -80,12 +58,12 @@ def test_result_says_everything(finished, base):
     assert any(line.startswith("abm") for line in lines) and any(line.startswith("epoch   2 loss") for line in lines)
     assert not (folder / "checkpoints").exists() and not (folder / "notes.json").exists()
     assert (folder / "curves.png").stat().st_size and (folder / "information_loss.png").stat().st_size
-    assert "[synthetic]" in summary(result) and "12 validation examples" in summary(result)
+    assert "[synthetic]" in harness.summary(result) and "12 validation examples" in harness.summary(result)
 
 
 def test_a_finished_run_is_read(finished, base, monkeypatch):
     result, _, out = finished
-    monkeypatch.setattr(module, "prepare", None)
+    monkeypatch.setattr(harness, "HARNESS", replace(harness.HARNESS, prepare=None))
     assert run(small(base), out, diagnose=True, test=True) == result
 
 
@@ -142,18 +120,18 @@ def test_every_file_that_the_server_wants_is_written():
     )
 
 
-@pytest.mark.parametrize("init", ["abm", "pissa"])
+@pytest.mark.parametrize("init", ["abm", pytest.param("pissa", marks=pytest.mark.slow)])
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, init):
     config = small(base, init=init)
     whole = run(config, tmp_path / "whole")
-    first_epoch = module.Progress.on_save
+    first_epoch = trainer.Progress.on_save
 
     def die(self, args, state, control, **more):
         first_epoch(self, args, state, control, **more)
         (Path(args.output_dir) / "checkpoint-999").mkdir()  # half of another one
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Progress, "on_save", die)
+    monkeypatch.setattr(trainer.Progress, "on_save", die)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "killed")
     monkeypatch.undo()
@@ -196,14 +174,14 @@ def write_rows(folder, change=lambda row: row):
 
 
 def die_after_an_epoch(config, out, monkeypatch):
-    saved = module.Progress.on_save
+    saved = trainer.Progress.on_save
 
     def die(self, args, state, control, **more):
         saved(self, args, state, control, **more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.Progress, "on_save", die)
+        patch.setattr(trainer.Progress, "on_save", die)
         run(config, out)
 
 
@@ -232,7 +210,7 @@ def test_other_content_is_neither_resumed_nor_handed_back(base, tmp_path, monkey
     refused("tokenizer")
     (model / "tokenizer_config.json").write_text(tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "shortened", lambda ids, length: ids[:length])
+        patch.setattr(harness, "shortened", lambda ids, length: ids[:length])
         refused("encoding")
     shutil.rmtree(tmp_path / "data")
     with pytest.warns(UserWarning, match="could not be checked whole: no examples of rte/train"):
@@ -327,6 +305,7 @@ def test_auto_data_depends_on_the_model_alone():
     assert GlueConfig.make(model="google-t5/t5-small").data_source == "hub"
 
 
+@pytest.mark.slow
 def test_the_real_command(base, tmp_path):
     words = [sys.executable, "-m", "nlp_ext.glue", f"--model={base}", f"--out={tmp_path}", "--epochs=1", "--json"]
     words += [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k != "epochs"]
@@ -382,17 +361,20 @@ class Hub(BaseHTTPRequestHandler):
         ("", "cannot be read from the hub"),
     ],
 )
-def test_hub_errors_are_one_message(name, message, tmp_path):
+def test_hub_errors_are_one_message(name, message, tmp_path, monkeypatch, capsys):
     server = HTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_port
     if not name:  # nobody answers there
         server.shutdown()
         server.server_close()
-    environment = {**os.environ, "HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HOME": str(tmp_path)}
-    words = [sys.executable, "-m", "nlp_ext.glue", "--model", name or "some/model", "--data=synthetic"]
-    done = subprocess.run([*words, f"--out={tmp_path}"], capture_output=True, text=True, env=environment)
+    address = f"http://127.0.0.1:{port}"
+    template = constants.HUGGINGFACE_CO_URL_TEMPLATE.removeprefix(constants.ENDPOINT)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + template)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    words = ["--model", name or "some/model", "--data=synthetic", f"--out={tmp_path}"]
+    code, _, err = answer(words, capsys, main)
     server.shutdown()  # a server that is closed while it serves would spin until the end of all tests
     server.server_close()
-    assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert message in done.stderr and done.stderr.count("\n") == 1
+    assert code == 2 and message in err and err.count("\n") == 1

@@ -16,8 +16,8 @@ from PIL import Image
 import vtab_tasks
 from abm_vision import INITIALIZERS
 from abm_vision.initializers import ours, peft_own
-from abm_vision.runs import content
-from abm_vision.vtab import make_config, results, run
+from abm_vision.runs import checkpoint, content
+from abm_vision.vtab import make_config, run
 from abm_vision.vtab.__main__ import main
 from vtab_tasks.content import content as task_content
 
@@ -55,14 +55,14 @@ def on(data, **changes):
 
 def break_off(config, out, monkeypatch):
     """Kill a run after its first epoch."""
-    original = results.save_checkpoint
+    original = checkpoint.save
 
     def killed(*arguments):
         original(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(results, "save_checkpoint", killed)
+        patch.setattr(checkpoint, "save", killed)
         run(config, out)
 
 

@@ -25,14 +25,45 @@ def imported(path):
             yield node.module
 
 
-@pytest.mark.parametrize("folder", FORBIDDEN)
-def test_arrows(folder):
-    files = list((ROOT / folder).rglob("*.py"))
+def against(root, folder):
+    """File to the forbidden packages that it imports, of the files below a folder."""
+    files = list((root / folder).rglob("*.py"))
     assert files
+    found = {}
     for path in files:
         # The data set for PyTorch is the one file that is made for it, and is imported only when it is asked for.
-        allowed = {"torch"} if path == ROOT / "vtab_tasks" / "torch.py" else set()
-        assert not {name.partition(".")[0] for name in imported(path)} & (FORBIDDEN[folder] - allowed), path
+        allowed = {"torch"} if path == root / "vtab_tasks" / "torch.py" else set()
+        found[path] = {name.partition(".")[0] for name in imported(path)} & (FORBIDDEN[folder] - allowed)
+    return {path: names for path, names in found.items() if names}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_arrows(folder):
+    assert not against(ROOT, folder)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "import timm",
+        "import timm.data as d",
+        "from timm.layers import DropPath",
+        "def f():\n    import timm",
+        "import os, timm",
+    ],
+)
+def test_a_forbidden_import_is_found(tmp_path, line):
+    for name, text in {"good.py": "import torch\nfrom .timm import x\n", "sub/bad.py": line}.items():
+        path = tmp_path / "abm_vision" / "abm" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert against(tmp_path, "abm_vision/abm") == {tmp_path / "abm_vision" / "abm" / "sub" / "bad.py": {"timm"}}
+
+
+def test_no_test_imports_another():
+    """What two files need is in helpers.py and conftest.py."""
+    files = list((ROOT / "tests").glob("*.py"))
+    assert not {path: names for path in files if (names := [n for n in imported(path) if n.startswith("test_")])}
 
 
 def test_nothing_imports_the_harness_but_itself():

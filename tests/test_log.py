@@ -6,16 +6,14 @@ import types
 import pytest
 import torch
 from conftest import build_vit
-from test_cli import FLAGS
-from test_glue_run import base, small  # noqa: F401  (a fixture)
-from test_vtab import tiny
+from helpers import FLAGS, small_glue, tiny
 
 from abm_vision import ABMConfig, LivePlot, add_lora, initialize_lora_abm_weights
 from abm_vision.abm import bars
 from abm_vision.runs.log import opened
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
-from nlp_ext.glue.run import run as run_glue
+from nlp_ext.glue import run as run_glue
 
 
 class Kept:
@@ -40,9 +38,9 @@ def test_harness_tells_every_step(tmp_path):
     assert log.told["test/top1"] == ([half, 2 * half], list(result["top1_per_epoch"].values()))
 
 
-def test_glue_tells_every_step(base, tmp_path):  # noqa: F811
+def test_glue_tells_every_step(t5, tmp_path):
     log = Kept()
-    result = run_glue(small(base, epochs=1), tmp_path, log=log)
+    result = run_glue(small_glue(t5, epochs=1), tmp_path, log=log)
     steps = list(range(1, len(result["loss_per_step"]) + 1))
     assert log.told["train/loss"] == (steps, result["loss_per_step"])
     assert log.told["train/lr"][0] == steps and max(log.told["train/lr"][1]) <= result["config"]["lr"]

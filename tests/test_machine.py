@@ -3,13 +3,14 @@
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
+from helpers import changes, snapshot
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from test_states import changes, snapshot
 from torch import nn
 from torch.func import functional_call
 
@@ -56,13 +57,9 @@ RECORD = Backbone(
     matches=lambda model: isinstance(model, nn.Sequential),
     target_modules={"attention": r"\d+\.mix", "mlp": r"\d+\.(up|down)"},
     boundary_modules={"blocks": r"\d+\.act"},
-    key_modules="none",
-    fused_qkv=lambda model: [],
     head_modules=lambda model: ["1"],
-    prepare=lambda model, names: None,
     forward_fn=lambda model, batch: model(batch),
     loss_fn=lambda model, batch: model(batch).square().mean(),
-    token_mask_fn=lambda batch, stack: None,
 )
 
 
@@ -325,12 +322,14 @@ class Adapters(RuleBasedStateMachine):
         assert set(self.model.peft_config) == set(self.shifts) and list(self.model.active_adapters) == self.active
 
 
-TestAdapters = Adapters.TestCase
-TestAdapters.settings = settings(
-    max_examples=70,
-    stateful_step_count=12,
-    derandomize=True,
-    phases=[Phase.generate],
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
-)
+class AdaptersAtLength(Adapters):
+    pass
+
+
+def examples(count):
+    options = {"derandomize": True, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}
+    return settings(max_examples=count, stateful_step_count=12, deadline=None, **options)
+
+
+TestAdapters, TestAdaptersAtLength = Adapters.TestCase, pytest.mark.slow(AdaptersAtLength.TestCase)
+TestAdapters.settings, TestAdaptersAtLength.settings = examples(15), examples(70)

@@ -58,6 +58,7 @@ def test_links_and_names(path):
         assert not re.search(r"(?:abm_vision|nlp_ext|vtab_tasks)[\w.]* import .*\b_\w", cell.source)  # public names
 
 
+@pytest.mark.slow
 @each
 def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as in Jupyter

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import build_vit, images, randomise
+from helpers import _alive, changes, output, raw, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict
@@ -341,55 +342,6 @@ STATES = {
 
 
 # ------------------------------------------------------------------------------------------------ all that a model is
-
-
-def raw(tensor):
-    return b"" if tensor.is_meta else tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
-
-
-def output(model, x):
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        return model(x)
-
-
-_alive = []  # a module's id is its own for as long as it lives
-
-
-def snapshot(model, x):
-    """Everything that a verb could leave behind, by name."""
-    found = {}
-    for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]:
-        _alive.append(tensor)
-        found[f"value of {name}"] = tensor.dtype, tensor.device, raw(tensor)
-        # accelerate makes offloaded parameters anew for every call
-        found[f"tensor {name}"] = None if hasattr(model, "_hf_hook") else id(tensor), tensor.requires_grad
-        found[f"gradient of {name}"] = None if tensor.grad is None else raw(tensor.grad)
-    for name, module in model.named_modules(remove_duplicate=False):
-        _alive.append(module)
-        found[f"module {name}"] = id(module), module.training
-        found[f"attributes of {name}"] = set(vars(module))
-        found[f"hooks of {name}"] = {key: list(v) for key, v in vars(module).items() if key.endswith("_hooks") and v}
-        if isinstance(module, LoraLayer):
-            found[f"adapters of {name}"] = (
-                *(copy.copy(v) for v in (module.scaling, module.r, module.lora_alpha, module.merged_adapters)),
-                *(module.disable_adapters, list(module.active_adapters)),
-            )
-    found["configurations"] = {n: copy.deepcopy(config.to_dict()) for n, config in model.peft_config.items()}
-    found["active adapters"] = list(model.active_adapters)
-    found["random state of torch"] = raw(torch.get_rng_state())
-    found["random state of Python"] = random.getstate()
-    found["random state of NumPy"] = raw(torch.from_numpy(np.random.get_state()[1]))
-    try:
-        found["output"] = raw(output(model, x))
-    except Exception as error:
-        found["output"] = repr(error)
-    return found
-
-
-def changes(before, after, *but):
-    """What was there and is no longer so, without those whose name a pattern of `but` finds."""
-    changed = [name for name in before if name not in after or before[name] != after[name]]
-    return [name for name in changed if not any(re.search(pattern, name) for pattern in but)]
 
 
 def near(state, expected, tolerance=None):

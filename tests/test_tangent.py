@@ -6,8 +6,8 @@ import weakref
 import pytest
 import timm
 import torch
-import torch.nn.functional as F
 from conftest import build_vit, images, randomise
+from helpers import gradients_by_autograd
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -55,14 +55,6 @@ def jacobian(layer, adapter="default"):
 
     by_a, by_b = torch.autograd.functional.jacobian(weight, (a, b.weight.detach()))  # (out, in, *factor)
     return torch.cat([j.flatten(2).permute(2, 0, 1) for j, flag in zip((by_a, by_b), flags, strict=True) if flag])
-
-
-def gradients_by_autograd(model, x, y, others=()):
-    """dL/dW of every adapted layer, from a bare model whose weights are the merged ones."""
-    bare = copy.deepcopy(model).merge_and_unload().eval()
-    names = [*adapted_layers(model, "default"), *others]
-    weights = [bare.get_submodule(name).weight.requires_grad_() for name in names]
-    return dict(zip(names, torch.autograd.grad(F.cross_entropy(bare(x), y), weights), strict=True))
 
 
 def check(model, x, y):

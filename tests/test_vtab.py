@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -17,43 +16,35 @@ import pytest
 import timm
 import torch
 from conftest import TINY, build_vit, full_disk
+from helpers import tiny
 from PIL import Image
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
+from abm_vision.runs import checkpoint
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import open_folder, settle_precision
 from abm_vision.runs.settings import read_config
-from abm_vision.vtab import PRESETS, RunConfig, data, make_config, results, run, train
+from abm_vision.vtab import HARNESS, PRESETS, RunConfig, data, harness, make_config, run, train
 from abm_vision.vtab.predict import predict
-from abm_vision.vtab.results import model_card, read_result
-
-RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
-SETUP = importlib.import_module("abm_vision.vtab.setup")
+from abm_vision.vtab.results import model_card
 
 
-def tiny(**changes):
-    return make_config(**{**TINY, **changes})
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """One run, and what it returned."""
-    out = tmp_path_factory.mktemp("results")
-    config = tiny(eval_epochs=1)
-    return config, out, run(config, out)
+@pytest.fixture
+def finished(vit_run):
+    return vit_run
 
 
 def break_off(config, out, monkeypatch):
     """Kill a run after its first epoch."""
-    original = results.save_checkpoint
+    original = checkpoint.save
 
     def killed(*arguments):
         original(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(results, "save_checkpoint", killed)
+        patch.setattr(checkpoint, "save", killed)
         run(config, out)
 
 
@@ -123,44 +114,47 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path, finished):
     assert other["loss_per_step"] != result["loss_per_step"]
 
 
-def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch):
+def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch, tmp_path):
     config, out, result = finished
+    shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     lines = []
-    monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("ran again"))
+    monkeypatch.setattr("abm_vision.runs.run._make", lambda *a: pytest.fail("ran again"))
     assert run(config, out, say=lines.append) == result
     assert "finished before; --rerun repeats it" in lines[0]
     monkeypatch.undo()
-    assert run(config, out, rerun=True)["loss_per_step"] == result["loss_per_step"]
+    assert run(config, tmp_path, rerun=True)["loss_per_step"] == result["loss_per_step"]
 
 
-@pytest.mark.parametrize("stop_after", [0, 1])
+KILLED = [
+    {},
+    {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"},
+    {"init": "pissa"},  # of these three more belongs to the start than A and B
+    {"init": "eva"},
+    {"init": "mica"},
+    {"init": "abm_aligned"},
+]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [
-        {},
-        {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"},
-        {"init": "pissa"},  # of these three more belongs to the start than A and B
-        {"init": "eva"},
-        {"init": "mica"},
-        {"init": "abm_aligned"},
-    ],
+    ("stop_after", "changes"),
+    [(0, {}), *((1, c) for c in KILLED), *(pytest.param(0, c, marks=pytest.mark.slow) for c in KILLED[1:])],
 )
 def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, stop_after, changes):
-    config = tiny(epochs=3, **changes)
+    config = tiny(**changes)
     unbroken = run(config, tmp_path / "unbroken")
-    lines, original = [], results.save_checkpoint
+    lines, original = [], checkpoint.save
 
-    def killed(folder, model, optimiser, progress, notes):
+    def killed(run, optimiser, progress, notes):
         if progress.epoch > stop_after:
             raise KeyboardInterrupt
-        original(folder, model, optimiser, progress, notes)
+        original(run, optimiser, progress, notes)
 
-    monkeypatch.setattr(results, "save_checkpoint", killed)
+    monkeypatch.setattr(checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "broken")
     monkeypatch.undo()
     resumed = run(config, tmp_path / "broken", say=lines.append)
-    assert any("resumed   after epoch 1 of 3" in line for line in lines) is bool(stop_after)
+    assert any("resumed   after epoch 1 of 2" in line for line in lines) is bool(stop_after)
     assert resumed["loss_per_step"] == unbroken["loss_per_step"]
     assert resumed["test"] == unbroken["test"]
     assert {**(resumed["abm"] or {}), "seconds": 0} == {**(unbroken["abm"] or {}), "seconds": 0}
@@ -248,7 +242,7 @@ def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
     result = run(config, tmp_path, say=lines.append)
     plain = make_config(**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, init="kaiming")
     reference = tmp_path / plain.run_name()
-    tuned = read_result(reference)
+    tuned = HARNESS.read(reference)
     assert result["reference"] == {"folder": str(reference), "seconds": result["seconds"]["reference"]}
     assert result["seconds"]["reference"] == tuned["seconds"]["init"] + tuned["seconds"]["train"]
     assert result["abm"]["reference"] == "adapter 'reference'" and result["abm"]["before"]["match"] < 1
@@ -271,8 +265,8 @@ def test_diagnosis_needs_images_that_the_start_does_not_see(tmp_path):
 def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
     config = tiny(init="kaiming", epochs=1)
     run(config, tmp_path)
-    other = SETUP.content
-    monkeypatch.setattr(SETUP, "content", lambda *a: {**other(*a), "labels": "tfds"})
+    other = harness.content
+    monkeypatch.setattr(harness, "content", lambda *a: {**other(*a), "labels": "tfds"})
     with pytest.raises(ValueError, match=r"made with other content: training labels \(rendered, code \w+ then"):
         run(config, tmp_path, diagnose=True)
 
@@ -280,7 +274,7 @@ def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
 def test_start_that_comes_out_differently_is_not_resumed(tmp_path, monkeypatch):
     config = tiny(init="pissa")
     break_off(config, tmp_path, monkeypatch)
-    monkeypatch.setattr("abm_vision.runs.start.fingerprint", lambda model: "another")
+    monkeypatch.setattr("abm_vision.runs.initialise.fingerprint", lambda model: "another")
     with pytest.raises(ValueError, match="comes out differently now.*--rerun, or deleting its folder, starts afresh"):
         run(config, tmp_path)
 
@@ -301,17 +295,25 @@ def test_reference_of_another_task_and_rank(tmp_path):
     assert result["abm"]["before"]["match"] < 1 and result["abm"]["after"]["loss"] < result["abm"]["before"]["loss"]
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("killed")
+    with pytest.MonkeyPatch.context() as patch:
+        break_off(tiny(), out, patch)
+    return out
+
+
 @pytest.fixture
-def broken_off(tmp_path, monkeypatch):
+def broken_off(killed, tmp_path):
     """A run that was killed after its first epoch: configuration and folder."""
-    break_off(tiny(), tmp_path, monkeypatch)
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
     return tiny(), tmp_path
 
 
 def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
     config, out = broken_off
-    other = SETUP.content
-    monkeypatch.setattr(SETUP, "content", lambda *a: {**other(*a), "images": "tfds"})
+    other = harness.content
+    monkeypatch.setattr(harness, "content", lambda *a: {**other(*a), "images": "tfds"})
     with pytest.raises(ValueError, match=r"training images \(rendered, code \w+ then, tfds now\).*--rerun"):
         run(config, out)
     assert run(config, out, rerun=True)["test"]["count"] == 60
@@ -380,7 +382,7 @@ def test_rerun_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
     config = tiny(epochs=1)
     run(config, tmp_path)
     folder = tmp_path / config.run_name()
-    monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("stopped"))
+    monkeypatch.setattr("abm_vision.runs.run._initialise", lambda *a: pytest.fail("stopped"))
     with pytest.raises(pytest.fail.Exception, match="stopped"):
         run(config, tmp_path, rerun=True)
     assert {p.name for p in folder.iterdir()} == {".lock", "config.json"}
@@ -500,7 +502,8 @@ def test_settings_out_of_range(changes, message):
 def test_rerun_keeps_the_result_of_a_run_that_cannot_begin(tmp_path, monkeypatch):
     config = tiny(init="kaiming", epochs=1)
     folder = Path(run(config, tmp_path)["folder"])
-    monkeypatch.setattr(RUN, "prepare", Mock(side_effect=ValueError("no data")))
+    broken = dataclasses.replace(HARNESS, prepare=Mock(side_effect=ValueError("no data")))
+    monkeypatch.setattr(harness, "HARNESS", broken)
     with pytest.raises(ValueError, match="no data"):
         run(config, tmp_path, rerun=True)
     assert (folder / "result.json").is_file() and (folder / "adapter").is_dir()
@@ -549,7 +552,7 @@ def test_a_field_that_is_missing_or_of_another_type_or_range_is_named(one_epoch,
         inner[place[-1]] = value
     (tmp_path / "result.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"result\.json: .*{message}.*; move its folder away"):
-        read_result(tmp_path)
+        HARNESS.read(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -587,7 +590,7 @@ def test_result_of_another_schema_is_not_taken(tmp_path):
         run(tiny(), tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        read_result(folder)
+        HARNESS.read(folder)
 
 
 def test_output_that_cannot_be_written(tmp_path):

@@ -47,7 +47,8 @@ def _restart(given: Ingredients, value: str, **fields: Any) -> None:
     """What `get_peft_model` does to every layer under `init_lora_weights=value`."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    from abm_vision.abm.adapter import changes_base, guard, remember_base_change
+    from abm_vision.abm.adapter import guard
+    from abm_vision.abm.base_change import changes_base, remember_base_change
 
     config = given.model.peft_config[given.adapter_name]
     for name, content in {"init_lora_weights": value, **fields}.items():
@@ -103,8 +104,7 @@ def eva(given: Ingredients) -> None:
     from peft import EvaConfig, initialize_lora_eva_weights
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    from abm_vision.abm.batches import batch_size, check_finite
-    from abm_vision.abm.loss import counted, whole_mask
+    from abm_vision.abm.batches import batch_size, check_finite, counted, whole_mask
     from abm_vision.abm.restore import evaluate
 
     config, layers = EvaConfig(), given.layers
@@ -216,8 +216,7 @@ def corda(given: Ingredients) -> None:
 
 def _padding_zeroed(backbone: Backbone, layers: Mapping[str, LoraLayer], sample: Any) -> AbstractContextManager[None]:
     """Nothing reads what layers make of padding; with inputs of zero it adds nothing to their covariance either."""
-    from abm_vision.abm.batches import check_finite
-    from abm_vision.abm.loss import whole_mask
+    from abm_vision.abm.batches import check_finite, whole_mask
 
     def zeroed(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         check_finite(args[0], f"the input of {name}")

@@ -1,9 +1,10 @@
-"""Answers, and the perplexity of given ones."""
+"""Generate answers, and measure the perplexity of given ones."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from abm_vision.abm.restore import evaluate
 from abm_vision.runs.device import autocast
 from nlp_ext.batches import IGNORED, forward
 from nlp_ext.instruct.data import Conversation, end_of_turn, prompt
-from nlp_ext.instruct.setup import Setup
+
+if TYPE_CHECKING:
+    from nlp_ext.instruct.harness import InstructRun
 
 
 @torch.no_grad()
@@ -24,16 +27,16 @@ def answer(
     new_tokens: int,
     temperature: float = 0.0,
 ) -> str:
-    """The assistant's next turn: the likeliest tokens at temperature 0, else drawn (torch's seed decides).
+    """Generate the assistant's next turn: the likeliest tokens at temperature 0, else sampled with torch's seed.
 
     Raises:
-        ValueError: prompt and answer would be longer than the model reads.
+        ValueError: prompt and answer would exceed the model's context.
     """
     inputs = tokenizer(prompt(tokenizer, turns), add_special_tokens=False, return_tensors="pt").to(model.device)
     given, longest = inputs.input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
     if longest is not None and given + new_tokens > longest:
         raise ValueError(
-            f"the conversation has {given} tokens, and an answer of up to {new_tokens} is asked for; the model reads "
+            f"the conversation has {given} tokens, and the answer may have {new_tokens}; the model reads at most "
             f"{longest}: begin a new one, or lower --new-tokens"
         )
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -56,13 +59,13 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 @torch.no_grad()
-def perplexity(setup: Setup, model: nn.Module) -> float:
-    """exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
+def perplexity(run: InstructRun, model: nn.Module) -> float:
+    """Compute exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
     evaluate(model)
     total, count = 0.0, 0
-    rows, size = setup.held_out.rows, setup.config.batch_size
-    for batch in (setup.batch(chunk) for chunk in _chunks(rows, size)):
-        with autocast(setup.device, setup.precision):
+    rows, size = run.held_out.rows, run.config.batch_size
+    for batch in (run.batch(chunk) for chunk in _chunks(rows, size)):
+        with autocast(run.device, run.precision):
             loss = forward(model, batch).loss
         tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += loss.item() * tokens

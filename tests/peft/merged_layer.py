@@ -11,6 +11,7 @@ from torch import nn
 from abm_vision.abm import merged_linear
 
 merged = 0  # how often the merged product ran in the test of the moment
+outcomes = {}  # test to [outcome, merged products]; in pytest-xdist's main process those of all its workers
 
 
 def pytest_addoption(parser):
@@ -22,7 +23,6 @@ def pytest_configure(config):
     from tests import testing_utils  # peft's
 
     testing_utils.hub_online_once = lambda *_: contextlib.nullcontext()  # it would ask the hub at a model's first use
-    config.stash[_OUTCOMES] = {}
     if config.getoption("--stock"):
         return
     finish, apply = peft.LoraConfig.__post_init__, merged_linear._MergedLoRA.apply
@@ -41,9 +41,6 @@ def pytest_configure(config):
     merged_linear._MergedLoRA.apply = count
 
 
-_OUTCOMES = pytest.StashKey()
-
-
 def pytest_collection_modifyitems(config, items):
     """Tests of other methods have their configuration among their parameters."""
 
@@ -59,12 +56,17 @@ def pytest_collection_modifyitems(config, items):
 def pytest_runtest_makereport(item):
     global merged
     report = yield
-    if report.when == "setup" or not report.passed or report.when == "call":
-        item.config.stash[_OUTCOMES][item.nodeid] = [report.outcome, merged]
+    report.merged = merged
     if report.when == "teardown":
         merged = 0
     return report
 
 
+def pytest_runtest_logreport(report):
+    if report.when != "teardown" or not report.passed:
+        outcomes[report.nodeid] = [report.outcome, getattr(report, "merged", 0)]  # none of a process that crashed
+
+
 def pytest_sessionfinish(session):
-    session.config.getoption("--outcomes").write_text(json.dumps(session.config.stash[_OUTCOMES]))
+    if not hasattr(session.config, "workerinput"):
+        session.config.getoption("--outcomes").write_text(json.dumps(outcomes))

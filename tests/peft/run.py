@@ -67,11 +67,13 @@ def unpack(folder: Path) -> Path:
 def run(root: Path, tests: list[str], *options: str) -> dict[str, tuple[str, int]]:
     """Each test's outcome, and how often the merged product ran in it."""
     outcomes = root / "outcomes.json"
-    offline = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"), "1")
+    # One thread in each of pytest-xdist's processes, of which there is one a core.
+    alone = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS"), "1")
     paths = os.pathsep.join(map(str, (HERE, HERE.parent.parent, root)))
-    flags = "-p merged_layer -p no:cacheprovider -o addopts= -q --no-header --no-summary --tb=line -W ignore".split()
+    flags = "-p merged_layer -p no:cacheprovider -n auto --dist worksteal -o addopts= -q --no-header --no-summary"
+    flags = [*flags.split(), "--tb=line", "-W", "ignore"]
     command = [sys.executable, "-m", "pytest", *flags, "--outcomes", outcomes, *options, *tests]
-    environment = os.environ | offline | {"PYTHONPATH": paths}
+    environment = os.environ | alone | {"PYTHONPATH": paths}
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1):  # 1: some tests failed
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-4000:]}")
