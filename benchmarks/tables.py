@@ -116,9 +116,19 @@ def information_loss() -> str:
     return f"{table(head, rows)}\n\nViT-B/16, 224 px, {content['images']} images, {precision}; {device}."
 
 
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
+
+
 def initialisations() -> str:
     rows = [
-        [f"`{name}`", row.summary, str(row.needs), "yes" if Properties.CHANGES_BASE in row.properties else "no", row.source]
+        [
+            f"`{name}`",
+            row.summary,
+            str(row.needs),
+            "yes" if Properties.CHANGES_BASE in row.properties else "no",
+            row.source,
+        ]
         for name, row in INITIALIZERS.items()
     ]
     return table(["initialisation", "what it is", "needs", "changes base weights", "source"], rows)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from abm_vision.abm.adapter import changes_base
+from abm_vision.abm.base_change import changes_base
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.harness import Processes
 from abm_vision.runs.settings import AdapterSettings

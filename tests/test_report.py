@@ -408,7 +408,7 @@ def test_names_in_markdown_come_back(odd):
         "ul",
         "li",
     }
-    for name in (*section.methods, *(run["file"] for run in report.runs)):
+    for name in (*section.methods, *(one["file"] for one in report.runs)):
         assert one_line(name) in texts
     assert any(f"(ValueError: {SHOWN})" in text for text in texts)
 
@@ -418,10 +418,10 @@ def test_names_in_html_come_back(odd):
     (section,) = report.sections
     tags, texts = read_page(to_html(report, "../runs #1"))
     assert [tag for tag, _ in tags].count("script") == 1 and not {"b", "em", "code"} & {tag for tag, _ in tags}
-    for name in (*section.methods, *(run["file"] for run in report.runs)):
+    for name in (*section.methods, *(one["file"] for one in report.runs)):
         assert name in texts
     links = [urllib.parse.unquote(a["href"]) for tag, a in tags if tag == "a" and not a["href"].startswith("#")]
-    assert sorted(links) == sorted(f"../runs #1/{run['file']}" for run in report.runs)
+    assert sorted(links) == sorted(f"../runs #1/{run['file']}" for one in report.runs)
     assert not any("#" in a["href"][1:] or "?" in a["href"] for tag, a in tags if tag == "a" and a["href"][0] != "#")
 
 

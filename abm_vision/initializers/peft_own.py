@@ -47,7 +47,8 @@ def _restart(given: Ingredients, value: str, **fields: Any) -> None:
     """What `get_peft_model` does to every layer under `init_lora_weights=value`."""
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    from abm_vision.abm.adapter import changes_base, guard, remember_base_change
+    from abm_vision.abm.adapter import guard
+    from abm_vision.abm.base_change import changes_base, remember_base_change
 
     config = given.model.peft_config[given.adapter_name]
     for name, content in {"init_lora_weights": value, **fields}.items():
