@@ -19,12 +19,19 @@ from torch import Tensor, nn
 from abm_vision.abm.adapter import Adapter, adapted_layers, changes_base, guard, remember_base_change
 from abm_vision.abm.align import AlignReport, initialize_lora_aligned_weights
 from abm_vision.abm.arguments import check_type
-from abm_vision.abm.batches import batch_size, check_finite, collect, explained, one_by_one
+from abm_vision.abm.batches import (
+    batch_size,
+    check_finite,
+    collect,
+    counted,
+    explained,
+    one_by_one,
+    whole_mask,
+)
 from abm_vision.abm.gradient import LossFn, weight_gradients
 from abm_vision.abm.hooks import ForwardFn
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.lora import settle_modes
-from abm_vision.abm.loss import counted, whole_mask
 from abm_vision.abm.match import initialize_lora_abm_weights
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.report import ABMReport

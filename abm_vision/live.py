@@ -1,4 +1,4 @@
-"""LivePlot: the loss of a run in a notebook, drawn while it trains."""
+"""LivePlot: draws the losses of a run in a notebook during training."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ from abm_vision.plots import BLUE, OKABE_ITO
 
 
 class LivePlot:
-    """A log (see `abm_vision.runs.log`) that draws what it is told below the cell: `run(config, log=LivePlot())`.
+    """A log (see `abm_vision.runs.log`) that draws its values below the cell: `run(config, log=LivePlot())`.
 
-    Losses are on the left; whatever else is followed, but the learning rate, is on the right.
+    Losses are on the left, all other values except the learning rate on the right.
 
     Args:
-        every: seconds between two drawings of what comes with every step; a test's figure is drawn at once, and `draw`
-            shows everything.
+        every: seconds between two drawings of values that come with every step; values of a test are drawn at once.
     """
 
     def __init__(self, every: float = 1.0) -> None:
@@ -29,7 +28,7 @@ class LivePlot:
         self._drawn = 0.0
 
     def __call__(self, name: str, value: float, step: int) -> None:
-        """Take a value; draw if it is time."""
+        """Record a value, and draw if it is time."""
         steps, values = self.figures.setdefault(name, ([], []))
         steps.append(step)
         values.append(value)
@@ -37,9 +36,9 @@ class LivePlot:
             self.draw()
 
     def draw(self) -> None:
-        """Show everything told so far."""
+        """Draw all values recorded so far."""
         self._drawn = time.monotonic()
-        drawn = BytesIO()  # a bare Figure is shown as a picture only where pyplot has been set up for the notebook
+        drawn = BytesIO()  # the notebook shows a bare Figure as a picture only if pyplot has been set up for it
         self.figure().savefig(drawn, format="png", dpi=80)
         picture = Image(drawn.getvalue())
         if self._handle is None:
@@ -48,7 +47,7 @@ class LivePlot:
             self._handle.update(picture)
 
     def figure(self) -> Figure:
-        """The plot as it is now."""
+        """Return the current plot."""
         losses = [name for name in self.figures if name.endswith("loss")]
         others = [name for name in self.figures if not name.endswith(("loss", "lr"))]
         panels = [names for names in (losses, others) if names]

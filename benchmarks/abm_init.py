@@ -6,11 +6,11 @@ The reference procedure, written plainly here: two full models, batch 1, both ru
 at 3e-4 on stock peft's layers. Ours makes as many sample passes in larger batches, keeps the reference's signs as
 bits, and runs nothing above the last boundary. Both match all 12 layers of a DINOv2 ViT-S/14 at margin 0.5 on
 rendered dSprites location at 70 px, in turn, from the same adapter, on the same samples. Compared are the hinge loss
-and the match rate on held-out images, so that what is faster is not less. The yardstick beside them is one training
-epoch of 1,000 images. Memory is the growth of the process's peak over the adapted model, each in a process of its own.
+and the match rate on held-out images, so that speed is not bought with quality, and the time of one training epoch of
+1,000 images. Memory is the growth of the process's peak over the adapted model, each in a process of its own.
 
-Beside these two: `local`, the layer-local mode on the same 100 samples, and `aligned`, the aligned start on its default
-of 128, which does not lower the hinge loss but must keep boundaries.
+Beside these two: `local`, the layer-local mode on the same 100 samples, and `aligned`, the aligned initialisation
+with its default of 128, which does not lower the hinge loss but must keep boundaries.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ VARIANTS = ("reference", "ours", "defaults", "local", "aligned")
 
 
 def adapted(seed: int, device: torch.device, precision: str, merged: bool) -> tuple[PeftModel, Images, Images]:
-    """The adapted ViT, the training images, and held-out images."""
+    """Build the adapted ViT, the training images, and held-out images."""
     backbone, _ = create_backbone("vit_small_patch14_dinov2.lvd142m", 16, 70)
     preprocessing = preprocessing_for(backbone, 70)
     train_data = vtab_tasks.load("dsprites_loc", "train800val200", source="rendered")
@@ -67,7 +67,7 @@ def adapted(seed: int, device: torch.device, precision: str, merged: bool) -> tu
 
 
 def record(model: nn.Module, pixels: Tensor) -> list[Tensor]:
-    """What goes into every `mlp.act`, from a whole forward pass."""
+    """Record the input of every `mlp.act` in a whole forward pass."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     recorded: list[Tensor] = []
     handles = [
@@ -79,10 +79,10 @@ def record(model: nn.Module, pixels: Tensor) -> list[Tensor]:
     return recorded
 
 
-def hinge(model: nn.Module, teacher: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. (22), arXiv:2511.19145, and the match rate, from two models."""
+def hinge(model: nn.Module, reference: nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Compute Eq. (22), arXiv:2511.19145, and the match rate from two models."""
     with torch.no_grad():
-        signs = [z.float().sign() for z in record(teacher, pixels)]
+        signs = [z.float().sign() for z in record(reference, pixels)]
     loss, match = 0, 0
     for depth, (z, sign) in enumerate(zip(record(model, pixels), signs, strict=True)):
         weight = ((depth + 1) / len(signs)) ** 2 / len(signs)
@@ -91,12 +91,12 @@ def hinge(model: nn.Module, teacher: nn.Module, pixels: Tensor) -> tuple[Tensor,
     return loss, match
 
 
-def reference_procedure(model: PeftModel, teacher: nn.Module, images: Images, seed: int) -> None:
+def reference_procedure(model: PeftModel, reference: nn.Module, images: Images, seed: int) -> None:
     optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=3e-4)
     batches = images.batches(1, seed, 0)
     for _ in range(SAMPLES):
         with autocast(images.pixels.device, args.precision):
-            loss, _ = hinge(model, teacher, next(batches)[0])
+            loss, _ = hinge(model, reference, next(batches)[0])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -115,7 +115,7 @@ def ours(model: PeftModel, images: Images, seed: int, variant: str) -> None:
 
 
 def works(seed: int, variant: str) -> tuple[Callable[[], None], PeftModel, Images]:
-    """The work to be timed, the model that it changes, and the held-out images."""
+    """Return the work to be timed, the model that it changes, and the held-out images."""
     device = torch.device(args.device)
     model, images, held_out = adapted(seed, device, args.precision, merged=variant != "reference")
     model.eval()
@@ -127,9 +127,9 @@ def works(seed: int, variant: str) -> tuple[Callable[[], None], PeftModel, Image
 
 @torch.no_grad()
 def held_out_state(model: PeftModel, held_out: Images) -> dict[str, float]:
-    teacher = copy.deepcopy(model).unload().eval()
+    reference = copy.deepcopy(model).unload().eval()
     with autocast(held_out.pixels.device, args.precision):
-        loss, match = hinge(model.eval(), teacher, next(held_out.batches(200, 0, 0))[0])
+        loss, match = hinge(model.eval(), reference, next(held_out.batches(200, 0, 0))[0])
     return {"held_out_loss": loss.item(), "held_out_match": match.item()}
 
 
@@ -142,7 +142,7 @@ def timed(work: Callable[[], None]) -> float:
 
 
 def epoch_seconds() -> float:
-    """One training epoch of the quick preset: 1,000 images in batches of 64."""
+    """Time one training epoch of the quick preset: 1,000 images in batches of 64."""
     config = make_config(epochs=2)
     model, images, _ = adapted(0, torch.device(args.device), args.precision, merged=True)
     progress = Progress()

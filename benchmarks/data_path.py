@@ -1,10 +1,10 @@
-"""What share of the time the data path takes: of a training epoch, and of the test, in the quick preset.
+"""Share of the data path in the time of a training epoch and of the test, in the quick preset.
 
     python benchmarks/data_path.py
 
-DINOv2 ViT-S/14 at 70 px. Training: the 1,000 images are in memory as resized bytes; its data path is the picking and
-normalising of batches. Test: 1,000 images are drawn or read from the cache, resized and normalised while they are
-counted; they lie in the cache already. Both are timed alone and within the real loop.
+DINOv2 ViT-S/14 at 70 px. Training: the 1,000 images are in memory as resized bytes; its data path selects and
+normalises batches. Test: 1,000 images are drawn or read from the cache, resized and normalised while they are
+counted; they are in the cache already. Both are timed alone and within the real loop.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Which directions should A start from? Trials behind the aligned start.
+"""Directions that A can be initialised with: trials behind the aligned initialisation.
 
-    python benchmarks/directions.py --task dsprites_loc      # goes on where it stopped
+    python benchmarks/directions.py --task dsprites_loc      # resumes after an interruption
 
 Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset, one seed: the first 5 of 12 epochs. Every variant sets A (r,
 in) and perhaps B (out, r) of every adapted layer from the layer's gradient G = U S V^T and its inputs x on 128 labelled
-images. Rows of A are orthonormal unless said otherwise. Every trial is kept as one line of
+images. Rows of A are orthonormal unless said otherwise. Every trial is one line of
 `results/directions-TASK.jsonl`.
 """
 
@@ -37,7 +37,7 @@ IMAGES, EPOCHS, RANK = 128, 5, 8
 
 @dataclass(frozen=True)
 class Given:
-    """One layer's G (out, in), inputs x (tokens, in), and the A (r, in) that peft has drawn."""
+    """One layer's G (out, in), inputs x (tokens, in), and A (r, in) as peft initialises it."""
 
     gradient: Tensor
     inputs: Tensor
@@ -48,47 +48,47 @@ class Given:
         return len(self.drawn)
 
     def right(self, first: int, count: int = 0) -> Tensor:
-        """Right singular vectors of G as rows, from number `first` (1 is the leading one) on; as many as the rank."""
+        """Return right singular vectors of G as rows, from number `first` (1 leads); as many as the rank by default."""
         return torch.linalg.svd(self.gradient, full_matrices=False)[2][first - 1 :][: count or self.rank]
 
     def left(self) -> Tensor:
-        """The leading left singular vectors as columns."""
+        """Return the leading left singular vectors as columns."""
         return torch.linalg.svd(self.gradient, full_matrices=False)[0][:, :RANK]
 
     def principal(self, first: int, count: int = RANK) -> Tensor:
-        """Principal directions of the inputs, not centred, as EVA takes them."""
+        """Return principal directions of the inputs, not centred, as in EVA."""
         return torch.linalg.svd(self.inputs, full_matrices=False)[2][first - 1 : first - 1 + count]
 
 
 def mixed(given: Given) -> Tensor:
-    """Eight random orthonormal combinations of v_1 .. v_16."""
+    """Draw eight random orthonormal combinations of v_1 .. v_16."""
     rotation, _ = torch.linalg.qr(torch.randn(2 * RANK, 2 * RANK, generator=torch.Generator().manual_seed(0)))
     return rotation[:RANK] @ given.right(1, 2 * RANK)
 
 
 def evened(given: Given) -> Tensor:
-    """v_1 .. v_8, each row divided by the root mean square of its v x, then scaled to a mean length of 1."""
+    """Divide each of v_1 .. v_8 by the root mean square of its v x, then scale the rows to a mean length of 1."""
     rows = given.right(1)
     rows = rows / (given.inputs @ rows.T).square().mean(0).sqrt()[:, None]
     return rows / rows.norm() * RANK**0.5
 
 
-Start = Callable[[Given], tuple[Tensor, Tensor | None]]
+Factors = Callable[[Given], tuple[Tensor, Tensor | None]]  # A, and B unless it is zero
 
 
 @dataclass(frozen=True)
 class Variant:
-    """How a start is made.
+    """One way to initialise.
 
     Args:
-        start: a layer's A and B.
+        factors: a layer's A and B.
         heads: random heads whose gradients are stacked to (heads * out, in).
-        labelled: otherwise the labels are dealt out anew.
+        labelled: if not, the labels are permuted.
         shared: ranks by the gradients' spectra (`shared_ranks`), their sum unchanged.
-        matched: boundaries are matched to the pretrained model's afterwards.
+        matched: match boundaries to the pretrained model's afterwards.
     """
 
-    start: Start
+    factors: Factors
     heads: int = 1
     labelled: bool = True
     shared: bool = False
@@ -115,7 +115,7 @@ VARIANTS: dict[str, Variant] = {
     "v9 .. v16, then matched": Variant(lambda g: (g.right(9), None), matched=True),
     "default, then matched (ABM)": Variant(lambda g: (g.drawn, None), matched=True),
 }
-LR = 1e-3  # the length of A's rows acts like a rate, so it is tried instead
+LR = 1e-3  # fixed: the length of A's rows, which acts like a rate, is varied instead
 
 
 class _Enough(Exception):
@@ -123,7 +123,7 @@ class _Enough(Exception):
 
 
 def adapted(task: str, ranks: dict[str, int], seed: int = 0) -> tuple[PeftModel, Images, torch.device, str]:
-    """The model, layers of rank 8 unless `ranks` names another (their scale is 1), its 1,000 images, how it runs."""
+    """Build the model, of rank 8 except in the layers of `ranks`, at scale 1; return images, device, precision, too."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if has_fast_bf16(device) else "fp32"
     data = vtab_tasks.load(task, "train800val200", source="rendered")
@@ -137,7 +137,7 @@ def adapted(task: str, ranks: dict[str, int], seed: int = 0) -> tuple[PeftModel,
 
 
 def gradients(model: PeftModel, batch: tuple[Tensor, Tensor], variant: Variant) -> dict[str, Tensor]:
-    """Every layer's G (out, in), or (heads * out, in) of several heads."""
+    """Compute every layer's G (out, in), or (heads * out, in) with several heads."""
     images, labels = batch
     if not variant.labelled:
         labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))]
@@ -154,14 +154,14 @@ def gradients(model: PeftModel, batch: tuple[Tensor, Tensor], variant: Variant) 
 
 
 def shared_ranks(found: dict[str, Tensor]) -> dict[str, int]:
-    """8 a layer in all, dealt to the largest shares s_i^2 / sum s^2 of all the layers' spectra; at least 1 each."""
+    """Distribute ranks, 8 a layer on average, to the largest shares s_i^2 / sum s^2 of all spectra; at least 1 each."""
     shares = {name: torch.linalg.svdvals(g).square() for name, g in found.items()}
     everything = torch.cat([s[1:] / s.sum() for s in shares.values()])
     least = everything.topk((RANK - 1) * len(found)).values[-1]
     return {name: 1 + int((s[1:] / s.sum() >= least).sum()) for name, s in shares.items()}
 
 
-def start(model: PeftModel, images: Images, device: torch.device, precision: str, variant: Variant) -> None:
+def initialise(model: PeftModel, images: Images, device: torch.device, precision: str, variant: Variant) -> None:
     layers = adapted_layers(model, "default")
     batch = next(images.batches(IMAGES, 0, 0))
     inputs: dict[str, Tensor] = {}
@@ -175,7 +175,7 @@ def start(model: PeftModel, images: Images, device: torch.device, precision: str
     with torch.no_grad():
         for name, layer in layers.items():
             a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
-            new_a, new_b = variant.start(Given(found[name], inputs[name], a.clone()))
+            new_a, new_b = variant.factors(Given(found[name], inputs[name], a.clone()))
             a.copy_(new_a)
             if new_b is not None:
                 b.copy_(new_b)
@@ -191,8 +191,8 @@ def trial(task: str, name: str) -> dict[str, Any]:
         with autocast(device, precision):
             ranks = shared_ranks(gradients(model, next(images.batches(IMAGES, 0, 0)), variant))
         model, *_ = adapted(task, ranks)
-    start(model, images, device, precision, variant)
-    order = torch.arange(len(images))  # the last images of the unshuffled set; most are unseen by the start
+    initialise(model, images, device, precision, variant)
+    order = torch.arange(len(images))  # the last images of the unshuffled set, of which most were not used
     with autocast(device, precision):
         lost = information_loss(model, [images.select(order[-64:])], VIT.loss_fn).overall.loss
     config = make_config(task=task, lr=LR)

@@ -1,4 +1,4 @@
-"""Which of timm's transformers can be adapted: every architecture is built without memory and searched.
+"""Find which of timm's transformers can be adapted: every architecture is built without memory and searched.
 
     python benchmarks/families.py
 
@@ -38,7 +38,7 @@ _OUTSIDE = re.compile(r"(^|\.)(head|attn_pool|shared_rel_pos|rel_pos|meta_mlp|mh
 
 
 def architectures() -> dict[str, list[str]]:
-    """timm module to its architectures, for the transformers that this timm has."""
+    """Map timm's modules to their architectures, for the transformers of the installed timm."""
     found = defaultdict(list)
     for name in timm.list_models():
         found[_model_to_module[name]].append(name)
@@ -46,13 +46,13 @@ def architectures() -> dict[str, list[str]]:
 
 
 def build(name: str) -> nn.Module:
-    """The architecture without memory, and without the draws for its weights, which take most of the time."""
+    """Build the architecture without memory, and without the draws for its weights, which take most of the time."""
     with torch.device("meta"), mock.patch("timm.layers.weight_init._trunc_normal_", lambda tensor, *_: tensor):
         return timm.create_model(name)
 
 
 def uncovered(model: nn.Module) -> list[str]:
-    """Attentions and MLPs of blocks without LoRA sites, and MLPs without a boundary, by the names of their classes."""
+    """List attentions and MLPs of blocks without LoRA sites, and MLPs without a boundary, by their classes' names."""
     targets = [name for names in VIT.find_targets(model).values() for name in names]
     boundaries = [name for names in VIT.find_boundaries(model).values() for name in names]
     parts = [(n, type(m).__name__) for n, m in model.named_modules() if not _OUTSIDE.search(n)]
@@ -67,7 +67,7 @@ def uncovered(model: nn.Module) -> list[str]:
 
 
 def refusal(model: nn.Module) -> str | None:
-    """What `add_lora` says to a model that it does not take."""
+    """Return the message of `add_lora` for a model that is not supported, None for a supported one."""
     try:
         add_lora(model, rank=1)
     except ValueError as error:

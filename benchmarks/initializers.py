@@ -1,13 +1,13 @@
-"""Every start of a LoRA adapter against peft's default: information loss, training speed, test accuracy.
+"""Every initialisation of LoRA against peft's default: information loss, training speed, test accuracy.
 
-    python benchmarks/initializers.py --task dsprites_loc            # screen, then confirm; goes on where it stopped
-    python benchmarks/initializers.py --task dsprites_loc --list     # what is done and what is left
+    python benchmarks/initializers.py --task dsprites_loc            # screen, then confirm; resumes if interrupted
+    python benchmarks/initializers.py --task dsprites_loc --list     # how much is done
 
-Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset. `screen`: every start at every learning rate, one seed,
-4 epochs. `confirm`: the full 12 epochs, 3 seeds, for the default, ours, and the one other that did best in the
+Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset. `screen`: every initialisation at every learning rate, one
+seed, 4 epochs. `confirm`: the full 12 epochs, 3 seeds, for the default, ours, and the one other that did best in the
 screening, each at the rate that had the lowest mean training loss there; then with a tuned reference; then the default
-at the rates beside its own, so that it is not left with one that suits 4 epochs alone. Every run is kept as one line
-of `results/initializers-TASK.jsonl`, and is not repeated.
+at the rates beside its own, so that its rate is not one that suits 4 epochs alone. Every run is one line of
+`results/initializers-TASK.jsonl`, and is not repeated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ RATES = (5e-4, 1e-3, 2e-3, 4e-3)
 SEEDS = (0, 1, 2)
 ALWAYS = ("kaiming", "abm_aligned", "abm")
 BASELINE = "kaiming"
-# Of boundary matching. `settings_sweep.py` has found fewer and smaller steps no worse since, and cheaper.
+# For boundary matching. `settings_sweep.py` has since found fewer and smaller steps no worse, and cheaper.
 MATCHING = {"abm_lr": 3e-3, "abm_steps": 50, "abm_batch_size": 16}
 SCREEN = {"epochs": 4, "test_images": 1000}
 # A tuned reference costs a whole run each time: it is confirmed, not screened, at the default's rate.
@@ -44,13 +44,13 @@ def has(ledger: Ledger, stage: str, config: RunConfig) -> bool:
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides the run: settings that a record does not have yet had their defaults, others may have no use."""
+    """The settings that determine a run: a record without one had its default; some have no effect."""
     known = {**asdict(RunConfig()), **config}
     return {name: value for name, value in known.items() if uses(config["init"], name)}
 
 
 def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = False) -> None:
-    """Run what is not on record; a run whose loss diverges is recorded as such."""
+    """Run a configuration without a record; a run whose loss diverges is recorded as such."""
     if has(ledger, stage, config):
         return
     began = time.perf_counter()
@@ -60,10 +60,10 @@ def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = Fal
         except Diverged as error:
             record = {"config": asdict(config), "diverged": str(error)}
     ledger.append({"stage": stage, **record})
-    area = statistics.mean(record.get("loss_per_step", [float("nan")]))
+    loss = statistics.mean(record.get("loss_per_step", [float("nan")]))
     top1 = record.get("test", {}).get("top1", float("nan"))
     print(
-        f"{stage} {config.init} lr {config.lr:g} seed {config.seed}: mean training loss {area:.3f}, "
+        f"{stage} {config.init} lr {config.lr:g} seed {config.seed}: mean training loss {loss:.3f}, "
         f"top-1 {100 * top1:.1f} %, {time.perf_counter() - began:.0f} s",
         flush=True,
     )
@@ -74,27 +74,27 @@ def matching(init: str) -> dict[str, Any]:
 
 
 def screening(task: str) -> Iterator[RunConfig]:
-    # The most telling starts first: the work may be cut short.
+    # The most informative ones first, as the work may be cut short.
     order = sorted(SCREENED, key=lambda name: ALWAYS.index(name) if name in ALWAYS else len(ALWAYS))
     for init, lr in itertools.product(order, RATES):
         yield make_config(task=task, init=init, lr=lr, **matching(init), **SCREEN)
 
 
 def best_rates(records: list[dict[str, Any]]) -> dict[str, tuple[float, float]]:
-    """Start to (lowest mean training loss of the screening, its rate)."""
-    areas: dict[str, tuple[float, float]] = {}
+    """Map an initialisation to (lowest mean training loss of the screening, its rate)."""
+    lowest: dict[str, tuple[float, float]] = {}
     for record in records:
         if record["stage"] == "screen" and "loss_per_step" in record:
-            config, area = record["config"], statistics.mean(record["loss_per_step"])
-            areas[config["init"]] = min(areas.get(config["init"], (area, config["lr"])), (area, config["lr"]))
-    return areas
+            config, loss = record["config"], statistics.mean(record["loss_per_step"])
+            lowest[config["init"]] = min(lowest.get(config["init"], (loss, config["lr"])), (loss, config["lr"]))
+    return lowest
 
 
 def confirming(task: str, records: list[dict[str, Any]]) -> Iterator[RunConfig]:
     best = best_rates(records)
     if not set(ALWAYS) <= set(best):
-        return  # the screening has not come so far
-    peers = sorted((area, init) for init, (area, _) in best.items() if init not in ALWAYS)
+        return  # the screening is not finished
+    peers = sorted((loss, init) for init, (loss, _) in best.items() if init not in ALWAYS)
     for seed, init in itertools.product(SEEDS, (*ALWAYS, *(init for _, init in peers[:1]))):
         yield make_config(task=task, init=init, lr=best[init][1], seed=seed, **matching(init))
     for seed in SEEDS:
@@ -105,7 +105,7 @@ def confirming(task: str, records: list[dict[str, Any]]) -> Iterator[RunConfig]:
 
 
 def slim(result: dict[str, Any]) -> dict[str, Any]:
-    """What `compare` needs of a result."""
+    """Keep what `compare` needs of a result."""
     lost = result["information_loss"]
     return {
         "config": result["config"],
@@ -134,7 +134,7 @@ def main() -> None:
             print(f"{stage}: {sum(done)} of {len(done)} runs")
         return
     for config in screening(options.task):
-        # The information loss is of the start, whatever the learning rate after it.
+        # The information loss of an initialisation does not depend on the learning rate.
         run_once(ledger, "screen", config, diagnose=config.lr == RATES[0])
     for config in confirming(options.task, ledger.records):
         run_once(ledger, "confirm", config)

@@ -1,4 +1,4 @@
-"""What the resumable benchmarks share: a file of finished runs, and the flags `--task` and `--threads`."""
+"""Shared by the resumable benchmarks: a file of finished runs, and the flags `--task` and `--threads`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 class Ledger:
-    """`results/NAME.jsonl`: one line of JSON a finished run, the file whole after every one."""
+    """`results/NAME.jsonl`: one line of JSON per finished run; the file is whole after every run."""
 
     def __init__(self, name: str) -> None:
         self.path = RESULTS / f"{name}.jsonl"
@@ -29,10 +29,10 @@ class Ledger:
 
 
 def parse(description: str, *switches: str) -> argparse.Namespace:
-    """The command line; sets torch's threads. `switches` are further flags without a value."""
+    """Read the command line and set torch's threads. `switches` are further flags without a value."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--task", default="dsprites_loc")
-    made.add_argument("--threads", type=int, help="of torch; one each lets two tasks run side by side")
+    made.add_argument("--threads", type=int, help="of torch; 1 lets two tasks run side by side")
     for switch in switches:
         made.add_argument(switch, action="store_true")
     options = made.parse_args()

@@ -1,10 +1,10 @@
-"""How far a linear probe on the frozen model comes on the rendered tasks: they should ask for more than that.
+"""Accuracy of a linear probe on the frozen model on the rendered tasks, which should need more than that.
 
     python benchmarks/linear_probe.py
 
 DINOv2 ViT-S/14 at 70 px, the classifier's input features, standardised. Multinomial logistic regression in float64; its
 L2 penalty is the one of `PENALTIES` with the best top-1 on the 800/200 split, then it is fitted on all 1,000 images.
-Top-1 on 5,000 test images, the ones that seed 0 of the quick preset counts. `results/suite` has what tuning reaches.
+Top-1 on 5,000 test images, those that seed 0 of the quick preset draws. Results of tuning are in `results/suite`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TEST_IMAGES = 5000
 
 @torch.no_grad()
 def features(model: torch.nn.Module, data: vtab_tasks.TaskData, device: torch.device) -> tuple[Tensor, Tensor]:
-    """What the classifier gets of every image, float64 (n, dim), and labels (n,)."""
+    """Compute the classifier's inputs, float64 (n, dim), and return them with the labels (n,)."""
     precision = "bf16" if has_fast_bf16(device) else "fp32"
     choose_attention(model, device, precision)
     preprocessing, found, labels = preprocessing_for(model, 70), [], []
@@ -43,7 +43,7 @@ def features(model: torch.nn.Module, data: vtab_tasks.TaskData, device: torch.de
 
 
 def fit(x: Tensor, y: Tensor, classes: int, penalty: float) -> tuple[Tensor, Tensor]:
-    """Weight (classes, dim) and bias of the logistic regression with mean loss + penalty / 2 * |weight|^2."""
+    """Fit weight (classes, dim) and bias of a logistic regression with mean loss + penalty / 2 * |weight|^2."""
     weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, requires_grad=True)
     bias = torch.zeros(classes, dtype=x.dtype, requires_grad=True)
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=500, line_search_fn="strong_wolfe")

@@ -4,8 +4,8 @@
 
 The reference procedure, written plainly: two full models, batch 1, both run in full at each of 100 steps, AdamW at 3e-4
 on stock peft's layers, every block of encoder and decoder, margin 0.5. Ours makes as many sample passes in larger
-batches (20 steps of 5), keeps the reference's signs as bits, and runs nothing above the last boundary. Both start from
-the same adapter, in turn, on the same sentences of the grammar's SST-2 (not GLUE), on T5-Base's shape with random
+batches (20 steps of 5), keeps the reference's signs as bits, and runs nothing above the last boundary. Both work on the
+same fresh adapter, in turn, on the same sentences of the grammar's SST-2 (not GLUE), on T5-Base's shape with random
 weights and on tiny-t5. Compared are boundary loss and match rate on 100 other sentences.
 """
 
@@ -56,7 +56,7 @@ def batches(rows: list[dict[str, list[int]]], size: int, device: torch.device) -
 
 
 def record(model: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
-    """What goes into every activation, by stack, from a whole forward pass."""
+    """Record the input of every activation, by stack, in a whole forward pass."""
     bare = model.get_base_model() if isinstance(model, PeftModel) else model
     recorded: dict[str, list[Tensor]] = {}
     handles = []
@@ -71,16 +71,16 @@ def record(model: nn.Module, batch: Batch) -> dict[str, list[Tensor]]:
     return recorded
 
 
-def hinge(model: nn.Module, teacher: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Eq. (22), arXiv:2511.19145, and the match rate, from two models; padding does not count."""
+def hinge(model: nn.Module, reference: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Compute Eq. (22), arXiv:2511.19145, and the match rate from two models; padding does not count."""
     with torch.no_grad():
-        reference = record(teacher, batch)
+        wanted = record(reference, batch)
     found = record(model, batch)
-    layers = sum(map(len, reference.values()))
+    layers = sum(map(len, wanted.values()))
     loss, match = 0, 0
     for stack, zs in found.items():
         mask = T5.token_mask_fn(batch, stack)
-        for depth, (z, r) in enumerate(zip(zs, reference[stack], strict=True)):
+        for depth, (z, r) in enumerate(zip(zs, wanted[stack], strict=True)):
             z, sign = z[mask].float(), r[mask].float().sign()
             weight = ((depth + 1) / len(zs)) ** 2 / layers
             loss = loss + weight * (MARGIN - sign * z).clamp_min(0).square().mean()
@@ -89,11 +89,11 @@ def hinge(model: nn.Module, teacher: nn.Module, batch: Batch) -> tuple[Tensor, T
 
 
 def reference_procedure(model: PeftModel, rows: list[dict[str, list[int]]], device: torch.device) -> None:
-    teacher = copy.deepcopy(model).unload().eval()
+    reference = copy.deepcopy(model).unload().eval()
     optimiser = torch.optim.AdamW([p for n, p in model.named_parameters() if "lora_" in n], lr=3e-4)
     for batch in batches(rows, 1, device):
         with autocast(device, args.precision):
-            loss, _ = hinge(model, teacher, batch)
+            loss, _ = hinge(model, reference, batch)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -115,9 +115,9 @@ def adapted(name: str, seed: int, merged: bool, device: torch.device) -> PeftMod
 
 @torch.no_grad()
 def state(model: PeftModel, held_out: list[dict[str, list[int]]], device: torch.device) -> dict[str, float]:
-    teacher = copy.deepcopy(model).unload().eval()
+    reference = copy.deepcopy(model).unload().eval()
     with autocast(device, args.precision):
-        loss, match = hinge(model.eval(), teacher, next(batches(held_out, SAMPLES, device)))
+        loss, match = hinge(model.eval(), reference, next(batches(held_out, SAMPLES, device)))
     return {"held_out_loss": loss.item(), "held_out_match": match.item()}
 
 

@@ -3,7 +3,7 @@
     python benchmarks/nlp_step.py [--rounds 7]
 
 Weights are random, since time does not depend on them: the shape of tiny-t5 and of T5-Base (220 million parameters),
-and that of tiny-llama. The floor is the frozen model with gradients flowing to its input embeddings: what no adapter
+and that of tiny-llama. The floor is the frozen model with gradients flowing to its input embeddings, which no adapter
 can undercut. Variants take turns as in `training_step.py`.
 """
 
@@ -42,7 +42,7 @@ def build(name: str) -> PreTrainedModel:
 
 
 def stepper(name: str, variant: str, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """One step of AdamW; input embeddings want a gradient so that the floor's backward pass is a whole one."""
+    """Make one step of AdamW; input embeddings require a gradient so that the floor's backward pass is complete."""
     count, tokens, answer = BATCHES[name]
     model: nn.Module = build(name)
     embeddings = model.get_input_embeddings()

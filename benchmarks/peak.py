@@ -11,15 +11,15 @@ import torch
 
 
 def peak_mib(work: Callable[[], object], device: str) -> float:
-    """MiB that `work` needs at its peak beyond what the process holds before it."""
+    """Measure the MiB that `work` needs at its peak beyond what the process held before."""
     if device == "cuda":
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         work()
         return (torch.cuda.max_memory_allocated() - held) / 2**20
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # pages that were freed but not given back would hide what is needed
-    Path("/proc/self/clear_refs").write_text("5")  # start the high-water mark afresh
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # freed pages that the process still holds would hide part of the need
+    Path("/proc/self/clear_refs").write_text("5")  # reset the high-water mark
     held = _high_water_mark()
     work()
     return (_high_water_mark() - held) / 2**20

@@ -1,4 +1,4 @@
-"""Seconds to draw the 1,000 training images of every rendered task, first from nothing and then from the cache.
+"""Seconds to draw the 1,000 training images of every rendered task, first without and then from the cache.
 
 python benchmarks/rendering.py
 """

@@ -1,12 +1,11 @@
-"""What the settings of our starts do: one changed at a time.
+"""Effect of the settings of our initialisations: one changed at a time.
 
-    python benchmarks/settings_sweep.py --task dsprites_loc      # goes on where it stopped
+    python benchmarks/settings_sweep.py --task dsprites_loc      # resumes after an interruption
 
 Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset with 4 epochs, seed 0. Boundary matching takes its signs from
-the pretrained model, at the preset's learning rate: peft's default does best with it in the screening of
-`initializers.py`, and matching changes nothing that would ask for another. The length of A's rows acts on training like
-a learning rate, so the aligned start is tried at several. Every run is kept as one line of
-`results/settings_sweep-TASK.jsonl`.
+the pretrained model and is run at the preset's learning rate: peft's default does best with it in the screening of
+`initializers.py`, and matching changes nothing that would require another. The length of A's rows acts like a learning
+rate, so the aligned initialisation is run at several. Every run is one line of `results/settings_sweep-TASK.jsonl`.
 """
 
 from __future__ import annotations
@@ -24,7 +23,12 @@ ALIGNED: tuple[dict[str, Any], ...] = tuple(
     for norm, lr in itertools.product((1.0, 2.0, 4.0), (5e-4, 1e-3, 2e-3))
 )
 PLAIN = {"init": "kaiming"}
-BASE = {"init": "abm", "abm_lr": 3e-3, "abm_steps": 50, "abm_batch_size": 16}  # what the others are changed from
+BASE = {
+    "init": "abm",
+    "abm_lr": 3e-3,
+    "abm_steps": 50,
+    "abm_batch_size": 16,
+}  # the others change one setting
 MATCHED: tuple[dict[str, Any], ...] = (
     {},
     {"abm_margin": 0.1},
@@ -47,7 +51,7 @@ MATCHED: tuple[dict[str, Any], ...] = (
     # the published recipe
     {"abm_layers": "6", "abm_lr": 3e-4, "abm_batch_size": 1, "abm_steps": 100},
 )
-# What looked best with seed 0, on two more seeds.
+# The best with seed 0, with two more seeds.
 AGAIN: tuple[dict[str, Any], ...] = (PLAIN, {**BASE, "abm_lr": 1e-3}, {**BASE, "abm_lr": 1e-3, "abm_steps": 20})
 
 

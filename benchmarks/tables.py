@@ -116,12 +116,12 @@ def information_loss() -> str:
     return f"{table(head, rows)}\n\nViT-B/16, 224 px, {content['images']} images, {precision}; {device}."
 
 
-def starts() -> str:
+def initialisations() -> str:
     rows = [
-        [f"`{name}`", start.summary, start.needs, "yes" if start.changes_base else "no", start.source]
-        for name, start in INITIALIZERS.items()
+        [f"`{name}`", row.summary, row.needs, "yes" if row.changes_base else "no", row.source]
+        for name, row in INITIALIZERS.items()
     ]
-    return table(["start", "what it is", "needs", "changes base weights", "source"], rows)
+    return table(["initialisation", "what it is", "needs", "changes base weights", "source"], rows)
 
 
 def screening() -> str:
@@ -129,23 +129,23 @@ def screening() -> str:
     for task in TASKS:
         records = [r for r in Ledger(f"initializers-{task}").records if r["stage"] == "screen"]
         rates = sorted({r["config"]["lr"] for r in records})
-        starts: dict[str, dict[float, dict[str, Any]]] = {}
+        inits: dict[str, dict[float, dict[str, Any]]] = {}
         for record in records:
-            starts.setdefault(record["config"]["init"], {})[record["config"]["lr"]] = record
+            inits.setdefault(record["config"]["init"], {})[record["config"]["lr"]] = record
 
         def best(found: dict[float, dict[str, Any]]) -> float:
             return min(area(r) for r in found.values() if "loss_per_step" in r)
 
         rows = [
             [
-                _start(next(iter(found.values()))["config"]),
+                _named(next(iter(found.values()))["config"]),
                 _lost(found),
                 *(_cell(found.get(lr), best(found)) for lr in rates),
                 _steady(found),
             ]
-            for init, found in sorted(starts.items(), key=lambda item: best(item[1]))
+            for init, found in sorted(inits.items(), key=lambda item: best(item[1]))
         ]
-        head = ["start", "information loss (seen)", *(f"lr {lr:g}" for lr in rates), "rates within a point"]
+        head = ["initialisation", "information loss (seen)", *(f"lr {lr:g}" for lr in rates), "rates within a point"]
         device = records[0]["environment"]["device"]
         parts.append(
             f"{task}, rendered; {records[0]['config']['epochs']} epochs, seed 0; {device}:\n\n{table(head, rows)}"
@@ -154,7 +154,7 @@ def screening() -> str:
 
 
 def confirmation() -> str:
-    """Starts with three seeds, each at its best rate; information loss from the screening."""
+    """List initialisations with three seeds, each at its best rate; information loss from the screening."""
     parts = []
     for task in TASKS:
         records = Ledger(f"initializers-{task}").records
@@ -166,7 +166,7 @@ def confirmation() -> str:
         compared = compare(whole)
         rows = [
             [
-                _start(compared.best[task, row.init][0]["config"]),
+                _named(compared.best[task, row.init][0]["config"]),
                 f"{row.lr:g}",
                 _lost({0: screened[row.init]}) if row.init in screened else "-",
                 f"{row.area:.3f} ± {row.area_error:.3f}",
@@ -178,8 +178,8 @@ def confirmation() -> str:
             ]
             for row in compared.rows
         ]
-        head = ["start", "best lr", "information loss (seen)", "training loss, mean over steps", "ratio to the default"]
-        head += ["start's time counted", "start costs (epochs)", "test top-1 (%)", "gain"]
+        head = ["initialisation", "best lr", "information loss (seen)", "training loss, mean over steps"]
+        head += ["ratio to the default", "its time included", "its cost (epochs)", "test top-1 (%)", "gain"]
         device = whole[0]["environment"]["device"]
         default: dict[float, list[float]] = {}
         for config, top1 in ((r["config"], r["test"]["top1"]) for r in whole):
@@ -194,7 +194,7 @@ def confirmation() -> str:
 
 
 def sweep() -> str:
-    """What the settings of our starts do, at the rate that is given."""
+    """List the effect of the settings of our initialisations, at a given rate."""
     parts = []
     for task in TASKS:
         found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
@@ -211,13 +211,13 @@ def sweep() -> str:
             ]
             for settings, runs in sorted(found.items())
         ]
-        head = ["start", "settings", "lr", "seeds", "training loss, mean over steps", "test top-1 (%)"]
+        head = ["initialisation", "settings", "lr", "seeds", "training loss, mean over steps", "test top-1 (%)"]
         parts.append(f"{task}, rendered; 4 epochs:\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
 def directions() -> str:
-    """Both tasks side by side, best mean of both first."""
+    """List both tasks side by side, the best mean of both first."""
     found = {task: {r["variant"]: r for r in Ledger(f"directions-{task}").records} for task in TASKS}
     names = [name for name in found[TASKS[0]] if all(name in records for records in found.values())]
     names.sort(key=lambda name: sum(records[name]["area"] for records in found.values()))
@@ -225,14 +225,14 @@ def directions() -> str:
         [name, *(f"{records[name][k]:.3f}" for records in found.values() for k in ("area", "information_loss"))]
         for name in names
     ]
-    head = ["start", *(f"{task}: {what}" for task in TASKS for what in ("training loss", "information loss"))]
+    head = ["initialisation", *(f"{task}: {what}" for task in TASKS for what in ("training loss", "information loss"))]
     first = found[TASKS[0]][names[0]]
     note = f"Rendered data, seed 0, lr {first['lr']:g}, the first {len(first['loss_per_epoch'])} of 12 epochs."
     return f"{table(head, rows)}\n\n{note}"
 
 
-def warm_starts() -> str:
-    found = {task: {r["trial"]: r for r in Ledger(f"warm_starts-{task}").records} for task in TASKS}
+def from_adapter() -> str:
+    found = {task: {r["trial"]: r for r in Ledger(f"from_adapter-{task}").records} for task in TASKS}
     rows = [
         [
             name,
@@ -241,25 +241,25 @@ def warm_starts() -> str:
         ]
         for name in found[TASKS[0]]
     ]
-    head = ["adapter starts from", *(f"{task}: training loss, test top-1" for task in TASKS), "costs (epochs)"]
+    head = ["initialised from", *(f"{task}: training loss, test top-1" for task in TASKS), "costs (epochs)"]
     return f"{table(head, rows)}\n\nRendered data, 4 epochs, seed 0, lr {found[TASKS[0]][rows[0][0]]['lr']:g}."
 
 
 def suite() -> str:
-    """Test top-1 of the suite's runs on the rendered tasks, a linear probe beside them."""
+    """List test top-1 of the suite's runs on the rendered tasks, a linear probe beside them."""
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for path in sorted((RESULTS / "suite").glob("*/result.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         config = result["config"]
         found.setdefault(config["task"], {}).setdefault(config["init"], []).append(result)
     probe = {row["task"]: row["top1"] for row in read("linear_probe")["rows"]}
-    starts = ["kaiming", "abm", "abm_aligned"]
-    top1 = {task: [[100 * r["test"]["top1"] for r in runs[s]] for s in starts] for task, runs in found.items()}
+    inits = ["kaiming", "abm", "abm_aligned"]
+    top1 = {task: [[100 * r["test"]["top1"] for r in runs[i]] for i in inits] for task, runs in found.items()}
     rows = [
         [task, f"{100 * probe[task]:.1f}", *(_with_spread(values) for values in columns)]
         for task, columns in top1.items()
     ]
-    means = [statistics.mean(statistics.mean(columns[k]) for columns in top1.values()) for k in range(len(starts))]
+    means = [statistics.mean(statistics.mean(columns[k]) for columns in top1.values()) for k in range(len(inits))]
     rows.append(
         [
             f"mean of these {len(top1)}",
@@ -268,15 +268,15 @@ def suite() -> str:
         ]
     )
     runs = [r for columns in found.values() for several in columns.values() for r in several]
-    rates = {s: sorted({f"{r['config']['lr']:g}" for r in runs if r["config"]["init"] == s}) for s in starts}
-    head = ["rendered task", "linear probe", *(f"`{s}`, lr {' or '.join(rates[s])}" for s in starts)]
+    rates = {i: sorted({f"{r['config']['lr']:g}" for r in runs if r["config"]["init"] == i}) for i in inits}
+    head = ["rendered task", "linear probe", *(f"`{i}`, lr {' or '.join(rates[i])}" for i in inits)]
     seeds = len({r["config"]["seed"] for r in runs})
     matched = [r["abm"] for r in runs if r["config"]["init"] == "abm"]
     risen = sum(report["after"]["loss"] > report["before"]["loss"] for report in matched)
     note = (
         f"Test top-1 (%), mean and standard deviation over {seeds} seeds; quick preset, {runs[0]['config']['epochs']} "
         f"epochs; {runs[0]['environment']['device']}. Rendered surrogates: not VTAB-1K.\n"
-        f"The start `abm` left the boundary loss above where it began in {risen} of {len(matched)} runs."
+        f"After `abm` the boundary loss was above its initial value in {risen} of {len(matched)} runs."
     )
     return f"{table(head, rows)}\n\n{note}"
 
@@ -340,11 +340,11 @@ def nlp_init() -> str:
     )
 
 
-def nlp_starts() -> str:
-    """Starts on the tiny language models, all rates and the spread over seeds."""
+def nlp_initializers() -> str:
+    """List initialisations on the tiny language models, all rates and the spread over seeds."""
     parts = []
     for subject in ("sst2", "rte", "instruct"):
-        records = Ledger(f"nlp_starts-{subject}").records
+        records = Ledger(f"nlp_initializers-{subject}").records
         found: dict[tuple[str, float], list[dict[str, Any]]] = {}
         for record in records:
             found.setdefault((record["config"]["init"], record["config"]["lr"]), []).append(record)
@@ -360,7 +360,7 @@ def nlp_starts() -> str:
             for (init, lr), runs in sorted(found.items(), key=lambda item: (item[0][1], item[0][0]))
         ]
         score = "perplexity of held-out answers" if subject == "instruct" else "validation accuracy (%)"
-        head = ["start", "lr", "seeds", "training loss, mean over steps", score, "start costs (epochs)"]
+        head = ["initialisation", "lr", "seeds", "training loss, mean over steps", score, "its cost (epochs)"]
         parts.append(f"{subject}:\n\n{table(head, rows)}")
     device = records[0]["environment"]["device"]
     note = f"tiny-t5 (sst2, rte) and tiny-llama (instruct): stand-ins, made-up data; {device}."
@@ -376,26 +376,26 @@ def _epoch(record: dict[str, Any]) -> float:
 
 
 def _changed(config: dict[str, Any]) -> str:
-    """The start's settings that are not today's defaults."""
+    """The settings of an initialisation that differ from today's defaults."""
     own = {k: v for k, v in config.items() if uses(config["init"], k) and k.startswith(("abm_", "align_"))}
     given = {k: v for k, v in own.items() if v != PLAIN[k] and v is not None}
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())
 
 
-def _start(config: dict[str, Any]) -> str:
+def _named(config: dict[str, Any]) -> str:
     changed = _changed(config)
     return f"`{config['init']}`" + (f" ({changed})" if changed else "")
 
 
 def _over_seeds(values: Iterable[float], digits: int) -> str:
-    """Mean and, of several, their standard error."""
+    """The mean and, of several values, its standard error."""
     values = list(values)
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
     return f"{statistics.mean(values):.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _steady(found: dict[float, dict[str, Any]]) -> str:
-    """At how many of the rates top-1 is within a point of the start's best."""
+    """The number of rates at which top-1 is within a point of the best."""
     top1 = [record["test"]["top1"] for record in found.values() if "test" in record]
     return f"{sum(value >= max(top1) - 0.01 for value in top1)} of {len(found)}"
 
@@ -418,13 +418,13 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
 
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
-    README: (training_step, abm_init, attention, families, starts, confirmation, suite, nlp_step, nlp_init),
-    BENCHMARKS: (screening, sweep, directions, warm_starts, information_loss, rendering, data_path, nlp_starts),
+    README: (training_step, abm_init, attention, families, initialisations, confirmation, suite, nlp_step, nlp_init),
+    BENCHMARKS: (screening, sweep, directions, from_adapter, information_loss, rendering, data_path, nlp_initializers),
 }
 
 
 def fill(path: Path) -> str:
-    """The document with every `<!-- table: NAME -->` ... `<!-- end -->` filled."""
+    """Return the document with every `<!-- table: NAME -->` ... `<!-- end -->` filled."""
     text = path.read_text(encoding="utf-8")
     for make in TABLES[path]:
         pattern = re.compile(rf"(<!-- table: {make.__name__} -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -2,8 +2,8 @@
 
     python benchmarks/training_step.py [--models vit_small_patch14_dinov2] [--image-sizes 112 224] [--rounds 7]
 
-The floor is the same model with nothing but the head trainable and gradients still flowing to the input: what no
-adapter can undercut. Variants take turns within every round, so that a drift of the machine's speed hits all alike;
+The floor is the same model with nothing but the head trainable and gradients still flowing to the input, which no
+adapter can undercut. Variants take turns within every round, so that a drift of the machine's speed affects all alike;
 reported are medians over rounds and ratios to the floor of the same round. Weights are random: time does not depend
 on them. Memory is the growth of the process's peak over the built model, each variant in a process of its own.
 """
@@ -45,7 +45,7 @@ def build(variant: str, name: str, image_size: int, device: str) -> nn.Module:
 
 
 def stepper(model: nn.Module, image_size: int, batch: int, dtype: torch.dtype, device: str) -> Callable[[], None]:
-    """One step of AdamW; the input wants a gradient so that the floor's backward pass is a whole one."""
+    """Make one step of AdamW; the input requires a gradient so that the floor's backward pass is complete."""
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, foreach=True)
     images = torch.randn(batch, 3, image_size, image_size, device=device, requires_grad=True)
     labels = torch.randint(0, 16, (batch,), device=device)
@@ -80,7 +80,7 @@ def time_variants(args: argparse.Namespace, name: str, size: int, batch: int, dt
 
 
 def take_turns(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict:
-    """Median seconds of every variant, and its ratio to the variant "floor" of the same round."""
+    """Measure median seconds of every variant, and its ratio to the variant "floor" of the same round."""
     seconds: dict[str, list[float]] = {v: [] for v in steps}
     for round_ in range(rounds + 2):
         order = list(steps) if round_ % 2 else list(steps)[::-1]
@@ -99,7 +99,7 @@ def take_turns(steps: dict[str, Callable[[], None]], rounds: int, device: str) -
 
 
 def peak_memory(variant: str, name: str, size: int, batch: int, dtype: torch.dtype, device: str) -> float:
-    """MiB that three steps need beyond the model itself."""
+    """Measure the MiB that three steps need beyond the model itself."""
     step = stepper(build(variant, name, size, device), size, batch, dtype, device)
     return peak_mib(lambda: [step() for _ in range(3)], device)
 

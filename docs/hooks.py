@@ -1,4 +1,4 @@
-"""What the pages take from the code (every option of every command, the table of starts), and formulas as MathML."""
+"""Hooks of mkdocs: options of the commands and the table of initialisations from the code, and formulas as MathML."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from latex2mathml.converter import convert
 
 from abm_vision import INITIALIZERS
 
-# `{{ options module:function }}` becomes that parser's options, `{{ starts }}` the table of starts.
+# `{{ options module:function }}` becomes that parser's options.
 OPTIONS = re.compile(r"^\{\{ options ([\w.]+):(\w+) \}\}$", re.MULTILINE)
-STARTS = "{{ starts }}"
+INITIALISATIONS = "{{ initialisations }}"
 CODE = re.compile(r"<(pre|code|script|style)\b.*?</\1>", re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Fill a page's marks."""
+    """Replace a page's placeholders."""
     filled = OPTIONS.sub(lambda found: options(getattr(importlib.import_module(found[1]), found[2])()), markdown)
-    return filled.replace(STARTS, starts()) if STARTS in filled else filled
+    return filled.replace(INITIALISATIONS, initialisations()) if INITIALISATIONS in filled else filled
 
 
 def on_page_content(html: str, **_: Any) -> str:
-    """LaTeX between dollars, in pages and notebooks, as MathML, which browsers show without a script."""
+    """Convert LaTeX between dollars, in pages and notebooks, to MathML, which browsers show without a script."""
     text, end = [], 0
     for code in CODE.finditer(html):
         text += [FORMULA.sub(_formula, html[end : code.start()]), code[0]]
@@ -39,7 +39,7 @@ def _formula(found: re.Match[str]) -> str:
 
 
 def options(parser: argparse.ArgumentParser) -> str:
-    """A parser's description and a table of its arguments."""
+    """Return a parser's description and a table of its arguments."""
     rows = []
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
@@ -55,7 +55,7 @@ def _kind(action: argparse.Action) -> str:
     return {int: "integer", float: "number"}.get(action.type, "text")
 
 
-def starts() -> str:
-    """Name, meaning, needs and source of every start."""
+def initialisations() -> str:
+    """Return a table of name, meaning, needs and source of every initialisation."""
     rows = [f"| `{s.name}` | {s.summary} | {s.needs} | {s.source} |" for s in INITIALIZERS.values()]
-    return "\n".join(["| start | what it does | needs | source |", "| --- | --- | --- | --- |", *rows])
+    return "\n".join(["| initialisation | what it does | needs | source |", "| --- | --- | --- | --- |", *rows])

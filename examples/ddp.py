@@ -1,6 +1,6 @@
 """Several processes (DDP), on CPU or GPUs: torchrun --nproc-per-node 2 examples/ddp.py
 
-The first process applies the start; DDP hands its weights to the others when it wraps the model.
+The first process initialises the adapter; DDP broadcasts its weights to the others when it wraps the model.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from abm_vision import add_lora, create_backbone, initialize_lora_abm_weights, s
 
 
 def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = "auto", out: str = "adapter") -> float:
-    """The loss of this process's last step."""
+    """Train, and return the loss of this process's last step."""
     dist.init_process_group()
     first = dist.get_rank() == 0
     data = images(64, size)

@@ -1,4 +1,4 @@
-"""Lightning: the start belongs in front of `Trainer.fit`, which makes the optimiser. Needs `pip install lightning`."""
+"""Lightning: initialise before `Trainer.fit`, which makes the optimiser. Needs `pip install lightning`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Tuned(lightning.LightningModule):
 
 
 def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = "auto", out: str = "adapter") -> float:
-    """The loss of the last step."""
+    """Train, and return the loss of the last step."""
     loader = DataLoader(images(64, size), batch_size=16, shuffle=True)
     lightning.seed_everything(0, verbose=False)
     backbone, _ = create_backbone(name, num_classes=CLASSES, img_size=size, weights=weights)

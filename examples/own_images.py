@@ -1,4 +1,4 @@
-"""A folder of images, one sub-folder a class, to an adapter that answers for one image.
+"""Tune on a folder of images, one sub-folder per class, and classify one image with the saved adapter.
 
 python examples/own_images.py my/folder        # with train/<class>/*.jpg and test/<class>/*.jpg in it
 """
@@ -26,11 +26,11 @@ def main(
     out: str = "adapter",
     epochs: int = 10,
 ) -> float:
-    """The share of test images that are classified rightly."""
+    """Train, and return top-1 on the test images, in [0, 1]."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     classes = ImageFolder(f"{folder}/train").classes
     torch.manual_seed(0)
-    random.seed(0)  # of timm's augmentation
+    random.seed(0)  # for timm's augmentation
     backbone, _ = create_backbone(name, num_classes=len(classes), img_size=size, weights=weights)
     recorded = timm.data.resolve_model_data_config(backbone) | {"input_size": (3, size, size), "crop_pct": 1.0}
     augmented = timm.data.create_transform(**recorded, is_training=True, scale=(0.6, 1.0))
@@ -65,7 +65,7 @@ def main(
 
 @torch.no_grad()
 def accuracy(model: torch.nn.Module, loader: DataLoader, device: str) -> float:
-    """Top-1 over the loader."""
+    """Compute top-1 over the loader, in [0, 1]."""
     model.eval()
     right = sum((model(images.to(device)).argmax(-1).cpu() == labels).sum().item() for images, labels in loader)
     return right / len(loader.dataset)

@@ -1,4 +1,4 @@
-"""A plain PyTorch loop: LoRA on a timm ViT, started by boundary matching."""
+"""A plain PyTorch loop: LoRA on a timm ViT, initialised by boundary matching."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from abm_vision import add_lora, create_backbone, initialize_lora_abm_weights, s
 
 
 def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = "auto", out: str = "adapter") -> float:
-    """The loss of the last step."""
+    """Train, and return the loss of the last step."""
     loader = DataLoader(images(64, size), batch_size=16, shuffle=True)
     torch.manual_seed(0)
     backbone, _ = create_backbone(name, num_classes=CLASSES, img_size=size, weights=weights)

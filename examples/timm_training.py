@@ -15,14 +15,14 @@ from abm_vision import add_lora, create_backbone, initialize_lora_abm_weights, s
 
 
 def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = "auto", out: str = "adapter") -> float:
-    """The loss of the last step."""
+    """Train, and return the loss of the last step."""
     loader = DataLoader(images(64, size), batch_size=16, shuffle=True, drop_last=True)
     torch.manual_seed(0)
     backbone, _ = create_backbone(name, num_classes=CLASSES, img_size=size, weights=weights)
     model = add_lora(backbone, rank=8, alpha=8)
     initialize_lora_abm_weights(model, loader)
 
-    optimiser = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=1e-4)  # takes only what trains
+    optimiser = create_optimizer_v2(model, opt="adamw", lr=1e-3, weight_decay=1e-4)  # selects the trainable parameters
     scheduler, epochs = create_scheduler_v2(optimiser, "cosine", num_epochs=2, warmup_epochs=1, warmup_lr=1e-5)
     average = ModelEmaV3(model, decay=0.9)
     mixup, criterion = Mixup(0.2, 1.0, num_classes=CLASSES), SoftTargetCrossEntropy()

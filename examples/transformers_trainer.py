@@ -1,7 +1,7 @@
-"""transformers' Trainer with a timm model (`TimmWrapperForImageClassification`) and a data set of Hugging Face.
+"""transformers' Trainer with a timm model (`TimmWrapperForImageClassification`) and a Hugging Face dataset.
 
-With a network, `TimmWrapperForImageClassification.from_pretrained("timm/...", num_labels=4)` fetches the model; here it
-is put together, so that weights on this machine are found too.
+With a network, `TimmWrapperForImageClassification.from_pretrained("timm/...", num_labels=4)` downloads the model; here
+it is assembled, so that weights on this machine are found too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from abm_vision import add_lora, create_backbone, initialize_lora_abm_weights, s
 
 
 def pictures(count: int, size: int) -> datasets.Dataset:
-    """A data set as on the hub: columns `image` (decoded to PIL) and `label`."""
+    """Return a dataset like those on the hub: columns `image` (decoded to PIL) and `label`."""
     rng = np.random.default_rng(0)
     noise = [Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8)) for _ in range(count)]
     data = datasets.Dataset.from_dict({"image": noise, "label": rng.integers(0, CLASSES, count)})
@@ -27,7 +27,7 @@ def pictures(count: int, size: int) -> datasets.Dataset:
 
 
 def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = "auto", out: str = "adapter") -> float:
-    """The training loss."""
+    """Train, and return the mean training loss."""
     torch.manual_seed(0)
     backbone, _ = create_backbone(name, num_classes=CLASSES, img_size=size, weights=weights)
     config = TimmWrapperConfig(architecture=name.partition(".")[0], num_labels=CLASSES, model_args={"img_size": size})
@@ -46,7 +46,7 @@ def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = 
         num_train_epochs=1,
         per_device_train_batch_size=16,
         learning_rate=1e-3,
-        remove_unused_columns=False,  # the transform makes pixel_values from the column image
+        remove_unused_columns=False,  # the transform needs the column image
         label_names=["labels"],
         save_strategy="no",
         report_to="none",

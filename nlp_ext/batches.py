@@ -1,4 +1,4 @@
-"""Batches as transformers' collators make them: mappings of tensors (batch, tokens), labels -100 where none counts."""
+"""Batches as transformers' collators make them: mappings of tensors (batch, tokens); label -100 is ignored."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-IGNORED = -100  # the label of a token that the loss passes over, as in transformers
+IGNORED = -100  # the label of a token that the loss ignores, as in transformers
 
 
 def forward(model: nn.Module, batch: Any) -> Any:
-    """The model on a batch, without a cache of keys and values: nothing is generated here.
+    """Run the model on a batch, without a cache of keys and values, as nothing is generated.
 
     Raises:
         ValueError: the batch is no mapping.
@@ -28,7 +28,7 @@ def forward(model: nn.Module, batch: Any) -> Any:
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
-    """The model's own loss: the mean over all tokens (or sequences) of the batch with a label.
+    """Compute the model's own loss, the mean over all tokens (or sequences) of the batch with a label.
 
     Raises:
         ValueError: the batch has no labels.
@@ -42,13 +42,13 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def real_tokens(batch: Mapping[str, Any], stack: str = "") -> Tensor | None:
-    """All tokens that are no padding: boolean (batch, tokens), or None for all where no attention_mask says so."""
+    """Mark tokens that are no padding: boolean (batch, tokens), or None, for all, without an attention_mask."""
     mask = batch.get("attention_mask")
     return None if mask is None else mask.bool()
 
 
 def answer_tokens(batch: Mapping[str, Any], stack: str = "") -> Tensor | None:
-    """Only tokens with a label, such as an instruction's answer: boolean (batch, tokens).
+    """Mark tokens with a label, such as an instruction's answer: boolean (batch, tokens).
 
     For decoder-only models: `initialize_lora_abm_weights(model, loader, token_mask_fn=answer_tokens)`.
 
@@ -63,7 +63,3 @@ def answer_tokens(batch: Mapping[str, Any], stack: str = "") -> Tensor | None:
             f"no token of a batch has a label other than {IGNORED}: its answers were cut off, or are empty"
         )
     return mask
-
-
-def nothing_to_prepare(model: nn.Module, adapted: list[str]) -> None:
-    """Every projection of these models runs as it is."""

@@ -1,4 +1,4 @@
-"""Text that every Python has: the documentation strings of its standard library."""
+"""A corpus that every Python has: the documentation strings of its standard library."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 
 def documentation() -> Iterator[str]:
-    """Every documentation string of the standard library, one paragraph at a time, in the order of its files.
+    """Yield the documentation strings of the standard library, one paragraph at a time, in the order of its files.
 
     The files are parsed, never run. Tests and installed packages are left out.
     """
@@ -26,7 +26,7 @@ def _paragraphs(path: Path) -> Iterator[str]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # odd escapes in old files
             tree = ast.parse(path.read_bytes())
-    except SyntaxError:  # the library holds files for lib2to3 that no Python of today reads
+    except SyntaxError:  # lib2to3 has files that no current Python reads
         return
     for node in ast.walk(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -36,4 +36,4 @@ def _paragraphs(path: Path) -> Iterator[str]:
                     yield text
 
 
-SHORTEST = 40  # characters: less is a heading or a signature
+SHORTEST = 40  # characters: a shorter text is a heading or a signature

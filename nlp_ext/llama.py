@@ -1,4 +1,4 @@
-"""LLAMA: what the core needs to know of LLaMA and of decoders with the same blocks, as data.
+"""LLAMA: the `Backbone` of LLaMA and of decoders with the same blocks.
 
 Mistral, Qwen2, Qwen3, Gemma, SmolLM3 and others name and compute their blocks as LLaMA does; Phi-3 fuses q, k and v,
 and gate and up. Nothing here imports transformers.
@@ -32,7 +32,7 @@ def _matches(model: nn.Module) -> bool:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """Of classifiers and question answering; `lm_head` stays as it is, and is often tied to the embeddings."""
+    """Heads of classifiers and question answering; `lm_head` stays frozen, and is often tied to the embeddings."""
     return [name for name, _ in model.named_children() if name in _HEADS]
 
 
@@ -56,7 +56,6 @@ LLAMA = Backbone(
     key_modules=r".*\.k_proj",
     fused_qkv=_fused_qkv,
     head_modules=_heads,
-    prepare=batches.nothing_to_prepare,
     forward_fn=batches.forward,
     loss_fn=batches.loss,
     token_mask_fn=batches.real_tokens,

@@ -1,4 +1,4 @@
-"""Pretrained language models: from the hub, a folder, or a tiny one that is made here. Never from pickles."""
+"""Pretrained language models: from the hub, a folder, or a tiny one pretrained here. Never from pickles."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ _TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "chat_templat
 class Weights:
     """Where a model's weights come from.
 
-    Args:
+    Attributes:
         location: name on the hub, folder, or tiny model.
         revision: the hub's commit, None for others.
-        sha256: of the safetensors files, one after the other by name.
-        tiny: a stand-in that this package has pretrained by itself.
+        sha256: hash of the safetensors files in the order of their names, in hexadecimal.
+        tiny: whether it is a stand-in pretrained by this package.
     """
 
     location: str
@@ -43,24 +43,27 @@ class Weights:
 def load_model(
     name: str, kind: Any, example: str, *, show_progress_bar: bool = True, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Weights]:
-    """A model in evaluation mode, its tokeniser, and where they come from.
+    """Load a model and its tokeniser.
 
     Args:
         name: on the hub, a folder, or one of `tiny.MODELS`.
         kind: transformers' class of models, such as `AutoModelForSeq2SeqLM`.
         example: a tiny model of that kind, for messages.
-        show_progress_bar: while a tiny model is pretrained.
-        options: of `from_pretrained`, such as dtype.
+        show_progress_bar: show a bar while a tiny model is pretrained.
+        options: passed to `from_pretrained`, such as dtype.
+
+    Returns:
+        The model in evaluation mode, its tokeniser, and where the weights come from.
 
     Raises:
         OSError: there is no such model, it is gated, or the hub cannot be reached.
-        ValueError: the model is of another kind, its files are damaged or not whole, or a weight is not finite.
+        ValueError: the model is of another kind, its files are damaged or incomplete, or a weight is not finite.
     """
     place = str(tiny.tiny_folder(name, show_progress_bar=show_progress_bar)) if name in tiny.MODELS else name
     try:
         try:
             config = AutoConfig.from_pretrained(place)
-        except ValueError as error:  # files that are there, but of no known model
+        except ValueError as error:  # the files exist, but are of no model that transformers supports
             raise OSError(*error.args) from error
         if type(config) not in kind._model_mapping:
             raise ValueError(f"{name} is a model of type {config.model_type}; one like {example} is needed here")
@@ -69,7 +72,7 @@ def load_model(
         sha256 = sha256_of(_weights_files(Path(cached_file(place, "config.json")).parent))
     except OSError as error:
         raise OSError(_explained(name, error, example)) from error
-    except (SafetensorError, RuntimeError) as error:  # a file that is cut short, or of other shapes
+    except (SafetensorError, RuntimeError) as error:  # a truncated file, or other shapes
         raise ValueError(f"the weights of {name} cannot be read ({' '.join(str(error).split())[:200]})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
@@ -105,10 +108,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def model_content(name: str) -> dict[str, str]:
-    """Hashes of a model's weights, configuration and tokeniser, as they are on this machine; nothing is loaded.
+    """Hash a model's weights, configuration and tokeniser on this machine; nothing is loaded.
 
     Raises:
-        OSError: they are not there.
+        OSError: they are not on this machine.
     """
     place = str(tiny.tiny_folder(name, show_progress_bar=False)) if name in tiny.MODELS else name
     folder = Path(cached_file(place, "config.json", local_files_only=True)).parent

@@ -1,4 +1,4 @@
-"""transformers and datasets, quiet: what they would print beside a command's own lines."""
+"""Silence transformers and datasets beside a command's own output."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import transformers
 
 @contextmanager
 def only_our_own_words() -> Iterator[None]:
-    """No progress bars of loading and mapping, no advice; errors are still raised."""
+    """Switch off their progress bars, advice and warnings; errors are still raised."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.utils.logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""Several processes of one run, as `accelerate launch` and `torchrun` start them."""
+"""The processes of one run that `accelerate launch` or `torchrun` has launched."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from abm_vision.runs.device import resolve_device
 
 
 def join(cpu: bool) -> PartialState:
-    """This process among those of the run; the only one if nothing launched several.
+    """Join the processes of the run; without a launcher there is only this one.
 
     Raises:
-        ValueError: FSDP of the first version is asked for.
+        ValueError: FSDP of the first version is configured.
     """
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("FSDP is of version 1, which hides LoRA's weights: accelerate launch --fsdp_version 2")
-        # Every process needs the whole model for the start; the Trainer shards it afterwards.
+        # Every process needs the whole model for the initialisation; the Trainer shards it afterwards.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=cpu)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
-    """The trained parameters of a model that FSDP has sharded, whole, in the first process; None if it is not sharded.
+    """Gather the trained parameters of a model that FSDP has sharded in the first process; None if it is not sharded.
 
-    Every process must call it.
+    Every process must call this.
     """
     if not isinstance(model, FSDPModule):
         return None
@@ -44,7 +44,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
 
 
 def text_device(name: str) -> torch.device:
-    """The device of this process: the Trainer takes the first visible GPU, or of several processes one each.
+    """Return this process's device: the Trainer uses the first visible GPU, or one GPU per process.
 
     Raises:
         ValueError: another GPU is named, which the Trainer would not use.
@@ -60,18 +60,18 @@ def text_device(name: str) -> torch.device:
 
 @torch.no_grad()
 def same_on_all_ranks(model: PeftModel) -> None:
-    """Give every process what the start has made in the first, so that all begin with the same model.
+    """Broadcast the initialisation of the first process, so that all train the same model.
 
-    Every process runs the start itself, on the same samples and with the same seed; what other hardware or kernels
-    would make of it (a singular vector of the other sign) must not drive them apart.
+    Every process runs the initialisation, on the same samples and with the same seed; other hardware or kernels may
+    still give another result (a singular vector of the other sign).
     """
     if PartialState().num_processes > 1:
-        for tensor in _started(model):
+        for tensor in _initialised(model):
             tensor.copy_(broadcast(tensor.detach().clone(), from_process=0))
 
 
-def _started(model: PeftModel) -> Iterator[Tensor]:
-    """What trains, frozen factors, and, where the start has changed the base weights, those and the kept start."""
+def _initialised(model: PeftModel) -> Iterator[Tensor]:
+    """Trained parameters, frozen factors and, if the base weights were changed, those and the initial factors."""
     yield from (p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n)
     if any(changes_base(config) for config in model.peft_config.values()):
         for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):

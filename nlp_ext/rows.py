@@ -1,7 +1,7 @@
 """Rows of a local file, each with its place: JSON, lines of JSON, CSV and Parquet.
 
-`datasets` would guess types (a text that looks like a date becomes one), fill up what rows lack, and not say in which
-line a mistake is.
+`datasets` would guess types (a text that looks like a date becomes one), fill in missing columns, and not name the line
+of a mistake.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ Row = tuple[str, dict[str, Any]]  # where it is, for messages, and its columns
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file that ends as one of `READERS` do.
+    """Read all rows of a file with one of the endings in `READERS`.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is empty, not in UTF-8, or not what its name says; the message names the line.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is empty, not in UTF-8, or not of its format; the message names the line.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}")
@@ -39,7 +39,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """An array, a value on every line (blank ones are passed over), or one object."""
+    """Read an array, a value on every line (blank ones are ignored), or one object."""
     text = _text(path)
     if text.lstrip().startswith("["):
         values = _decode(text, path, 1)
@@ -54,17 +54,17 @@ def json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def checked_text(value: object, what: str) -> str:
-    """The value, if it is a text.
+    """Return the value if it is a text.
 
     Raises:
-        ValueError: it is none, or has halves of characters, which no tokeniser takes.
+        ValueError: it is not, or has halves of characters, which no tokeniser accepts.
     """
     if not isinstance(value, str):
         raise ValueError(f"{what} is {reprlib.repr(value)}; a text is needed")
     try:
         value.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{what} has half a character ({value[error.start]!a}) at {error.start}: mend it") from None
+        raise ValueError(f"{what} has half a character ({value[error.start]!a}) at {error.start}: fix it") from None
     return value
 
 
@@ -97,13 +97,13 @@ def _object(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in pairs:
         if name in found:
-            raise ValueError(f"{name} is there twice")
+            raise ValueError(f"{name} occurs twice")
         found[name] = value
     return found
 
 
 def _csv_rows(path: Path) -> Iterator[Row]:
-    """The first line names the columns; every value is a text."""
+    """Rows of a file whose first line names the columns; every value is a text."""
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
     try:
         for row in reader:

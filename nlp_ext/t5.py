@@ -1,4 +1,4 @@
-"""T5: what the core needs to know of T5 and its relatives, as data. Nothing here imports transformers."""
+"""T5: the `Backbone` of T5 and its relatives. Nothing here imports transformers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,8 @@ def _matches(model: nn.Module) -> bool:
 
 
 def _heads(model: nn.Module) -> list[str]:
-    """Of classifiers and question answering; the output layer of the language model is tied or stays as it is."""
+    """Heads of classifiers and question answering; a language model's output layer is tied or stays frozen."""
     return [name for name, _ in model.named_children() if name in _HEADS]
-
-
-def _no_fused_qkv(model: nn.Module) -> list[str]:
-    return []
 
 
 def _input_stack(name: str) -> str:
@@ -40,7 +36,7 @@ def _forward(model: nn.Module, batch: Any) -> Any:
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(batch, Mapping) and hasattr(bare, "decoder") and not batch.keys() & _DECODER_INPUTS:
         raise ValueError(
-            f"T5's decoder starts from labels or decoder_input_ids; the batch has {', '.join(sorted(batch))}. Let the "
+            f"T5's decoder needs labels or decoder_input_ids; the batch has {', '.join(sorted(batch))}. Let the "
             "collator add labels"
         )
     return batches.forward(model, batch)
@@ -50,9 +46,9 @@ _DECODER_INPUTS = {"labels", "decoder_input_ids", "decoder_inputs_embeds"}
 
 
 def _real_tokens(batch: Mapping[str, Any], stack: str) -> Tensor | None:
-    """The encoder's by attention_mask. The decoder's by decoder_attention_mask, else those that predict a label.
+    """The encoder's tokens by attention_mask; the decoder's by decoder_attention_mask, else those that predict a label.
 
-    T5 shifts labels to the right to get the decoder's inputs: position t predicts label t. For a class a sentence
+    T5 shifts labels to the right to get the decoder's inputs: position t predicts label t. With one class per sentence
     (labels (batch,)) it shifts the encoder's inputs.
     """
     if stack == "encoder":
@@ -60,7 +56,7 @@ def _real_tokens(batch: Mapping[str, Any], stack: str) -> Tensor | None:
     if (mask := batch.get("decoder_attention_mask")) is not None:
         return mask.bool()
     labels = batch.get("labels")
-    if labels is None:  # decoder_input_ids alone: nothing says what is padding
+    if labels is None:  # decoder_input_ids alone: padding is unknown
         return None
     return labels != batches.IGNORED if labels.ndim > 1 else batches.real_tokens(batch)
 
@@ -75,9 +71,7 @@ T5 = Backbone(
     # Of a gated MLP the input of `act` is that of wi_0; wi_1 is the linear branch and has no boundary.
     boundary_modules={s: rf"(?:transformer\.)?{s}\.block\.\d+\.layer\.\d\.DenseReluDense\.act" for s in _STACKS},
     key_modules=r".*\.k",
-    fused_qkv=_no_fused_qkv,
     head_modules=_heads,
-    prepare=batches.nothing_to_prepare,
     forward_fn=_forward,
     loss_fn=batches.loss,
     token_mask_fn=_real_tokens,

@@ -1,8 +1,8 @@
-"""tiny-t5 and tiny-llama: byte-level models that this package pretrains by itself, for machines that reach no hub.
+"""tiny-t5 and tiny-llama: byte-level models that this package pretrains, for machines that reach no hub.
 
-They are stand-ins, there to try a pipeline and to compare starts on real tokenisation and trainers, and every result
-says so. They read the standard library's documentation, and sentences and exercises of the grammar of
-`nlp_ext.glue.synthetic`; a cached model is used again, by any process.
+They are stand-ins for trying a pipeline and for comparing initialisations on real tokenisation and trainers, and every
+result says so. They are trained on the standard library's documentation, and on sentences and exercises of the grammar
+of `nlp_ext.glue.synthetic`. Processes share the cached models.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from transformers import (
 
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import read_object, write_json, writing
+from abm_vision.runs.content import cache_folder
 from abm_vision.runs.device import autocast, has_fast_bf16
 from nlp_ext.batches import IGNORED
 from nlp_ext.corpus import documentation
@@ -37,8 +38,8 @@ from nlp_ext.glue import synthetic
 
 BATCH, SEED, WARMUP = 16, 0, 100
 GRAMMAR_SENTENCES = EXERCISES = 20_000
-NOISE, SPAN = 0.15, 6.0  # share of bytes that T5 is to fill in, and the mean length of a gap in bytes
-PAD, EOS = 0, 1  # ByT5's; bytes follow from 3 on
+NOISE, SPAN = 0.15, 6.0  # share of bytes that T5 has to fill in, and the mean length of a gap in bytes
+PAD, EOS = 0, 1  # ByT5's ids; byte b has id b + 3
 RECIPE = "recipe.json"
 
 
@@ -46,9 +47,8 @@ RECIPE = "recipe.json"
 class Tiny:
     """One model: steps of its pretraining, bytes in a window of text, and peak learning rates.
 
-    Steps of Adam are of one size. T5 begins with embeddings of deviation 1 and with matrices of far less, so that a
-    rate which moves the ones would tear the others: embeddings (with norms and position biases) have a rate of their
-    own.
+    All of Adam's steps have the same size. T5's embeddings are initialised with deviation 1, its matrices with much
+    less, so that no rate suits both: embeddings (with norms and position biases) have their own.
     """
 
     steps: int
@@ -64,10 +64,10 @@ MODELS: Mapping[str, Tiny] = {
 
 
 def make_model(name: str) -> PreTrainedModel:
-    """The model with random weights of a fixed seed.
+    """Make the model with random weights of a fixed seed.
 
     Raises:
-        ValueError: it is none of `MODELS`.
+        ValueError: the name is none of `MODELS`.
     """
     tokens = 384  # ByT5's vocabulary: 3 special tokens, 256 bytes, 125 sentinels
     torch.manual_seed(SEED)
@@ -107,14 +107,14 @@ def make_model(name: str) -> PreTrainedModel:
 
 
 def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
-    """The folder of a pretrained tiny model, in transformers' format; made first if it is not whole in the cache.
+    """Return the folder of a pretrained tiny model, in transformers' format; pretrain it if it is not in the cache.
 
     Raises:
         CannotWrite: the cache cannot be written.
     """
     recipe = {"model": name, "code": _code_hash(), "python": platform.python_version()}
     digest = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:12]
-    folder = _cache_folder() / f"{name}-{digest}"
+    folder = cache_folder() / f"{name}-{digest}"
     with writing(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
@@ -138,28 +138,22 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _hashes(folder: Path) -> dict[str, str]:
-    """Of every file but the recipe."""
+    """SHA-256 of every file except the recipe."""
     files = (path for path in sorted(folder.iterdir()) if path.name != RECIPE)
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def _code_hash() -> str:
-    """Of everything that decides what the models are."""
+    """SHA-256 of the code that determines the models."""
     files = [Path(__file__), *(Path(__file__).parent / n for n in ("corpus.py", "glue/synthetic.py"))]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
-def _cache_folder() -> Path:
-    """`abm_lora` in the user's cache folder, after the XDG base directory specification (relative values ignored)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "abm_lora"
-
-
 def pretrain(name: str, *, steps: int | None = None, show_progress_bar: bool = True) -> PreTrainedModel:
-    """Train a tiny model on windows of text drawn with a fixed seed; AdamW, warm-up, then linearly to zero.
+    """Train a tiny model on windows of text drawn with a fixed seed; AdamW, warm-up, then a linear decay to zero.
 
-    T5 fills in gaps (Raffel et al., arXiv:1910.10683, section 3.1.4) in one step, and does exercises in the next two;
-    LLaMA predicts the next byte.
+    T5 fills in gaps (Raffel et al., arXiv:1910.10683, section 3.1.4) in every third step, and does exercises in the
+    others; LLaMA predicts the next byte.
     """
     settings = MODELS[name]
     steps = steps or settings.steps
@@ -198,12 +192,12 @@ def _rates(model: PreTrainedModel, settings: Tiny) -> Iterator[tuple[list[Tensor
 
 
 def _bytes(texts: object) -> Tensor:
-    """Texts one after the other as ByT5's ids, each with an end."""
+    """ByT5's ids of the texts in order, each with an end token."""
     return torch.cat([torch.tensor([b + 3 for b in text.encode()] + [EOS]) for text in texts])
 
 
 def _windows(corpora: list[Tensor], length: int, generator: torch.Generator) -> Tensor:
-    """(BATCH, length) ids, as many from every corpus."""
+    """Ids (BATCH, length), the same number from every corpus."""
     rows = []
     for corpus in corpora:
         starts = torch.randint(len(corpus) - length, (BATCH // len(corpora),), generator=generator)
@@ -221,9 +215,9 @@ def _lesson(exercises: list[tuple[str, str]], generator: torch.Generator) -> dic
 
 
 def gaps(windows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-    """T5's denoising: gaps in the windows become sentinels, and the target says what each of them hides.
+    """Make T5's denoising batch: gaps in the windows become sentinels, and the targets are what they hide.
 
-    All windows have as many gaps, of lengths drawn anew for each, so that no padding of inputs is needed.
+    All windows have the same number of gaps, with lengths drawn for each window, so that inputs need no padding.
     """
     count, length = windows.shape
     hidden = round(NOISE * length)
@@ -245,10 +239,10 @@ def gaps(windows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_ids": torch.stack(inputs), "labels": torch.stack(targets)}
 
 
-SENTINEL = 258  # ids of gaps: ByT5 was pretrained with those of its last bytes, counting down
+SENTINEL = 258  # first id of a gap: ByT5 was pretrained with the ids of its last bytes, counting down
 
 
 def _split(total: int, parts: int, generator: torch.Generator) -> list[int]:
-    """Positive lengths that add up to `total`, all such equally likely."""
+    """Positive lengths that add up to `total`, drawn uniformly."""
     cuts = (torch.randperm(total - 1, generator=generator)[: parts - 1] + 1).sort().values.tolist()
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]

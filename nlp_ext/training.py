@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
 from accelerate import PartialState
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -26,7 +27,6 @@ from abm_vision.runs.log import LOGS, Log
 from abm_vision.runs.provenance import environment
 from abm_vision.runs.records import Notes, Positive, Record, Result, Seconds, read_record
 from abm_vision.runs.settings import AdapterSettings
-from abm_vision.runs.start import Say, Tune, check_same_start, start_adapter
 from nlp_ext.ranks import same_on_all_ranks
 from nlp_ext.textrun import TextRun
 

@@ -16,8 +16,9 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, TensorDataset
 
 from abm_vision import VIT, ABMConfig, add_lora, initialize_lora_abm_weights
-from abm_vision.abm import calibration
 from abm_vision.abm.adapter import Adapter
+from abm_vision.abm.boundary import choose_boundaries
+from abm_vision.abm.reference import calibrate
 
 # The procedure
 
@@ -145,14 +146,15 @@ def test_nothing_above_the_last_boundary_runs_and_the_reference_runs_once_a_batc
 def test_signs_are_kept_as_bits():
     model = add_lora(build_vit()).eval()
     config = ABMConfig(samples=8)
-    chosen = calibration.choose_layers(model.get_base_model(), VIT, config)
+    chosen = choose_boundaries(VIT.find_boundaries(model.get_base_model()), config)
     arguments = ([images(8)], chosen, config, "pretrained", VIT.forward_fn, VIT.token_mask_fn)
-    (part,) = calibration.calibrate(Adapter(model), *arguments).parts
+    (part,) = calibrate(Adapter(model), *arguments).parts
     elements = 8 * 5 * 192  # images, tokens (2x2 patches and a class token), hidden units
     reference = record(build_vit().eval(), images(8))
     for name in ACTS:
-        assert part.packed[name][0].dtype == torch.uint8 and part.packed[name][0].numel() == elements // 8
-        assert torch.equal(part.sign(name), reference[name] > 0)
+        bits, _ = part.signs._packed[name]
+        assert bits.dtype == torch.uint8 and bits.numel() == elements // 8
+        assert torch.equal(part.signs[name], reference[name] > 0)
 
 
 def test_one_step_and_one_sample():

@@ -9,7 +9,7 @@ from conftest import build_vit, images
 from helpers import gradients_by_autograd, record
 
 from abm_vision import AlignConfig, add_lora, information_loss, initialize_lora_aligned_weights
-from abm_vision.abm import align
+from abm_vision.abm import reference
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.vit import VIT
 
@@ -148,6 +148,6 @@ def with_zero_head():
 
 
 def test_a_rate_that_cannot_be_kept(monkeypatch):
-    monkeypatch.setattr(align, "measure", lambda *a: torch.tensor([[0.0, 0.98, 0.0]]))
+    monkeypatch.setattr(reference.Calibration, "measure", lambda *a: torch.tensor([[0.0, 0.98, 0.0]]))
     with pytest.raises(ValueError, match=r"stays at 0\.980000, below 0\.99, however small B is"):
         aligned()

@@ -14,7 +14,7 @@ from PIL import Image
 import vtab_tasks
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
-from abm_vision.vtab.parsers import run_parser
+from abm_vision.vtab.commands.run import parser as run_parser
 from vtab_tasks.tasks import Edition, Part, get_task
 
 # A run
@@ -125,7 +125,7 @@ def test_predict(capsys, tmp_path):
     "words, message",
     [
         (["--task", "dsprites_lok"], "unknown task 'dsprites_lok'; did you mean dsprites_loc"),
-        (["--model", "vit_smal_patch14_dinov2"], "timm has no model 'vit_smal_patch14_dinov2'; near it: vit_small"),
+        (["--model", "vit_smal_patch14_dinov2"], "timm has no model 'vit_smal_patch14_dinov2'; did you mean vit_small"),
         (["--rank", "0"], "rank is 0; it must be 1 or more"),
         (["--rank", "100"], r"rank 100 for blocks\.0\.attn\.qkv \(192, 64\): allowed are 1 \.\. 64"),
         (["--rank", "many"], "invalid int value: 'many'"),
@@ -233,7 +233,7 @@ def test_images_that_are_trained_and_tested_on_are_counted_in_the_result(communi
         ("images/train800val200/000099.png 3", r"train800val200\.txt:17: there is no .*000099\.png: fetch the missing"),
         (
             "images/train800val200/broken.png 3",
-            r"train800val200\.txt:17: .*broken\.png is cut short, or no JPEG or PNG",
+            r"train800val200\.txt:17: .*broken\.png is truncated, or no JPEG or PNG",
         ),
         ("images/train800val200/000000.png 4", r"txt:17: .*000000\.png is in line 1 too, with label 3: leave one"),
         ("../x.png 3", r"txt:17: \.\./x\.png leaves the folder: write it relative to the list"),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from abm_vision.initializers import INITIALIZERS
-from abm_vision.vtab.parsers import run_parser, suite_parser
+from abm_vision.vtab.commands.run import parser as run_parser
+from abm_vision.vtab.commands.suite import parser as suite_parser
 from nlp_ext.glue.__main__ import parser as glue_parser
 from nlp_ext.instruct.__main__ import mt_bench_parser
 from nlp_ext.instruct.__main__ import parser as instruct_parser

@@ -72,9 +72,14 @@ def test_nothing_imports_the_harness_but_itself():
             assert not [name for name in imported(path) if name.startswith("abm_vision.vtab")], path
 
 
-def test_import_loads_no_timm_until_it_is_needed():
+def test_importing_loads_nothing_heavy_until_it_is_used():
     code = (
-        "import sys, abm_vision as a; assert 'timm' not in sys.modules; a.create_backbone; assert 'timm' in sys.modules"
+        "import sys, abm_vision as a, nlp_ext as n\n"
+        "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib', 'numpy', 'pydantic'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+        "n.T5, a.VIT, a.add_lora\n"
+        "assert not {'timm', 'matplotlib'} & set(sys.modules)\n"
+        "a.create_backbone; assert 'timm' in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -84,5 +89,5 @@ def test_every_public_name_is_there():
     import abm_vision
 
     assert all(getattr(abm_vision, name) is not None for name in abm_vision.__all__)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="No abm_vision attribute nothing"):
         abm_vision.nothing  # noqa: B018

@@ -108,7 +108,7 @@ def said(role, content="a"):
         ({"instruction": None, "output": "b"}, "3: instruction is None; a text is needed"),
         ({"instruction": "a", "output": 4}, "3: output is 4; a text is needed"),
         ({"instruction": "a", "input": ["b"], "output": "c"}, r"3: input is \['b'\]; a text is needed"),
-        ({"instruction": "\ud800", "output": "c"}, r"3: instruction has half a character \('.ud800'\) at 0: mend it"),
+        ({"instruction": "\ud800", "output": "c"}, r"3: instruction has half a character \('.ud800'\) at 0: fix it"),
         ({"messages": []}, "has the columns messages; needed are instruction"),
         ({"messages": "hello"}, "messages is 'hello'; needed is a list of turns"),
         ({"messages": {"role": "user"}}, "messages is .*; needed is a list of turns"),

@@ -331,7 +331,9 @@ def test_bad_arguments(vit, options, message):
 
 
 def test_unknown_model_says_what_to_pass():
-    with pytest.raises(ValueError, match=r"Sequential is no model .*timm vision transformer.*Pass backbone=Backbone"):
+    with pytest.raises(
+        ValueError, match=r"Sequential is no supported model .*timm vision transformer.*Pass backbone=Backbone"
+    ):
         add_lora(nn.Sequential(nn.Linear(2, 2)))
 
 
@@ -354,13 +356,8 @@ def test_a_model_of_ones_own_with_its_record():
         matches=lambda m: isinstance(m, nn.Sequential),
         target_modules={"attention": r"\d+\.mix", "mlp": r"\d+\.(up|down)"},
         boundary_modules={"blocks": r"\d+\.act"},
-        key_modules="none",
-        fused_qkv=lambda m: [],
-        head_modules=lambda m: [],
-        prepare=lambda m, names: None,
         forward_fn=lambda m, batch: m(batch),
         loss_fn=lambda m, batch: m(batch).square().mean(),
-        token_mask_fn=lambda batch, stack: None,
     )
     model = add_lora(nn.Sequential(Block(), Block()), rank=2, backbone=record)
     assert adapted(model) == [f"{i}.{n}" for i in range(2) for n in ("mix", "up", "down")]

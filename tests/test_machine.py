@@ -57,13 +57,9 @@ RECORD = Backbone(
     matches=lambda model: isinstance(model, nn.Sequential),
     target_modules={"attention": r"\d+\.mix", "mlp": r"\d+\.(up|down)"},
     boundary_modules={"blocks": r"\d+\.act"},
-    key_modules="none",
-    fused_qkv=lambda model: [],
     head_modules=lambda model: ["1"],
-    prepare=lambda model, names: None,
     forward_fn=lambda model, batch: model(batch),
     loss_fn=lambda model, batch: model(batch).square().mean(),
-    token_mask_fn=lambda batch, stack: None,
 )
 
 

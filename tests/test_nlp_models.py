@@ -171,7 +171,7 @@ def test_both_stacks_have_a_ramp_of_their_own():
     ],
 )
 def test_other_models_are_told(model):
-    with pytest.raises(ValueError, match=r"no model that this package knows \(known: T5, LLaMA, timm vision trans"):
+    with pytest.raises(ValueError, match=r"no supported model \(those are: T5, LLaMA, timm vision trans"):
         add_lora(model())
 
 
@@ -235,7 +235,7 @@ def test_the_loss_is_the_model_s_own():
         (
             t5,
             {"labels": None},
-            "T5's decoder starts from labels or decoder_input_ids; the batch has attention_mask, in",
+            "T5's decoder needs labels or decoder_input_ids; the batch has attention_mask, in",
         ),
         (decoder, {"input_ids": torch.full((3, 9), 99)}, "the model cannot take a batch"),
     ],

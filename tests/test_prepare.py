@@ -70,7 +70,7 @@ def test_data_sets_are_prepared_once(tmp_path, small, readers, generated):
     stamp = (folders[0] / "dataset_info.json").stat().st_mtime_ns
     again = []
     assert prepare(tasks, tmp_path, say=again.append) == folders
-    assert all(": there, " in line for line in again)
+    assert all(": already prepared, " in line for line in again)
     assert (folders[0] / "dataset_info.json").stat().st_mtime_ns == stamp
 
 
@@ -91,7 +91,7 @@ def test_a_killed_preparation_goes_on(tmp_path, small, readers, generated):
 
 def test_two_do_not_prepare_the_same(tmp_path, small, readers, generated):
     with module.FileLock(tmp_path / "prepare.lock"):
-        with pytest.raises(OSError, match="another process is preparing data sets in"):
+        with pytest.raises(OSError, match="another process is preparing datasets in"):
             prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
 
 
@@ -99,14 +99,14 @@ def test_prepared_data_of_another_size_are_refused(tmp_path, readers, generated)
     with pytest.raises(ValueError, match="has 30 in 'train'; the official data have 737280"):
         prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
     with pytest.raises(
-        ValueError, match=r"2\.0\.0 is there, but of no use: .*737280.*Delete it and run the same again"
+        ValueError, match=r"2\.0\.0 exists but cannot be used: .*737280.*Delete it and run the same command again"
     ):
         prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
 
 
 def test_a_folder_that_is_not_whole_is_named(tmp_path, small, readers, generated):
     (tmp_path / "dsprites" / "2.0.0").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match=r"2\.0\.0 is there without dataset_info\.json.*delete it"):
+    with pytest.raises(FileExistsError, match=r"2\.0\.0 has no dataset_info\.json.*delete it"):
         prepare(["dsprites_loc"], tmp_path, say=lambda line: None)
 
 
@@ -167,7 +167,7 @@ def test_a_failed_preparation(tmp_path, small, readers, monkeypatch, capsys, kin
     monkeypatch.setattr(tfds.builder_cls("dtd"), "_split_generators", fail)
     assert main(["prepare", "--task", "dtd", "--data-dir", str(tmp_path)]) == 2
     assert f"dtd could not be downloaded and prepared ({kind}: " in (err := capsys.readouterr().err)
-    assert "404" in err and "run the same again" in err
+    assert "404" in err and "run the same command again" in err
 
 
 def test_an_interrupt_while_files_are_unpacked_is_one(tmp_path, small, readers, monkeypatch):
@@ -308,7 +308,7 @@ def test_export_does_not_mix_two_drawings(tmp_path, small, monkeypatch):
 def test_a_damaged_origin_is_told(tmp_path, small):
     folder = export("dsprites_loc", tmp_path, source="rendered", splits=["val200"], show_progress_bar=False)
     (folder / "origin.json").write_text("{")
-    with pytest.raises(ValueError, match=r"origin\.json does not tell where the images came from"):
+    with pytest.raises(ValueError, match=r"origin\.json does not record where the images came from"):
         vtab_tasks.load("dsprites_loc", "val200", source="folder", data_dir=tmp_path)
     with pytest.raises(ValueError, match=r"origin\.json is damaged"):
         export("dsprites_loc", tmp_path, source="rendered", show_progress_bar=False)

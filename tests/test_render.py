@@ -235,7 +235,7 @@ def test_pictures_are_drawn_once(tmp_path, monkeypatch):
 def test_without_a_cache_pictures_are_drawn_every_time(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    with pytest.warns(UserWarning, match="pictures cannot be kept"):
+    with pytest.warns(UserWarning, match="pictures cannot be cached"):
         found = cache.drawn("some", "train", [1], lambda position: np.full((2, 2, 3), position, np.uint8))
     assert found.tolist() == np.ones((1, 2, 2, 3)).tolist()
 

@@ -63,7 +63,7 @@ def test_long_lines(tmp_path):
         ("a.json", b'{\n"a": 1,\n"b" 2}', ":3 is not JSON"),
         ("a.json", b"[" * 100_000, ":1 is not JSON .*recursion"),
         ("a.jsonl", b"a,b\n1,2\n", ":1 is not JSON"),
-        ("a.jsonl", b'{"a": 1, "a": 2}\n', r":1 is not JSON \(a is there twice\)"),
+        ("a.jsonl", b'{"a": 1, "a": 2}\n', r":1 is not JSON \(a occurs twice\)"),
         ("a.jsonl", b"{}\nnull\n", ":2 is None; needed is an object"),
         ("a.jsonl", b'"a"\n"b"\n', ":1 is 'a'; needed is an object"),
         ("a.json", b'[[{"a": 1}]]', r", example 1 is \[\{'a': 1\}\]; needed is an object"),

@@ -414,7 +414,7 @@ def test_an_image_that_is_cut_short_is_told_before_anything_is_trained(community
     assert len(load_folder(tmp_path)) == 20
     for content in (stream.getvalue()[:-20], b"", b"<html>not found</html>"):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"train800\.txt:5: .*000004\.png is cut short, or no JPEG or PNG"):
+        with pytest.raises(ValueError, match=r"train800\.txt:5: .*000004\.png is truncated, or no JPEG or PNG"):
             load_folder(tmp_path)
 
 

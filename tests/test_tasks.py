@@ -177,7 +177,7 @@ def test_unwritable_cache_warns_once_and_works(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
     monkeypatch.setattr(order, "tfds_order", lambda *_: np.arange(5))
     order.dsprites_order.cache_clear()
-    with pytest.warns(UserWarning, match="cannot be kept") as caught:
+    with pytest.warns(UserWarning, match="cannot be cached") as caught:
         order.dsprites_order()
         assert order.dsprites_order().tolist() == [0, 1, 2, 3, 4]
     assert len(caught) == 1
@@ -188,7 +188,7 @@ def test_failed_write_leaves_nothing_behind(cache, monkeypatch):
     def no_space(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(order.np, "save", no_space)
+    monkeypatch.setattr("os.replace", no_space)
     monkeypatch.setattr(order, "tfds_order", lambda *_: np.arange(5))
     with pytest.warns(UserWarning, match="No space left"):
         order.dsprites_order()
@@ -203,11 +203,12 @@ def test_cache_is_below_home_without_an_absolute_xdg_folder(value, monkeypatch, 
 
 
 def test_user_without_a_home_works_without_cache(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
+    def unknown(uid):
+        raise KeyError(uid)
 
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(order.Path, "home", no_home)
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", unknown)
     monkeypatch.setattr(order, "tfds_order", lambda *_: np.arange(5))
     order.dsprites_order.cache_clear()
     with pytest.warns(UserWarning, match="home directory"):

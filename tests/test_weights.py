@@ -308,7 +308,7 @@ def test_no_such_file_and_wrong_ending(tmp_path):
 
 @pytest.mark.parametrize("name, near", [("vit_base_patch16_24", "vit_base_patch16_224"), (f"{DINOV2}x", DINOV2)])
 def test_unknown_model_names_the_nearest(name, near):
-    with pytest.raises(ValueError, match=f"timm has no model '{name}'; near it: .*{near}"):
+    with pytest.raises(ValueError, match=f"timm has no model '{name}'; did you mean .*{near}"):
         create_backbone(name, 3, weights="none")
 
 
@@ -336,7 +336,7 @@ def test_stochastic_depth_and_models_without_it():
 
 
 def test_model_without_a_classifier_is_refused():
-    with pytest.raises(ValueError, match="nowhere to put a fresh head"):
+    with pytest.raises(ValueError, match="no place for a fresh head"):
         create_backbone("mobilenetv5_300m_enc", 3, weights="none")
 
 

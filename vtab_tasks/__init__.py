@@ -1,4 +1,4 @@
-"""The tasks of VTAB-1K as data: what they are, and (image, label) items from three sources.
+"""The tasks of VTAB-1K as data: the table of tasks, and (image, label) items from three sources.
 
 >>> import vtab_tasks
 >>> data = vtab_tasks.load("dsprites_loc", "train800val200", source="rendered")
@@ -6,7 +6,7 @@
 >>> image.dtype, image.shape, label
 (dtype('uint8'), (64, 64, 3), 0)
 
-Needs numpy and Pillow; `tensorflow_datasets` only for data that it has prepared.
+Needs numpy, Pillow and platformdirs; `tensorflow_datasets` only for data that it has prepared.
 """
 
 from vtab_tasks.data import load, locate

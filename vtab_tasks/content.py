@@ -1,4 +1,4 @@
-"""What a task's items are, wherever they lie: hashes of their images and labels."""
+"""Identity of a task's items by content, wherever the files lie: hashes of images and labels."""
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
@@ -10,14 +10,14 @@ from vtab_tasks.sources.rendered import drawing
 from vtab_tasks.sources.tfds import TfdsItems
 from vtab_tasks.taskdata import TaskData
 
-# (files, name, compute): what `compute` gives, perhaps kept under that name while the files stay as they are.
+# (files, name, compute): the value of `compute`, which may be cached under that name while the files are unchanged.
 Remember = Callable[[Sequence[Path], str, Callable[[], str]], str]
 
 
 def content(data: TaskData, remember: Remember) -> dict[str, str]:
-    """Hashes of the `images` and of the `labels` that these items are, in words that begin with their source.
+    """Hash the items' `images` and `labels`; every value names the source first.
 
-    Encoded images are hashed, not decoded ones. What is drawn is named by the code that draws it.
+    Images are hashed as they are encoded. Rendered ones are named by a hash of the code that draws them.
     """
     if isinstance(data.items, FolderItems):
         paths = [data.items.list_file.parent / data.items.paths[position] for position in data.positions]
@@ -35,7 +35,7 @@ def content(data: TaskData, remember: Remember) -> dict[str, str]:
 
 
 def _sha256(parts: Iterable[bytes]) -> str:
-    """Of the parts one after another, each behind its length."""
+    """SHA-256 of the parts in order, each preceded by its length."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(len(part).to_bytes(8, "big") + part)

@@ -13,17 +13,17 @@ _SOURCES = {**_REAL, "rendered": rendered}
 
 
 def locate(task: str, data_dir: str | os.PathLike[str] | None = None) -> list[tuple[str, str | None]]:
-    """Where a task's data can be had from, best first.
+    """List where a task's data is found, best source first.
 
     Args:
-        task: Name of a task.
-        data_dir: Folder that holds community folders or TFDS data; by default TFDS's own folder.
+        task: name of a task.
+        data_dir: folder that holds community folders or TFDS data; by default TFDS's own folder.
 
     Returns:
         (source, location) pairs. The location of `rendered`, which is drawn, is None.
 
     Raises:
-        ValueError: There is no such task.
+        ValueError: there is no such task.
     """
     row, data_dir = get_task(task), _expanded(data_dir)
     found: list[tuple[str, str | None]] = []
@@ -37,26 +37,26 @@ def locate(task: str, data_dir: str | os.PathLike[str] | None = None) -> list[tu
 
 
 def load(task: str, split: str, *, source: str = "auto", data_dir: str | os.PathLike[str] | None = None) -> TaskData:
-    """The items of one split of a task.
+    """Load one split of a task.
 
     Args:
-        task: Name of a task, see `TASKS`.
-        split: One of `SPLITS`.
+        task: name of a task, see `TASKS`.
+        split: one of `SPLITS`.
         source: `folder` (the community's `vtab-1k` folders), `tfds` (data that tensorflow-datasets has
             prepared), `rendered` (drawn here), or `auto`: the first of these that is found, and real data
             only where a `data_dir` is given.
-        data_dir: Folder that holds community folders or TFDS data. By default TFDS's own: `$TFDS_DATA_DIR`
+        data_dir: folder that holds community folders or TFDS data. By default TFDS's own: `$TFDS_DATA_DIR`
             or `~/tensorflow_datasets`.
 
     Returns:
         A sequence of uint8 images (H, W, 3) and integer labels.
 
     Raises:
-        ValueError: A name is unknown, or what was found is not the task's data.
-        FileNotFoundError: The data, or a part of it, is not there.
+        ValueError: a name is unknown, or what was found is not the task's data.
+        FileNotFoundError: the data, or a part of it, is missing.
     """
     row, data_dir = get_task(task), _expanded(data_dir)
-    row.parts(split)  # an unknown split is told before any search
+    row.parts(split)  # an unknown split is an error before any search
     if source == "auto":
         source = _best_source(task, data_dir)
     if source not in _SOURCES:

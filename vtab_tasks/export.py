@@ -1,4 +1,4 @@
-"""Writing any source's images in the community's folder layout, as PNG."""
+"""Write any source's images in the community's folder layout, as PNG."""
 
 import io
 import json
@@ -10,12 +10,13 @@ from PIL import Image
 from tqdm import tqdm
 
 from vtab_tasks.data import load, locate
+from vtab_tasks.files import write_whole
 from vtab_tasks.sources.folder import ORIGIN
 from vtab_tasks.sources.rendered import drawing
 from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import SPLITS, get_task
 
-CHUNK = 256  # images that are read together
+CHUNK = 256  # images read at a time
 
 
 def export(
@@ -29,23 +30,23 @@ def export(
 ) -> Path:
     """Write splits of a task as `OUT/vtab-1k/<folder>/images/<split>/<index>.png` with their lists.
 
-    Pixels are kept as they are: the community's own files are JPEG. `origin.json` in the task's folder tells where the
-    images came from. A list is written after its last image, and images that are there are not written again, so that
-    a killed export goes on.
+    PNG keeps every pixel; the community's own files are JPEG. `origin.json` in the task's folder records where the
+    images came from. A list is written after its last image and existing images are not written again, so that an
+    interrupted export is resumed.
 
     Args:
-        task: Name of a task.
-        out: Folder to write below.
-        source, data_dir: Where the images come from, as for `load`.
-        splits: Which splits.
-        show_progress_bar: Whether to show one, for every split.
+        task: name of a task.
+        out: folder to write below.
+        source, data_dir: where the images come from, as for `load`.
+        splits: splits to write.
+        show_progress_bar: show a bar for every split.
 
     Returns:
         The task's folder.
 
     Raises:
-        ValueError: Names are unknown, or the folder holds images of another origin.
-        FileNotFoundError: The data is not there.
+        ValueError: names are unknown, or the folder holds images of another origin.
+        FileNotFoundError: the data is missing.
     """
     row = get_task(task)
     folder = Path(out).expanduser() / "vtab-1k" / row.folders[0]
@@ -61,18 +62,18 @@ def export(
 
 
 def _claim(folder: Path, data: TaskData) -> None:
-    """Record where the images come from, or make sure that those there came from the same place."""
+    """Record where the images come from, or check that the existing ones have the same origin."""
     origin = {
         "task": data.task.name,
         "source": data.source,
         "location": data.location and str(Path(data.location).resolve()),
         "format": "png",
-        # Which drawing: images of two versions must not mix.
+        # Images drawn by two versions of the code must not mix.
         **({"description": data.description, "code": drawing(data.task)} if data.source == "rendered" else {}),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    if not any(not path.name.startswith(".") for path in folder.iterdir()):  # but for what a killed export left
-        _write(folder / ORIGIN, json.dumps(origin, indent=2).encode())
+    if not any(not path.name.startswith(".") for path in folder.iterdir()):  # hidden: interrupted export
+        write_whole(folder / ORIGIN, json.dumps(origin, indent=2).encode())
         return
     try:
         there = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
@@ -102,17 +103,7 @@ def _write_split(folder: Path, split: str, data: TaskData, show_progress_bar: bo
             for i, pixels in zip(chunk, data.images(chunk), strict=True):
                 png = io.BytesIO()
                 Image.fromarray(pixels).save(png, "PNG")
-                _write(folder / names[i], png.getvalue())
+                write_whole(folder / names[i], png.getvalue())
                 bar.update()
     lines = (f"{name} {label}\n" for name, label in zip(names, data.labels, strict=True))
-    _write(list_file, "".join(lines).encode())
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write beside, and rename: a killed process leaves no half file."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        beside.write_bytes(content)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    write_whole(list_file, "".join(lines).encode())

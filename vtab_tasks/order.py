@@ -5,8 +5,7 @@ order, and with it the official membership of every VTAB split, is known without
 """
 
 import hashlib
-import os
-import tempfile
+import io
 import warnings
 from collections.abc import Iterable
 from functools import cache
@@ -15,19 +14,19 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from vtab_tasks.render.cache import cache_folder
+from vtab_tasks.files import cache_folder, write_whole
 
 DSPRITES_ROWS = 737_280
-# Of the order as little-endian int32. It tells a damaged cache file from a good one.
+# SHA-256 of the order as little-endian int32, by which a damaged cache file is found.
 DSPRITES_ORDER_SHA256 = "8a22f07d9467bf1e3b053e27e5e6979ca85172c2f518b5650240d857f727dce6"
 
 
 def tfds_order(salt: str, keys: Iterable[int | str]) -> NDArray[np.int64]:
-    """The order in which TFDS stores the examples of one split.
+    """Compute the order in which TFDS stores the examples of one split.
 
     Args:
-        salt: The split's name in TFDS.
-        keys: The examples' keys, in the order in which the builder yields them.
+        salt: the split's name in TFDS.
+        keys: the examples' keys, in the order in which the builder yields them.
 
     Returns:
         int64 (n,): which key comes first, second, ...
@@ -40,7 +39,7 @@ def tfds_order(salt: str, keys: Iterable[int | str]) -> NDArray[np.int64]:
 
 @cache
 def dsprites_order() -> NDArray[np.int32]:
-    """Rows of the dSprites file in TFDS order, int32 (737280,), read-only; kept in a cache file."""
+    """Return the rows of the dSprites file in TFDS order, int32 (737280,), read-only; cached in a file."""
     order = _read_cache()
     if order is None:
         order = tfds_order("train", range(DSPRITES_ROWS)).astype("<i4")
@@ -54,12 +53,12 @@ def _cache_file() -> Path:
 
 
 def _read_cache() -> NDArray[np.int32] | None:
-    """The kept order, or None where there is none or it is damaged."""
+    """The cached order, or None if there is none or it is damaged."""
     try:
         content = _cache_file().read_bytes()
     except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
-    # An .npy file ends in the array itself, so that a damaged file is found out before anything is parsed.
+    # An .npy file ends in the array itself, so that damage is found before anything is parsed.
     payload = content[-4 * DSPRITES_ROWS :]
     if hashlib.sha256(payload).hexdigest() != DSPRITES_ORDER_SHA256:
         return None
@@ -67,20 +66,14 @@ def _read_cache() -> NDArray[np.int32] | None:
 
 
 def _write_cache(order: NDArray[np.int32]) -> None:
-    """Keep the order for the next process; without a writable cache folder say so and go on."""
+    """Cache the order for the next process; a cache folder that cannot be written is a warning."""
     try:
-        target = _cache_file()
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, draft = tempfile.mkstemp(dir=target.parent, suffix=".tmp")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                np.save(file, order, allow_pickle=False)
-            os.replace(draft, target)
-        except OSError:
-            os.unlink(draft)
-            raise
+        _cache_file().parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        np.save(content, order, allow_pickle=False)
+        write_whole(_cache_file(), content.getvalue())
     except (OSError, RuntimeError) as error:
         warnings.warn(
-            f"the order of dSprites cannot be kept, every process computes it again (a second): {error}",
+            f"the order of dSprites cannot be cached, every process computes it again (a second): {error}",
             stacklevel=2,
         )

@@ -1,8 +1,8 @@
-"""Fetching and preparing the official data sets with tensorflow-datasets (TFDS), once, before anything is trained.
+"""Download and prepare the official datasets with tensorflow-datasets (TFDS), once, before any training.
 
-TensorFlow is needed here and nowhere else. TFDS keeps the files that it has downloaded whole and renames a data set's
-folder when it is whole, so that an interrupted preparation goes on, and is never taken for a finished one. A file that
-was on its way starts over.
+TensorFlow is needed here and nowhere else. TFDS keeps completed downloads and renames a dataset's folder once it is
+complete, so that an interrupted preparation is resumed, and is never taken for a finished one. A file whose download
+was interrupted is downloaded again from its beginning.
 """
 
 import importlib.util
@@ -21,9 +21,9 @@ from vtab_tasks.tasks import SPLITS, Task, get_task
 GB = 1e9
 # The archive, its unpacked files, and the prepared records, each of about the size of the download.
 DISK_PER_DOWNLOAD = 3
-# A record at the least, in bytes: small images are wrapped in more than themselves. TFDS writes records twice.
+# The least size of a record in bytes: wrapping outweighs small images. TFDS writes records twice.
 DISK_PER_EXAMPLE = 2 * 500
-# What the builders import to read raw files, by package.
+# Modules that the builders import to read raw files, and their packages.
 _READERS = {
     "cv2": "opencv-python-headless (kitti, sun397, diabetic_retinopathy_detection)",
     "h5py": "h5py (dsprites, patch_camelyon)",
@@ -39,24 +39,24 @@ def prepare(
     manual_dir: str | os.PathLike[str] | None = None,
     say: Callable[[str], None] = print,
 ) -> list[Path]:
-    """Download and prepare the data sets of some tasks, as TFDS's array_record files.
+    """Download and prepare the datasets of some tasks, as TFDS's array_record files.
 
-    Data sets that are there are left alone. Nothing is downloaded before all of what is asked for has been checked:
-    packages, files that must be fetched by hand, and disk space.
+    Datasets that are prepared already are kept. Packages, files that must be fetched by hand and disk space are checked
+    for all tasks before the first download.
 
     Args:
-        tasks: Names of tasks. Tasks that share a data set share its preparation.
-        data_dir: Where to put the data. By default TFDS's own folder.
-        manual_dir: Where files are that had to be fetched by hand; by default `downloads/manual` in `data_dir`.
-        say: Receives one line about every data set.
+        tasks: names of tasks. Tasks that share a dataset share its preparation.
+        data_dir: folder for the data, TFDS's own by default.
+        manual_dir: folder of files that were fetched by hand; by default `downloads/manual` in `data_dir`.
+        say: called with one line per dataset.
 
     Returns:
-        The folder of every data set, in the order of the tasks.
+        The folder of every dataset, in the order of the tasks.
 
     Raises:
-        ValueError: A task is unknown, a package is missing, or what was prepared is not the official data set.
-        FileNotFoundError: Files that must be fetched by hand are not there.
-        OSError: There is too little disk space, or TFDS cannot download or write.
+        ValueError: a task is unknown, a package is missing, or what was prepared is not the official dataset.
+        FileNotFoundError: files that must be fetched by hand are missing.
+        OSError: there is too little disk space, or TFDS cannot download or write.
     """
     rows = list({row.tfds_name: row for row in map(get_task, tasks)}.values())
     place = source.default_data_dir() if data_dir is None else Path(data_dir).expanduser()
@@ -65,7 +65,7 @@ def prepare(
     for row in rows:
         if row not in missing:
             _check_usable(row, place)
-            say(f"{row.tfds_name}: there, {source.find(row, place)}")
+            say(f"{row.tfds_name}: already prepared, {source.find(row, place)}")
     if missing:
         tfds = _import_tfds()
         _check_manual(missing, manual)
@@ -77,13 +77,13 @@ def prepare(
 
 
 def _check_usable(task: Task, place: Path) -> None:
-    """Raise unless every split can be read from what is there; the message names the folder that is in the way."""
+    """Raise unless every split can be read from the existing data; the message names its folder."""
     try:
         for split in SPLITS:
             source.load(task, split, place)
     except (ValueError, FileNotFoundError) as error:
         raise ValueError(
-            f"{source.find(task, place)} is there, but of no use: {error}. Delete it and run the same again"
+            f"{source.find(task, place)} exists but cannot be used: {error}. Delete it and run the same command again"
         ) from error
 
 
@@ -92,7 +92,7 @@ def _import_tfds() -> Any:
     absent = [words for name, words in _READERS.items() if importlib.util.find_spec(name) is None]
     if absent:
         raise ValueError(
-            f'preparing data sets needs {"; ".join(absent)}: pip install -e ".[prepare]". Reading prepared data '
+            f'preparing datasets needs {"; ".join(absent)}: pip install -e ".[prepare]". Reading prepared data '
             "needs none of them"
         )
     return tfds
@@ -102,7 +102,7 @@ def _builder(tfds: Any, task: Task, place: Path) -> Any:
     builder = tfds.builder(task.tfds_name, data_dir=place, file_format="array_record")
     if Path(builder.data_dir).exists():  # TFDS would take it for prepared
         raise FileExistsError(
-            f"{builder.data_dir} is there without dataset_info.json, so it is not whole: delete it, and run this again"
+            f"{builder.data_dir} has no dataset_info.json, so it is incomplete: delete it and run this again"
         )
     return builder
 
@@ -123,7 +123,7 @@ def _check_manual(tasks: Sequence[Task], manual: Path) -> None:
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a data set is still to be downloaded, and those of disk that its preparation still takes."""
+    """Bytes of a dataset that remain to be downloaded, and bytes of disk that its preparation still takes."""
 
     name: str
     download: int
@@ -131,7 +131,7 @@ class Need:
 
 
 def _need(builder: Any, task: Task, place: Path, manual: Path) -> Need:
-    """After the sizes that TFDS has recorded with the checksums of the files, less those that are there."""
+    """From the file sizes that TFDS records with their checksums, less the files that exist."""
     from tensorflow_datasets.core.download.resource import get_dl_fname
 
     infos = builder.url_infos
@@ -159,34 +159,34 @@ def _check_disk(place: Path, needs: Sequence[Need], say: Callable[[str], None]) 
 
 
 def _prepare(tfds: Any, builder: Any, task: Task, place: Path, manual: Path, say: Callable[[str], None]) -> None:
-    data_set = place / task.tfds_name
-    data_set.mkdir(parents=True, exist_ok=True)
+    dataset = place / task.tfds_name
+    dataset.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(place / "prepare.lock", timeout=0):
-            _clear_leftovers(place, data_set)
-            say(f"{task.tfds_name}: preparing in {data_set}")
+            _clear_leftovers(place, dataset)
+            say(f"{task.tfds_name}: preparing in {dataset}")
             settings = tfds.download.DownloadConfig(manual_dir=manual if task.manual else None)
             try:
                 builder.download_and_prepare(download_config=settings)
-            except Exception as error:  # TFDS's downloader, its unpacker and its builders raise of all kinds
+            except Exception as error:  # TFDS's downloader, unpacker and builders raise errors of every kind
                 if isinstance(error.__cause__ or error.__context__, KeyboardInterrupt):  # as the unpacker wraps it
                     raise KeyboardInterrupt from error
                 raise OSError(
-                    f"{task.tfds_name} could not be downloaded and prepared ({type(error).__name__}: {error}). Files "
-                    "that have come whole are kept: run the same again, or put the file into "
-                    f"{place / 'downloads'} as TFDS names it; the data set's home is {task.url}"
+                    f"{task.tfds_name} could not be downloaded and prepared ({type(error).__name__}: {error}). "
+                    "Completed downloads are kept: run the same command again, or put the file into "
+                    f"{place / 'downloads'} as TFDS names it; the dataset's home is {task.url}"
                 ) from error
     except Timeout:
-        raise OSError(f"another process is preparing data sets in {place}: wait for it to end") from None
+        raise OSError(f"another process is preparing datasets in {place}: wait for it to end") from None
     for split in SPLITS:
         source.load(task, split, place)
     say(f"{task.tfds_name}: ready, {source.find(task, place)}")
 
 
-def _clear_leftovers(place: Path, data_set: Path) -> None:
-    """What killed preparations have left: TFDS begins files and folders under new names every time."""
+def _clear_leftovers(place: Path, dataset: Path) -> None:
+    """Delete what interrupted preparations have left: TFDS uses new names for files and folders every time."""
     downloads = place / "downloads"
-    for rest in (*data_set.glob("incomplete.*"), *downloads.glob("*.tmp.*"), *downloads.glob("extracted/*incomplete*")):
+    for rest in (*dataset.glob("incomplete.*"), *downloads.glob("*.tmp.*"), *downloads.glob("extracted/*incomplete*")):
         if rest.is_dir():
             shutil.rmtree(rest)
         else:

@@ -1,4 +1,4 @@
-"""TaskData: the items of one split, the same to the user whichever source they come from."""
+"""TaskData: the items of one split, with one interface for every source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class TaskData(Sequence[tuple[NDArray[np.uint8], int]]):
-    """The (image, label) items of one split of a task. Can be pickled; images are read when asked for.
+    """The (image, label) items of one split of a task. Can be pickled; images are read on access.
 
     Attributes:
-        task: The task.
-        split: One of `SPLITS`.
+        task: the task.
+        split: one of `SPLITS`.
         source: `tfds`, `folder` or `rendered`.
-        location: The folder that the data was found in; None for rendered data.
-        description: One line for people: where the images come from, and whether they are the real ones.
-        items: What reads the split's images and labels.
+        location: folder of the data; None for rendered data.
+        description: one line to read: where the images come from, and whether they are the official ones.
+        items: reader of the split's images and labels.
         positions: int64 (N,), the items of the split that this object holds.
     """
 
@@ -47,7 +47,7 @@ class TaskData(Sequence[tuple[NDArray[np.uint8], int]]):
     @overload
     def __getitem__(self, index: slice) -> "TaskData": ...
     def __getitem__(self, index):
-        """Item `index`: uint8 image (H, W, 3) and label. A slice gives a TaskData."""
+        """Return item `index`: uint8 image (H, W, 3) and label; of a slice, a TaskData."""
         if isinstance(index, slice):
             return replace(self, positions=self.positions[index])
         position = self.positions[[as_index(index)]]
@@ -59,32 +59,32 @@ class TaskData(Sequence[tuple[NDArray[np.uint8], int]]):
         return self.items.labels(self.positions)
 
     def images(self, indices: ArrayLike) -> Sequence[NDArray[np.uint8]]:
-        """Several images at once, which is quicker than one by one where they are drawn.
+        """Read several images at once, which is faster than one by one where they are rendered.
 
         Args:
-            indices: Integers, shape (n,).
+            indices: integers, shape (n,).
 
         Returns:
-            n images, uint8 (H, W, 3) each: one array (n, H, W, 3) or a list, as the source has them. In tasks
-            without a native `image_size` they differ in size.
+            n images, uint8 (H, W, 3) each: one array (n, H, W, 3) or a list, depending on the source. Sizes differ in
+            tasks without a native `image_size`.
 
         Raises:
-            IndexError: An index is out of range.
+            IndexError: an index is out of range.
         """
         return self.items.images(self.positions[np.asarray(indices, dtype=np.int64)])
 
     def torch(self, transform: "Callable[[Image.Image], Any] | None" = None) -> "TorchDataset":
-        """The items as a `torch.utils.data.Dataset`.
+        """Wrap the items as a `torch.utils.data.Dataset`.
 
         Args:
-            transform: Gets a PIL image in RGB. Without one, images are uint8 tensors (3, H, W).
+            transform: called with a PIL image in RGB. Without one, images are uint8 tensors (3, H, W).
         """
         from vtab_tasks.torch import TorchDataset
 
         return TorchDataset(self, transform)
 
     def subset(self, n: int, seed: int) -> "TaskData":
-        """`n` of the items, drawn without replacement by `seed` and kept in order.
+        """Draw `n` of the items without replacement, by `seed`, and keep their order.
 
         Raises:
             ValueError: `n` is smaller than 1 or larger than the number of items.

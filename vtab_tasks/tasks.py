@@ -1,7 +1,7 @@
-"""The 19 tasks of VTAB-1K as rows of data, and the rule that picks each split's items.
+"""The 19 tasks of VTAB-1K as rows of data, and the rule that selects the items of each split.
 
 Sizes, slices and label bins follow the official VTAB code, github.com/google-research/task_adaptation (Zhai et al.,
-arXiv:1910.04867); data set names and versions are those of tensorflow-datasets (TFDS).
+arXiv:1910.04867); dataset names and versions are those of tensorflow-datasets (TFDS).
 """
 
 import difflib
@@ -33,13 +33,13 @@ class Part:
 
 @dataclass(frozen=True)
 class Edition:
-    """Where a task's images are in its data set.
+    """Where a task's images are in its dataset.
 
     Attributes:
-        sizes: Numbers of examples in the TFDS splits that are used, as (split, number) pairs.
-        train800: Where the 800 training images are.
-        val200: Where the 200 validation images are.
-        test: Where the test images are.
+        sizes: numbers of examples in the TFDS splits that are used, as (split, number) pairs.
+        train800: where the 800 training images are.
+        val200: where the 200 validation images are.
+        test: where the test images are.
     """
 
     sizes: tuple[tuple[str, int], ...]
@@ -48,7 +48,7 @@ class Edition:
     test: Part
 
     def parts(self, split: str) -> tuple[Part, ...]:
-        """The slices that make up a split, in order.
+        """List the slices that make up a split, in order.
 
         Raises:
             ValueError: `split` is none of `SPLITS`.
@@ -60,7 +60,7 @@ class Edition:
         return (getattr(self, split),)
 
     def size(self, split: str) -> int:
-        """Number of images in a split."""
+        """Count the images in a split."""
         return sum(len(part) for part in self.parts(split))
 
 
@@ -69,21 +69,21 @@ class Task:
     """One task of VTAB-1K.
 
     Attributes:
-        name: The task's id, for example `dsprites_loc`.
-        group: One of `GROUPS`.
-        num_classes: Width of the head; labels are 0, ..., num_classes - 1. Some may be missing from the 1,000 images.
-        classes: What a class means, in words.
-        folders: Names that the task's folder has in community copies of `vtab-1k`.
-        tfds_name: The data set's name in TFDS, with the configuration if it has one.
-        tfds_versions: The TFDS versions that hold the same data, as patterns such as `2.*.*`.
-        image_size: Native (height, width) in pixels; None where images differ.
-        pixel_scale: What a stored pixel is multiplied by to fill 0, ..., 255.
-        label_fn: Label of one TFDS example, from its features.
-        editions: Where the images are; the first is the one of VTAB, others hold the same images within a few.
-        manual: What has to be fetched by hand before TFDS can prepare the data set; empty where nothing has.
-        manual_files: Patterns of the files and folders that must then be there, below the folder for such files.
-        url: Home of the data.
-        citation: Whom to cite for it.
+        name: the task's id, for example `dsprites_loc`.
+        group: one of `GROUPS`.
+        num_classes: width of the head; labels are 0, ..., num_classes - 1. Some may be missing from the 1,000 images.
+        classes: what a class means, in words.
+        folders: names that the task's folder has in community copies of `vtab-1k`.
+        tfds_name: the dataset's name in TFDS, with the configuration if it has one.
+        tfds_versions: the TFDS versions that hold the same data, as patterns such as `2.*.*`.
+        image_size: native (height, width) in pixels; None where images differ.
+        pixel_scale: what a stored pixel is multiplied by to fill 0, ..., 255.
+        label_fn: label of one TFDS example, from its features.
+        editions: where the images are; the first is the one of VTAB, others hold the same images within a few.
+        manual: what has to be fetched by hand before TFDS can prepare the dataset; empty if nothing has.
+        manual_files: patterns of the files and folders that must then be there, below the folder for such files.
+        url: home of the data.
+        citation: whom to cite for it.
     """
 
     name: str
@@ -103,7 +103,7 @@ class Task:
     manual_files: tuple[str, ...] = ()
 
     def parts(self, split: str) -> tuple[Part, ...]:
-        """The slices of the official edition that make up a split, in order.
+        """List the slices of the official edition that make up a split, in order.
 
         Raises:
             ValueError: `split` is none of `SPLITS`.
@@ -111,11 +111,11 @@ class Task:
         return self.editions[0].parts(split)
 
     def size(self, split: str) -> int:
-        """Number of images in a split of the official edition."""
+        """Count the images in a split of the official edition."""
         return self.editions[0].size(split)
 
     def sizes(self, split: str) -> tuple[int, ...]:
-        """Numbers of images that a split may have, the official one first."""
+        """List the numbers of images that a split may have, the official one first."""
         return tuple(dict.fromkeys(edition.size(split) for edition in self.editions))
 
 
@@ -336,7 +336,7 @@ _ROWS = (
         image_size=(256, 256),
         label_fn=labels.given,
         editions=(_tail(31_500, 18_900, 25_200),),  # 60/20/20
-        manual="Fetch NWPU-RESISC45.rar from the data set's home and unpack it there, to NWPU-RESISC45/<class>/*.jpg.",
+        manual="Fetch NWPU-RESISC45.rar from the dataset's home and unpack it there, to NWPU-RESISC45/<class>/*.jpg.",
         manual_files=("NWPU-RESISC45/airplane/*.jpg", "NWPU-RESISC45/wetland/*.jpg"),
         url="https://gcheng-nwpu.github.io/",
         citation="Cheng, Han, Lu: Remote sensing image scene classification, Proceedings of the IEEE 2017",
@@ -400,10 +400,10 @@ TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
 
 def get_task(name: str) -> Task:
-    """The task of that name.
+    """Look up a task by its name.
 
     Raises:
-        ValueError: There is no such task; the message gives the nearest names and all names.
+        ValueError: there is no such task; the message gives the nearest names and all names.
     """
     if name in TASKS:
         return TASKS[name]

@@ -1,4 +1,4 @@
-"""A task's items as a PyTorch data set. Importing this needs torch, which `vtab_tasks` itself does not."""
+"""A task's items as a PyTorch dataset. Importing this needs torch, which `vtab_tasks` itself does not."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,9 +14,9 @@ class TorchDataset(Dataset[tuple[Any, int]]):
     """(image, label) items for a DataLoader.
 
     Args:
-        data: A split of a task.
-        transform: Gets a PIL image in RGB, as torchvision's and timm's transforms do. Without one, images are uint8
-            tensors (3, H, W), which differ in size in tasks without a native size.
+        data: a split of a task.
+        transform: called with a PIL image in RGB, as torchvision's and timm's transforms are. Without one, images are
+            uint8 tensors (3, H, W), which differ in size in tasks without a native size.
     """
 
     def __init__(self, data: TaskData, transform: Callable[[Image.Image], Any] | None = None) -> None:

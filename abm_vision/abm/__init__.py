@@ -1,1 +1,1 @@
-"""The shared core: LoRA, its boundary matching and its measures. It imports torch and peft, no host library."""
+"""The algorithm: LoRA, its boundary matching and its measures. It imports torch and peft, no host library."""

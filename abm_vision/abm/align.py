@@ -1,4 +1,4 @@
-"""The aligned start: the factors point where the task's gradient does, and stay small enough to keep the boundaries.
+"""The aligned initialisation: the factors point along the task's gradient, and stay so small that boundaries stay too.
 
 Step 1, directions. One backward pass over calibration batches gives every adapted layer's full gradient G (out, in);
 of several batches their mean, one G a layer. With G = sum_i s_i u_i v_i^T, B gets the columns u_1 .. u_r and A the rows
@@ -22,14 +22,15 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from abm_vision.abm.adapter import Adapter, adapted_layers
+from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.arguments import check_type
 from abm_vision.abm.batches import collect, explained
-from abm_vision.abm.calibration import Calibration, calibrate, choose_layers, measure
+from abm_vision.abm.boundary import choose_boundaries
 from abm_vision.abm.gradient import LossFn, weight_gradients
 from abm_vision.abm.hooks import ForwardFn
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.merged_linear import BlockLinear
+from abm_vision.abm.reference import Calibration, calibrate
 from abm_vision.abm.report import BoundaryState, LayerReport, layer_reports
 from abm_vision.abm.restore import evaluate, initialising
 from abm_vision.abm.settings import ABMConfig, AlignConfig
@@ -109,46 +110,45 @@ def initialize_lora_aligned_weights(
     with initialising(adapter, config.seed):
         evaluate(model)
         batches = collect(dataloader, adapter.device, config.samples)
-        boundaries = choose_layers(model.get_base_model(), backbone, ABMConfig())
-        calibration = calibrate(
-            adapter, batches, boundaries, ABMConfig(), "pretrained", forward_fn, backbone.token_mask_fn
-        )
-        before = calibration.before if calibration.before is not None else measure(model, calibration, forward_fn)
-        _point(model, batches, loss_fn or backbone.loss_fn, adapter_name, config)
-        size, after = _shrink(model, calibration, forward_fn, adapter_name, config)
+        chosen = choose_boundaries(backbone.find_boundaries(model.get_base_model()), ABMConfig())
+        calibration = calibrate(adapter, batches, chosen, ABMConfig(), "pretrained", forward_fn, backbone.token_mask_fn)
+        before = calibration.measure(model) if calibration.before is None else calibration.before
+        _point(adapter, batches, loss_fn or backbone.loss_fn, config)
+        size, after = _shrink(adapter, calibration, config)
     seconds = time.perf_counter() - start
     return AlignReport(*layer_reports(calibration, before, after), size, calibration.samples, seconds, config)
 
 
-def _point(model: PeftModel, batches: list[Any], loss_fn: LossFn, adapter_name: str, config: AlignConfig) -> None:
+def _point(adapter: Adapter, batches: list[Any], loss_fn: LossFn, config: AlignConfig) -> None:
     """Step 1: A and B of every layer from the singular vectors of its gradient."""
-    layers = adapted_layers(model, adapter_name)
+    layers, name = adapter.layers, adapter.name
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def decompose(name: str, gradient: Tensor) -> None:
+    def decompose(layer_name: str, gradient: Tensor) -> None:
         if not gradient.any():
             raise ValueError(
-                f"the gradient at {name} is zero, so it has no directions: a head that starts at zero passes nothing "
-                "back; draw it at random first"
+                f"the gradient at {layer_name} is zero, so it has no directions: a head that starts at zero passes "
+                "nothing back; draw it at random first"
             )
-        b = layers[name].lora_B[adapter_name]
-        rank = layers[name].r[adapter_name]
-        if isinstance(b, BlockLinear):  # q and v each have half of the rank, k has none
-            dim = len(gradient) // 3
-            pairs = [_directions(rows, rank // 2) for rows in (gradient[:dim], gradient[2 * dim :])]
-            ahead = torch.cat([pairs[0][0], pairs[1][0]])
-            back = torch.block_diag(pairs[0][1], pairs[1][1])
-            back = torch.cat([back[:dim], back.new_zeros(dim, rank), back[dim:]])
-            found[name] = ahead, back
-        else:
-            found[name] = _directions(gradient, rank)
+        layer = layers[layer_name]
+        directions = _qv_directions if isinstance(layer.lora_B[name], BlockLinear) else _directions
+        found[layer_name] = directions(gradient, layer.r[name])
 
-    weight_gradients(model, batches, loss_fn, decompose, adapter_name)
+    weight_gradients(adapter.model, batches, loss_fn, decompose, name)
     with torch.no_grad():
-        for name, (ahead, back) in found.items():
-            a, b = layers[name].lora_A[adapter_name].weight, layers[name].lora_B[adapter_name].weight
-            a.copy_((config.norm * ahead).view_as(a))
-            b.copy_((config.size * back).view_as(b))
+        for layer_name, (rows, columns) in found.items():
+            a, b = layers[layer_name].lora_A[name].weight, layers[layer_name].lora_B[name].weight
+            a.copy_((config.norm * rows).view_as(a))
+            b.copy_((config.size * columns).view_as(b))
+
+
+def _qv_directions(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same of a fused qkv: q and v each have half of the rank, k has none."""
+    dim = len(gradient) // 3
+    pairs = [_directions(part, rank // 2) for part in (gradient[:dim], gradient[2 * dim :])]
+    columns = torch.block_diag(pairs[0][1], pairs[1][1])
+    columns = torch.cat([columns[:dim], columns.new_zeros(dim, rank), columns[dim:]])
+    return torch.cat([pairs[0][0], pairs[1][0]]), columns
 
 
 def _directions(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -163,19 +163,17 @@ def _directions(gradient: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _shrink(
-    model: PeftModel, calibration: Calibration, forward_fn: ForwardFn, adapter_name: str, config: AlignConfig
-) -> tuple[float, Tensor]:
-    """Step 2: halve every B until the match rate is at the target. Returns the length of its columns and the state."""
+def _shrink(adapter: Adapter, calibration: Calibration, config: AlignConfig) -> tuple[float, Tensor]:
+    """Step 2: halve every B until the match rate is at the target: the length of its columns, and the figures."""
     size = config.size
     for _ in range(HALVINGS):
-        state = measure(model, calibration, forward_fn)
-        if state[:, 1].mean().item() >= config.match:
-            return size, state
-        for layer in adapted_layers(model, adapter_name).values():
-            layer.lora_B[adapter_name].weight.mul_(0.5)
+        figures = calibration.measure(adapter.model)
+        if figures[:, 1].mean().item() >= config.match:
+            return size, figures
+        for layer in adapter.layers.values():
+            layer.lora_B[adapter.name].weight.mul_(0.5)
         size *= 0.5
     raise ValueError(
-        f"the match rate stays at {state[:, 1].mean().item():.6f}, below {config.match}, however small B is: rounding "
-        "alone moves units across; lower match"
+        f"the match rate stays at {figures[:, 1].mean().item():.6f}, below {config.match}, however small B is: "
+        "rounding alone moves units across; lower match"
     )

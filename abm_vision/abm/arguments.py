@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
 
@@ -12,6 +13,12 @@ def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = 
     if value not in allowed:
         choices = ", ".join(repr(a) for a in allowed)
         raise ValueError(f"{field} is {value!r}; allowed are {choices}{', ' + hint if hint else ''}")
+
+
+def nearest(name: object, known: Iterable[str], count: int = 2) -> str:
+    """Return a question for the end of a message, with the known names that are most like an unknown one."""
+    names = difflib.get_close_matches(str(name), list(known), n=count)
+    return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
 def check_whole(field: str, value: object, low: int) -> None:

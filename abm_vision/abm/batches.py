@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import Dataset, IterableDataset
@@ -85,6 +86,29 @@ def one_by_one(batch: Any) -> Iterator[Any]:
     """Its samples as batches of one."""
     count = batch_size(batch)
     return (cut(batch, k, k + 1, count) for k in range(count))
+
+
+def counted(values: Tensor, mask: Tensor | None) -> Tensor:
+    """The values (batch, tokens, ...) of the tokens that count: (counted, ...); all of them without a mask."""
+    return values if mask is None else values[whole_mask(mask, values)]
+
+
+def whole_mask(mask: Tensor, values: Tensor) -> Tensor:
+    """A mask for all tokens of `values` (batch, tokens, ...), on their device.
+
+    A mask of fewer tokens is of the last ones: class and register tokens stand before the patches, and count.
+
+    Raises:
+        ValueError: it is of other samples, or of more tokens.
+    """
+    before = values.shape[1] - mask.shape[1] if mask.ndim == 2 and values.ndim > 2 else -1
+    if before < 0 or len(mask) != len(values):
+        raise ValueError(
+            f"a token mask {tuple(mask.shape)} does not fit values {tuple(values.shape)}: it must be (batch, tokens)"
+        )
+    if not mask.any():
+        raise ValueError("the token mask leaves no token of a batch: leave the batch out")
+    return F.pad(mask.to(values.device).bool(), (before, 0), value=True)
 
 
 def described(batch: Any) -> str:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,12 +13,13 @@ from torch.utils._pytree import tree_leaves
 
 from abm_vision.abm.adapter import Adapter, plain_name
 from abm_vision.abm.batches import batch_size, explained, to_device
+from abm_vision.abm.hooks import ForwardFn, hooked
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.restore import evaluate, restored, seeded, values_restored
 
 
 def check_adapters(model: nn.Module, batch: Any, *, backbone: Backbone | None = None) -> None:
-    """One forward and backward pass that proves that every adapter of the active set takes part.
+    """Prove by one forward and backward pass that every adapter of the active set takes part.
 
     Nothing is left behind: gradients, modes and the random state are as before.
 
@@ -40,17 +40,37 @@ def check_adapters(model: nn.Module, batch: Any, *, backbone: Backbone | None = 
     forward_fn = explained((backbone or find_backbone(model)).forward_fn)
     batch = to_device(batch, adapters[0].device)
     batch_size(batch)  # there are samples
-    trainable = {
-        f"{name} ({adapter.name})": (layer, [p for p in _factors(layer, adapter.name) if p.requires_grad])
+    layers = {f"{name} ({adapter.name})": layer for adapter in adapters for name, layer in adapter.layers.items()}
+    trained = {
+        f"{name} ({adapter.name})": factors
         for adapter in adapters
         for name, layer in adapter.layers.items()
+        if (factors := _trained_factors(layer, adapter.name))  # a frozen adapter gets no gradient
     }
-    trainable = {name: found for name, found in trainable.items() if found[1]}  # a frozen adapter gets none
-    fitted = {id(p) for _, parameters in trainable.values() for p in parameters}
-    if not fitted:
+    if not trained:
         raise ValueError("every adapter is frozen: load it with is_trainable=True, or thaw it")
+    called: set[str] = set()
+    with hooked(layers, before=lambda label, _: called.add(label)):
+        silent = _without_gradient(model, forward_fn, batch, trained)
+    if silent:
+        raise ValueError(
+            f"{len(silent)} of {len(trained)} adapters received no gradient: {', '.join(silent)}. "
+            f"{_why(model, called.issuperset(silent))}; or leave them out of targets."
+        )
+
+
+def _trained_factors(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
+    tables = layer.lora_A, layer.lora_B
+    return [p for table in tables for p in table[adapter_name].parameters() if p.requires_grad]
+
+
+def _without_gradient(
+    model: nn.Module, forward_fn: ForwardFn, batch: Any, trained: Mapping[str, list[nn.Parameter]]
+) -> list[str]:
+    """Run one backward pass and name the adapters that it does not reach."""
+    fitted = {id(p) for parameters in trained.values() for p in parameters}
     heads = [p for p in model.parameters() if p.requires_grad and id(p) not in fitted]
-    with seeded(0), restored(model), values_restored(heads), torch.enable_grad(), _called(model) as called:
+    with seeded(0), restored(model), values_restored(heads), torch.enable_grad():
         evaluate(model)  # stochastic depth would skip blocks, batch norm would count the batch
         for parameter in model.parameters():
             parameter.grad = None
@@ -60,34 +80,15 @@ def check_adapters(model: nn.Module, batch: Any, *, backbone: Backbone | None = 
         outputs = [t.float() for t in _tensors(forward_fn(model, batch)) if t.requires_grad]
         if outputs:  # a plain sum is blind behind a normalisation, so weigh them at random
             sum((output * torch.randn_like(output)).sum() for output in outputs).backward()
-        silent = {n: layer for n, (layer, ps) in trainable.items() if not any(_is_reached(p) for p in ps)}
-    if silent:
-        raise ValueError(
-            f"{len(silent)} of {len(trainable)} adapters received no gradient: {', '.join(silent)}. "
-            f"{_why(model, silent.values(), called)}; or leave them out of targets."
-        )
-
-
-def _factors(layer: LoraLayer, adapter_name: str) -> list[nn.Parameter]:
-    return [p for table in (layer.lora_A, layer.lora_B) for p in table[adapter_name].parameters()]
+        return [label for label, parameters in trained.items() if not any(_is_reached(p) for p in parameters)]
 
 
 def _is_reached(parameter: nn.Parameter) -> bool:
     return parameter.grad is not None and bool((parameter.grad != 0).any())
 
 
-@contextmanager
-def _called(model: nn.Module) -> Iterator[set[LoraLayer]]:
-    """The adapted layers that a forward pass calls."""
-    called: set[LoraLayer] = set()
-    with ExitStack() as stack:
-        for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
-            stack.callback(layer.register_forward_pre_hook(lambda layer, _: called.add(layer)).remove)
-        yield called
-
-
-def _why(model: nn.Module, silent: Iterable[LoraLayer], called: set[LoraLayer]) -> str:
-    if any(layer not in called for layer in silent):
+def _why(model: nn.Module, all_called: bool) -> str:
+    if not all_called:
         return "The model's forward pass does not call them: pass a batch or a backbone whose forward_fn does"
     zero = [n for n, p in model.named_parameters() if not p.requires_grad and p.numel() and not p.any()]
     scales = [plain_name(n).removeprefix("base_model.model.") for n in zero if not n.endswith("bias")]

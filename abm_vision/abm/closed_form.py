@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from abm_vision.abm.adapter import adapted_layers
-from abm_vision.abm.calibration import Calibration, Layer, Part
-from abm_vision.abm.hooks import ForwardFn, preactivations
-from abm_vision.abm.loss import counted
+from abm_vision.abm.adapter import Adapter
+from abm_vision.abm.batches import counted
+from abm_vision.abm.boundary import Boundary
+from abm_vision.abm.hooks import Args, hooked
+from abm_vision.abm.reference import Calibration, Part
 
 NEWTON_STEPS = 5
 TOKENS = 8192  # of a layer at most, evenly spread: r unknowns a unit need no more
@@ -30,7 +30,7 @@ RIDGE = 1e-2  # of the mean of u^2: keeps B where few tokens constrain it
 
 
 @torch.no_grad()
-def fit_locally(model: PeftModel, calibration: Calibration, adapter_name: str, forward_fn: ForwardFn) -> list[float]:
+def fit_locally(adapter: Adapter, calibration: Calibration) -> list[float]:
     """Fit B of every projection in front of a matched activation, in place, on the first calibration batch.
 
     Returns:
@@ -40,39 +40,31 @@ def fit_locally(model: PeftModel, calibration: Calibration, adapter_name: str, f
     Raises:
         ValueError: an activation is not fed by one adapted linear layer.
     """
-    part = calibration.parts[0]
-    layers, feeders = adapted_layers(model, adapter_name), _feeders(model, calibration, adapter_name, forward_fn)
-    totals: list[Tensor] = []
+    part, feeders = calibration.parts[0], _feeders(adapter, calibration)
+    fed = {feeders[boundary.name]: boundary for boundary in calibration.boundaries}
+    layers = {name: adapter.layers[name] for name in fed}
+    losses: list[Tensor] = []
 
-    def fit(layer: Layer, feeder: LoraLayer, inputs: Tensor) -> None:
-        losses = _fit_layer(layer, feeder, inputs, part, adapter_name)
-        totals.append(layer.weight * losses / len(calibration.layers))
+    def fit(name: str, args: Args) -> None:
+        found = _fit_layer(layers[name], adapter.name, args[0], fed[name], part)
+        losses.append(fed[name].weight * found / len(calibration.boundaries))
         torch.clear_autocast_cache()  # autocast would go on with the B that it cast before
 
-    hooks = [
-        layers[feeders[layer.name]].register_forward_pre_hook(
-            lambda module, args, layer=layer: fit(layer, module, args[0])
-        )
-        for layer in calibration.layers
-    ]
-    try:
-        preactivations(model, part.batch, calibration.names, forward_fn)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(totals).sum(0).tolist()
+    with hooked(layers, before=fit):
+        calibration.preactivations(adapter.model, part)
+    return torch.stack(losses).sum(0).tolist()
 
 
-def _fit_layer(layer: Layer, feeder: LoraLayer, inputs: Tensor, part: Part, adapter_name: str) -> Tensor:
-    a, b = feeder.lora_A[adapter_name].weight, feeder.lora_B[adapter_name].weight
-    base, mask, sign = feeder.get_base_layer(), part.mask(layer), part.sign(layer.name)
-    x, sign = (counted(t, mask).flatten(0, -2) for t in (inputs, sign))
+def _fit_layer(layer: LoraLayer, adapter_name: str, inputs: Tensor, boundary: Boundary, part: Part) -> Tensor:
+    a, b, base = layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight, layer.get_base_layer()
+    mask = part.masks[boundary.stack]
+    x, sign = (counted(t, mask).flatten(0, -2) for t in (inputs, part.signs[boundary.name]))
     kept = torch.linspace(0, len(x) - 1, min(TOKENS, len(x)), device=x.device).long()
     with torch.autocast(x.device.type, enabled=False):
         x, tau = x[kept].float(), 2.0 * sign[kept] - 1.0
         z = F.linear(x, base.weight.float(), None if base.bias is None else base.bias.float())  # (tokens, hidden)
-        u = feeder.scaling[adapter_name] * F.linear(x, a.float())  # (tokens, r)
-        fitted, losses = _newton(z, u, tau, b.float(), layer.margin)
+        u = layer.scaling[adapter_name] * F.linear(x, a.float())  # (tokens, r)
+        fitted, losses = _newton(z, u, tau, b.float(), boundary.margin)
     b.copy_(fitted)
     return losses
 
@@ -104,23 +96,14 @@ def _newton(z: Tensor, u: Tensor, tau: Tensor, start: Tensor, margin: float) -> 
     return b, torch.stack(losses).cpu().double()
 
 
-def _feeders(model: PeftModel, calibration: Calibration, adapter_name: str, forward_fn: ForwardFn) -> dict[str, str]:
+def _feeders(adapter: Adapter, calibration: Calibration) -> dict[str, str]:
     """Activation module to the adapted linear layer whose output goes into it as it is."""
-    layers = adapted_layers(model, adapter_name)
+    layers = adapter.layers
     outputs: dict[int, tuple[str, Tensor]] = {}  # the tensor is kept, so that its id stays its own
-
-    def remember(name: str, output: Tensor) -> None:
-        outputs[id(output)] = (name, output)
-
-    hooks = [m.register_forward_hook(lambda _, __, out, n=n: remember(n, out)) for n, m in layers.items()]
-    try:
-        part = calibration.parts[0].split(1)[0]
-        recorded = preactivations(model, part.batch, calibration.names, forward_fn)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    feeders = {name: outputs[id(z)][0] for name, z in recorded.items() if id(z) in outputs}
-    other = [n for n in recorded if n not in feeders or not isinstance(layers[feeders[n]].get_base_layer(), nn.Linear)]
+    with hooked(layers, after=lambda name, _, output: outputs.update({id(output): (name, output)})):
+        z = calibration.preactivations(adapter.model, calibration.parts[0].split(1)[0])
+    feeders = {name: outputs[id(value)][0] for name, value in z.items() if id(value) in outputs}
+    other = [n for n in z if n not in feeders or not isinstance(layers[feeders[n]].get_base_layer(), nn.Linear)]
     if other:
         raise ValueError(
             f"layer-local matching needs an adapted linear layer whose output goes straight into the activation; "

@@ -8,7 +8,7 @@ the layer's input and the gradient of its output, handed over, and forgotten.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.batches import batch_size, check_finite, explained
+from abm_vision.abm.hooks import Args, hooked
 from abm_vision.abm.restore import evaluate, restored
 
 LOSS_SCALE = 2.0**12  # in float16, at first
@@ -140,7 +141,7 @@ def _gradients_formed(layers: dict[str, nn.Module], receive: Receive) -> Iterato
     waiting = dict.fromkeys(layers, 0)
     sums: dict[str, Tensor] = {}
 
-    def forward(name: str, args: tuple[Any, ...], output: Tensor) -> None:
+    def forward(name: str, args: Args, output: Tensor) -> None:
         if not output.requires_grad:
             return
         inputs = args[0].detach()
@@ -155,10 +156,7 @@ def _gradients_formed(layers: dict[str, nn.Module], receive: Receive) -> Iterato
 
         output.register_hook(backward)
 
-    with ExitStack() as stack:
-        for name, layer in layers.items():
-            handle = layer.register_forward_hook(lambda _, args, output, name=name: forward(name, args, output))
-            stack.callback(handle.remove)
+    with hooked(layers, after=forward):
         yield
     for name in list(sums):
         receive(name, sums.pop(name))

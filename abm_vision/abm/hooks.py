@@ -1,10 +1,9 @@
-"""Recording pre-activations: what goes into a model's activation modules."""
+"""Forward hooks: one way to put them on modules, and to record what goes into activation modules."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -12,6 +11,30 @@ from torch import Tensor, nn
 
 ForwardFn = Callable[[nn.Module, Any], Any]
 TokenMaskFn = Callable[[Any, str], Tensor | None]
+
+
+Args = tuple[Any, ...]  # the positional arguments of a module's call; its input comes first
+
+
+@contextmanager
+def hooked(
+    modules: Mapping[str, nn.Module],
+    before: Callable[[str, Args], Args | None] | None = None,
+    after: Callable[[str, Args, Any], None] | None = None,
+) -> Iterator[None]:
+    """Call `before(name, args)` and `after(name, args, output)` around every call of the modules, for a while.
+
+    What `before` returns, if anything, takes the place of the arguments.
+    """
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            if before:
+                hook = module.register_forward_pre_hook(lambda _, args, name=name: before(name, args))
+                stack.callback(hook.remove)
+            if after:
+                hook = module.register_forward_hook(lambda _, args, output, name=name: after(name, args, output))
+                stack.callback(hook.remove)
+        yield
 
 
 class _AllRecorded(Exception):
@@ -37,22 +60,17 @@ def record_preactivations(
         name to pre-activation z, (batch, ..., hidden), in the model's dtype.
     """
     recorded: dict[str, Tensor] = {}
+    modules = {name: model.get_submodule(name) for name in names}
 
-    def record(name: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def record(name: str, args: Args) -> None:
         z = args[0]
         # An in-place activation would overwrite what was recorded.
-        recorded.setdefault(name, z.clone() if getattr(module, "inplace", False) else z)
-        if stop_when_complete and len(recorded) == len(names):
+        recorded.setdefault(name, z.clone() if getattr(modules[name], "inplace", False) else z)
+        if stop_when_complete and len(recorded) == len(modules):
             raise _AllRecorded
 
-    handles = [model.get_submodule(n).register_forward_pre_hook(partial(record, n)) for n in names]
-    try:
+    with hooked(modules, before=record), suppress(_AllRecorded):
         yield recorded
-    except _AllRecorded:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def preactivations(model: nn.Module, batch: Any, names: Sequence[str], forward_fn: ForwardFn) -> dict[str, Tensor]:

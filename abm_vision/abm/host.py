@@ -5,14 +5,39 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pkgutil import resolve_name
 from typing import Any
 
 from torch import Tensor, nn
 
+_NOTHING = r"(?!)"  # a pattern that matches no name
+
 
 @dataclass(frozen=True)
 class Backbone:
-    """What the core needs to know of a family of models. Names are matched whole (`re.fullmatch`).
+    r"""What the core needs to know of a family of models. Names are matched whole (`re.fullmatch`).
+
+    Most families need the first six fields. A network of one's own, whose blocks call `mix` and then `mlp`:
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self) -> None:
+    ...         super().__init__()
+    ...         self.mix, self.up, self.act, self.down = nn.Linear(8, 8), nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)
+    ...
+    ...     def forward(self, x: Tensor) -> Tensor:
+    ...         return x + self.down(self.act(self.up(self.mix(x))))
+    >>> mine = Backbone(
+    ...     name="my mixer",
+    ...     matches=lambda model: isinstance(model, nn.Sequential) and isinstance(model[0], Block),
+    ...     target_modules={"attention": r"\d+\.mix", "mlp": r"\d+\.(?:up|down)"},
+    ...     boundary_modules={"blocks": r"\d+\.act"},
+    ...     forward_fn=lambda model, batch: model(batch[0]),
+    ...     loss_fn=lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]),
+    ... )
+    >>> mine.find_targets(nn.Sequential(Block(), Block()))
+    {'attention': ['0.mix', '1.mix'], 'mlp': ['0.up', '0.down', '1.up', '1.down']}
+
+    Pass it as `backbone=mine`, or `register_backbone(mine)` once.
 
     Args:
         name: for messages.
@@ -20,29 +45,29 @@ class Backbone:
         target_modules: where LoRA sits: kind of projection ("attention", "mlp") to a pattern of module names.
         boundary_modules: where signs are compared: stack to a pattern of *activation* modules, whose input is the
             pre-activation. A stack is a sequence of blocks with a depth of its own (T5 has two).
-        key_modules: pattern of the attention projections that give keys alone.
-        fused_qkv: the names of the linear layers whose output is q, k and v one after the other.
-        head_modules: the names of the classifier's modules, trained and saved with the adapter.
-        prepare: called with the names of the adapted modules before LoRA is added; puts right what would keep
-            an adapter from running, and raises what it cannot put right.
         forward_fn: runs the model on one batch as the user's loader yields it.
         loss_fn: (model, batch) to the scalar mean loss of a labelled batch; raises a ValueError without labels.
         token_mask_fn: (batch, stack) to a boolean (batch, tokens) mask of the tokens that count, or None for all.
         input_stack: the name of an adapted layer to the stack whose tokens it reads; not needed with one stack.
+        key_modules: pattern of the attention projections that give keys alone, if there are any.
+        fused_qkv: the names of the linear layers whose output is q, k and v one after the other.
+        head_modules: the names of the classifier's modules, trained and saved with the adapter.
+        prepare: called with the names of the adapted modules before LoRA is added; puts right what would keep
+            an adapter from running, and raises what it cannot put right.
     """
 
     name: str
     matches: Callable[[nn.Module], bool]
     target_modules: Mapping[str, str]
     boundary_modules: Mapping[str, str]
-    key_modules: str
-    fused_qkv: Callable[[nn.Module], list[str]]
-    head_modules: Callable[[nn.Module], list[str]]
-    prepare: Callable[[nn.Module, list[str]], None]
     forward_fn: Callable[[nn.Module, Any], Any]
     loss_fn: Callable[[nn.Module, Any], Tensor]
-    token_mask_fn: Callable[[Any, str], Tensor | None]
+    token_mask_fn: Callable[[Any, str], Tensor | None] = lambda batch, stack: None
     input_stack: Callable[[str], str] | None = None
+    key_modules: str = _NOTHING
+    fused_qkv: Callable[[nn.Module], list[str]] = lambda model: []
+    head_modules: Callable[[nn.Module], list[str]] = lambda model: []
+    prepare: Callable[[nn.Module, list[str]], None] = lambda model, adapted: None
 
     def input_mask(self, batch: Any, name: str) -> Tensor | None:
         """The tokens that count of what goes into an adapted layer: boolean (batch, tokens), or None for all."""
@@ -77,12 +102,14 @@ def is_projection(module: nn.Module) -> bool:
     return isinstance(base, nn.Linear)
 
 
-_backbones: list[Backbone] = []
+# The records that come with this package; each is loaded when a model is looked up.
+_SHIPPED = ("nlp_ext.t5:T5", "nlp_ext.llama:LLAMA", "abm_vision.vit:VIT")
+_registered: list[Backbone] = []
 
 
 def register_backbone(backbone: Backbone) -> None:
-    """Make a family known to `find_backbone`; later records are asked first."""
-    _backbones.insert(0, backbone)
+    """Make a family known to `find_backbone`; later records are asked first, the shipped ones last."""
+    _registered.insert(0, backbone)
 
 
 def find_backbone(model: nn.Module) -> Backbone:
@@ -92,12 +119,13 @@ def find_backbone(model: nn.Module) -> Backbone:
         ValueError: the model is of no known family.
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    for backbone in _backbones:
+    backbones = [*_registered, *map(resolve_name, _SHIPPED)]
+    for backbone in backbones:
         if backbone.matches(bare):
             return backbone
-    known = ", ".join(b.name for b in _backbones) or "none"
     raise ValueError(
-        f"{type(bare).__module__}.{type(bare).__name__} is no model that this package knows (known: {known}). "
+        f"{type(bare).__module__}.{type(bare).__name__} is no supported model (those are: "
+        f"{', '.join(b.name for b in backbones)}). "
         "Pass backbone=Backbone(...) with the module names of its attention and MLP projections and of its "
         "activation modules."
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from abm_vision.abm.calibration import Calibration
+from abm_vision.abm.reference import Calibration
 from abm_vision.abm.settings import ABMConfig
 
 
@@ -93,12 +93,12 @@ class ABMReport:
 def layer_reports(
     calibration: Calibration, before: Tensor, after: Tensor
 ) -> tuple[tuple[LayerReport, ...], BoundaryState, BoundaryState]:
-    """Every layer's report, and the state overall before and after, from two (layers, 3) tables of `measure`."""
+    """Every layer's report, and the state overall before and after, from two (layers, 3) tables of figures."""
     layers = tuple(
         LayerReport(layer.name, layer.stack, layer.weight, layer.margin, BoundaryState(*b), BoundaryState(*a))
-        for layer, b, a in zip(calibration.layers, before.tolist(), after.tolist(), strict=True)
+        for layer, b, a in zip(calibration.boundaries, before.tolist(), after.tolist(), strict=True)
     )
-    weights = torch.tensor([layer.weight for layer in calibration.layers])
+    weights = torch.tensor([layer.weight for layer in calibration.boundaries])
     overall = [torch.cat([(weights * s[:, 0]).mean()[None], s[:, 1:].mean(0)]).tolist() for s in (before, after)]
     return layers, BoundaryState(*overall[0]), BoundaryState(*overall[1])
 

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import argparse
 import io
+import json
 import os
+import pkgutil
 import select
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from abm_vision.abm.batches import out_of_memory
-from abm_vision.runs.log import LOGS
+from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.settings import AdapterSettings, Settings, check_used, read_config
 
 
@@ -77,6 +79,40 @@ def settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
     return made
 
 
+def make_run(parsed: argparse.Namespace, config: type[AdapterSettings], harness: str) -> int:
+    """The body of every command that makes one run.
+
+    Args:
+        parsed: the flags of `add_settings` and `add_run_options`, and perhaps `extras`.
+        config: the class of the settings.
+        harness: where it is, as `module:name`; loaded when the settings are known to be good, for that takes seconds.
+    """
+    options = vars(parsed)
+    kind, as_json = options.pop("log"), options.pop("json")
+    quiet = options.pop("quiet") or as_json
+    how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
+    settings = settings_of(options, config)
+    if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes the first
+        print_config(settings)
+
+    from abm_vision.runs.harness import Session, silent
+    from abm_vision.runs.run import run
+
+    found = pkgutil.resolve_name(harness)
+    with found.hushed(), opened(kind, Path(how["out"]) / settings.run_name()) as log:
+        session = Session(**how, quiet=quiet, say=silent if quiet else say, log=log)
+        result = run_guarded(found.program, lambda: run(found, settings, session))
+    if found.processes(settings).main:
+        print(json.dumps(result) if as_json else in_one_line(found.summary(result), result))
+    return 0
+
+
+def in_one_line(summary: str, result: Mapping[str, Any]) -> str:
+    """What a run has given, what it was initialised by, and where its files are."""
+    config, seconds = result["config"], sum(result["seconds"].values())
+    return f"{summary}  init {config['init']}  seed {config['seed']}  {seconds:.0f} s  {result['folder']}"
+
+
 def print_config(config: AdapterSettings) -> None:
     """Every setting, marked where it differs from the default."""
     defaults = asdict(type(config)())
@@ -126,6 +162,8 @@ def guarded(program: str, command: Callable[[], int], smaller: str) -> int:
         print(f"{program}: error: {error}", file=sys.stderr)
         return 2
     except (MemoryError, RuntimeError) as error:
+        from abm_vision.abm.batches import out_of_memory  # with torch, which a wrong flag is not to wait for
+
         if not out_of_memory(error):
             raise
         cause = str(error).partition("\n")[0]

@@ -1,4 +1,4 @@
-"""What a run is made of, by content and not by place: files, the code of its initialisation; and whether it changed."""
+"""The origin of a run by content: files and the code of its initialisation; and checks that it has not changed."""
 
 from __future__ import annotations
 
@@ -23,48 +23,57 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from abm_vision.abm.files import write_json
+from abm_vision.abm.files import read_object, write_json
 from abm_vision.initializers import get_initializer
 from abm_vision.runs.settings import AdapterSettings
 
-SETTLED = 2.0  # seconds: what was written just now may be written again under the same time
+SETTLED = 2.0  # seconds: a file written just now may be written again with the same time stamp
 ADAPTER_WEIGHTS, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-Origin = dict[str, Any]  # name to a hash, or another plain value
+Origin = dict[str, Any]  # names to hashes or other plain values
 
 # -------------------------------------------------------------------------------------------------------- files
 
 
-def remembered(paths: Sequence[Path], name: str, compute: Callable[[], str]) -> str:
-    """What `compute` gives, kept in the user's cache while size, times and inode of every file stay as they are.
+def cache_folder() -> Path:
+    """Return `abm_lora` in the user's cache folder.
 
-    The time of the last change of status is among them, which no program can set: `cp -p` and `touch` do not hide a
+    Raises:
+        RuntimeError: the user has no home.
+    """
+    return user_cache_path("abm_lora")
+
+
+def remembered(paths: Sequence[Path], name: str, compute: Callable[[], str]) -> str:
+    """Compute a value of files, and cache it while size, times and inode of every file are unchanged.
+
+    The times include that of the last change of status, which no program can set: `cp -p` and `touch` do not hide a
     change. Processes may share the cache; without one the value is computed every time.
 
     Args:
-        paths: the files that the value is a function of.
-        name: of the value.
-        compute: gives it.
+        paths: the files.
+        name: name of the value.
+        compute: computes the value from the files.
 
     Raises:
-        FileNotFoundError: one of the files is not there.
+        FileNotFoundError: one of the files is missing.
     """
     absolute, stats = [os.path.abspath(path) for path in paths], [os.stat(path) for path in paths]
     stamp = _hash([(s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino, s.st_dev) for s in stats])
-    kept = user_cache_path("abm_lora") / "hashes" / f"{_hash([name, absolute])}.json"
-    with suppress(OSError, ValueError):
-        found = json.loads(kept.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and found.get("stamp") == stamp and isinstance(found.get("value"), str):
+    kept = cache_folder() / "hashes" / f"{_hash([name, absolute])}.json"
+    with suppress(OSError, ValueError):  # missing or damaged
+        found = read_object(kept, "it is made again")
+        if found.get("stamp") == stamp and isinstance(found.get("value"), str):
             return found["value"]
     value = compute()
     if time.time() - max(max(s.st_mtime, s.st_ctime) for s in stats) > SETTLED:
-        with suppress(OSError):  # a cache that cannot be written costs time alone
+        with suppress(OSError):  # a cache that cannot be written only costs time
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_json(kept, {"stamp": stamp, "value": value})
     return value
 
 
 def sha256_of(paths: Sequence[Path]) -> str:
-    """Of the bytes of files one after another, in hexadecimal; `remembered`."""
+    """Hash the bytes of files, one after the other, in hexadecimal; cached by `remembered`."""
     return remembered(paths, "sha256", lambda: _sha256(paths))
 
 
@@ -85,7 +94,7 @@ def _hash(value: Any) -> str:
 
 
 def initialisation(config: AdapterSettings) -> Origin:
-    """The code of a run's initialisation, and the reference that it is given."""
+    """Return the version of a run's initialisation, and the content of its reference."""
     found: Origin = {"initialisation": version(get_initializer(config.init).apply)}
     if config.abm_reference is not None:
         folder = Path(config.abm_reference)
@@ -96,10 +105,9 @@ def initialisation(config: AdapterSettings) -> Origin:
 
 
 def version(*things: Any) -> str:
-    """A hash of code and of all that it uses of its own package, with the versions of other packages that it calls.
+    """Hash code and everything that it uses of its own package, and name the versions of other packages that it calls.
 
-    Comments, documentation, annotations and layout are no part of it. torch is not named: its version is kept with
-    every result.
+    Comments, documentation, annotations and layout do not count. torch is not named: every result has its version.
 
     Args:
         things: functions, classes, or dataclass instances, whose fields count.
@@ -141,7 +149,7 @@ def _package(thing: Any) -> str:
 
 @cache
 def _tree(thing: Any) -> ast.AST:
-    """The code of a function or class without documentation and annotations; of its file where it is no whole code."""
+    """The code of a function or class without documentation and annotations; of its whole file for an expression."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
     except SyntaxError:  # a lambda in the middle of an expression
@@ -163,9 +171,9 @@ def _tree(thing: Any) -> ast.AST:
 
 
 def _used(thing: Any, tree: ast.AST) -> Iterator[tuple[str, Any]]:
-    """What the names in a function or class stand for, and what it has caught from around itself.
+    """The values of the names in a function or class, and of its closure.
 
-    Of a module's variables those that are constants by their name: others may change while a program runs.
+    Of a module's variables only constants (in capitals) count: others may change while a program runs.
     """
     around = vars(sys.modules[thing.__module__])
     for node in ast.walk(tree):
@@ -186,10 +194,10 @@ def _used(thing: Any, tree: ast.AST) -> Iterator[tuple[str, Any]]:
 
 
 def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
-    """A run must not be resumed, nor handed back, on another content than it began with.
+    """Check that a run is not resumed or reused with other content than it was made with.
 
     Raises:
-        ValueError: something differs; the message names it.
+        ValueError: the content differs; the message names the difference.
     """
     differing = [name for name, value in now.items() if before.get(name) != value]
     if differing:
@@ -203,17 +211,17 @@ def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
 
 
 def check_finished(before: Mapping[str, Any], parts: Iterable[Callable[[], Mapping[str, Any]]], folder: Path) -> None:
-    """The same of a finished run, whose data and weights may be gone meanwhile.
+    """Check the same of a finished run, whose data and weights may be missing by now.
 
-    Its result still stands then; a warning says what could not be checked. All else is.
+    Its result is valid then; a warning says what could not be checked. Everything else is checked.
 
     Args:
-        before: the origin that the result keeps.
-        parts: each gives a part of it as it can be found now, without the network and without a model.
-        folder: of the run.
+        before: the origin in the result.
+        parts: each computes a part of the present origin, without the network and without a model.
+        folder: the run's folder.
 
     Raises:
-        ValueError: something differs.
+        ValueError: the content differs.
     """
     found: Origin = {}
     absent = []
@@ -229,5 +237,5 @@ def check_finished(before: Mapping[str, Any], parts: Iterable[Callable[[], Mappi
 
 
 def shortened(value: Any) -> str:
-    """Hashes by their first 12 digits."""
+    """Shorten hashes to their first 12 digits."""
     return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", "none" if value is None else str(value))

@@ -16,10 +16,10 @@ PRECISIONS = ("auto", "bf16", "fp32")
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is CUDA, then MPS, then CPU.
+    """Choose a device by name; `auto` is CUDA, then MPS, then CPU.
 
     Raises:
-        ValueError: torch knows no such device, or this machine has none.
+        ValueError: there is no such device on this machine.
     """
     available = ["cpu"]
     if torch.backends.mps.is_available():
@@ -35,9 +35,9 @@ def resolve_device(name: str) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the hardware multiplies in bfloat16: CUDA from compute capability 8.0 on, x86 with AVX512-BF16.
+    """Return whether the hardware multiplies in bfloat16: CUDA from compute capability 8.0 on, x86 with AVX512-BF16.
 
-    Asked of the device and never timed: a busy machine must not change what a seed gives.
+    The device is queried and never timed: a busy machine must not change the result of a seed.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -46,19 +46,19 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(precision: str, device: torch.device) -> str:
-    """ "bf16" or "fp32"; "auto" asks the device."""
+    """Return "bf16" or "fp32"; "auto" depends on the device."""
     if precision == "auto":
         return "bf16" if has_fast_bf16(device) else "fp32"
     return precision
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """bfloat16 autocast for "bf16", nothing for "fp32"."""
+    """Make a context of bfloat16 autocast for "bf16", of nothing for "fp32"."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def peak_memory(device: torch.device) -> float | None:
-    """MiB: on CUDA what torch has allocated on the device for this run, elsewhere the process's resident peak."""
+    """Return the peak memory in MiB: on CUDA torch's allocations on the device, elsewhere the resident process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:

@@ -1,4 +1,4 @@
-"""Weights that are no numbers are found where they are loaded."""
+"""Find weights that are not finite when they are loaded."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from torch import nn
 
 
 def check_finite(model: nn.Module, what: str) -> None:
-    """One pass over parameters and running statistics.
+    """Check parameters and running statistics in one pass.
 
     Args:
-        model: with its pretrained weights.
-        what: where these are from, for the message.
+        model: the model with its pretrained weights.
+        what: origin of the weights, for the message.
 
     Raises:
         ValueError: a value is NaN or infinite; the message names the first tensor and counts the others.

@@ -23,6 +23,7 @@ from abm_vision.runs.records import read_record
 from abm_vision.runs.settings import AdapterSettings
 
 CONFIG, RESULT, ADAPTER = "config.json", "result.json", "adapter"
+CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
 LOCK, FAILURE = ".lock", "failure.json"
 ABANDONED = 60.0  # seconds after which nobody is at a configuration half written
 

@@ -1,7 +1,7 @@
-"""Figures of a run while it trains: one callback, which TensorBoard and any other logger fit.
+"""Log the values of a run during training: one callback, for TensorBoard and any other logger.
 
-A log is called with the name of a figure, its value, and the number of training steps done, as
-`SummaryWriter.add_scalar` takes them: train/loss and train/lr at every step, and test/top1 where it is followed.
+A log is called with a name, a value, and the number of finished training steps, the arguments of
+`SummaryWriter.add_scalar`: train/loss and train/lr at every step, and test/top1 with `--eval-epochs`.
 For Weights & Biases: `log=lambda name, value, step: wandb.log({name: value}, step=step)`.
 """
 
@@ -19,9 +19,9 @@ LOGS = ("tensorboard",)
 
 @contextmanager
 def opened(kind: str | None, folder: Path) -> Iterator[Log | None]:
-    """The log that a command line asks for by name, in a folder of that name in the run's; None for none.
+    """Open the log that is named on the command line, in a folder of that name in the run's; None for none.
 
-    Nothing is written before the first figure.
+    Nothing is written before the first value.
 
     Raises:
         ValueError: TensorBoard is not installed.
@@ -39,7 +39,7 @@ def opened(kind: str | None, folder: Path) -> Iterator[Log | None]:
         def log(name: str, value: float, step: int) -> None:
             if not writers:
                 with writing(folder):
-                    # What an interrupted try wrote of this step and later ones is hidden.
+                    # Hides what an interrupted run has written for this step and later ones.
                     writer = SummaryWriter(str(folder / kind), purge_step=step)
                     writers.append(stack.enter_context(writer))
             writers[0].add_scalar(name, value, step)

@@ -1,4 +1,4 @@
-"""Names and values, which may hold any character, inside Markdown, LaTeX and the code and head of a model card."""
+"""Escape names and values, which may hold any character, for Markdown, LaTeX and model cards."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import json
 import re
 from collections.abc import Collection, Iterable, Sequence
 
-# What means something to Markdown, wherever it stands: an underscore does at the edge of a word, a bracket before what
-# makes a link of it.
+# Characters with a meaning in Markdown: an underscore at the edge of a word, a bracket where it makes a link, and the
+# others everywhere.
 _MARKDOWN = re.compile(r"[\\`*<>|&~#$]|\](?=[(\[:])|(?<![^\W_])_|_(?![^\W_])")
 _LATEX = {
     ord(character): escaped
     for character, escaped in {
         **{character: f"\\{character}" for character in "{}$&#_%"},
-        **{character: f"{{{character}}}" for character in "[]*"},  # behind \\ they would be its arguments
+        **{character: f"{{{character}}}" for character in "[]*"},  # after \\ they would be its arguments
         "\\": r"\textbackslash{}",
         "~": r"\textasciitilde{}",
         "^": r"\textasciicircum{}",
@@ -28,29 +28,29 @@ _LATEX = {
 
 
 def one_line(text: object) -> str:
-    """The text without line ends and tabs; other control characters, which a terminal would obey, become `\\ufffd`."""
+    """Remove line ends and tabs; other control characters, which a terminal would obey, become `\\ufffd`."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", "\ufffd", " ".join(str(text).split()))
 
 
 def markdown(text: object) -> str:
-    """Text that Markdown shows as it is, by character references: every dialect reads them, in tables and elsewhere."""
+    """Escape text for Markdown by character references, which every dialect reads, in tables and elsewhere."""
     return _MARKDOWN.sub(lambda found: f"&#{ord(found[0])};", one_line(text))
 
 
 def code(text: object) -> str:
-    """Text as code in Markdown: between more backticks than it has."""
+    """Write text as code in Markdown, between more backticks than it has."""
     line = one_line(text)
     fence = "`" * (1 + max(map(len, re.findall("`+", line)), default=0))
     return f"{fence} {line} {fence}" if "`" in line else f"{fence}{line}{fence}"
 
 
 def quoted(text: object) -> str:
-    """A string in double quotes, as YAML and Python read it."""
+    """Write a string in double quotes, as YAML and Python read it."""
     return json.dumps(str(text), ensure_ascii=False)
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], bold: Collection[str] = ()) -> str:
-    """A table of cells that are shown as they are; the names (first cells) among `bold` are set off."""
+    """Write a table of escaped cells; names (first cells) among `bold` are bold."""
     lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
     strong = {markdown(name) for name in bold}
     lines = [[f"**{name}**" if name in strong else name, *cells] for name, *cells in lines]
@@ -59,5 +59,5 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], bold: 
 
 
 def latex(text: object) -> str:
-    """Text that LaTeX sets as it is."""
+    """Escape text for LaTeX."""
     return one_line(text).translate(_LATEX)

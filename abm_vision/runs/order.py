@@ -1,31 +1,32 @@
-"""Which training samples come when: functions of the seed alone, so that a run can be taken up again."""
+"""The order of training samples: a function of the seed alone, so that a run can be resumed."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-DIAGNOSIS_SAMPLES, DIAGNOSIS_BATCH = 64, 8  # a batch's activations and one gradient a layer must fit into memory
+DIAGNOSIS_SAMPLES, DIAGNOSIS_BATCH = 64, 8  # a batch's activations and one gradient per layer must fit into memory
 
 
 def shuffled(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
-    """The batches of one epoch as index tensors."""
+    """Return the batches of one epoch as index tensors."""
     generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
     return list(torch.randperm(count, generator=generator).split(batch_size))
 
 
 def diagnosis_batches(count: int, calibration: int, seed: int, seen: bool) -> list[Tensor]:
-    """What information loss is measured on: the calibration samples if `seen`, else others.
+    """Return the batches for information loss: the calibration samples if `seen`, else others.
 
-    Those are from the other end of the shuffled set; a start does not see them (though a tuned reference has).
+    The others are from the other end of the shuffled set; the initialisation does not see them (though a tuned
+    reference has).
 
     Raises:
-        ValueError: the calibration leaves too few.
+        ValueError: the calibration leaves too few samples.
     """
     free = count - calibration
     if free < DIAGNOSIS_SAMPLES:
         raise ValueError(
-            f"diagnose needs {DIAGNOSIS_SAMPLES} training samples that the start does not see; abm_samples "
+            f"diagnose needs {DIAGNOSIS_SAMPLES} training samples that the initialisation does not see; abm_samples "
             f"{calibration} leaves {max(0, free)}"
         )
     (order,) = shuffled(count, count, seed, 0)

@@ -197,6 +197,7 @@ class Result(Record):
     seconds: Times
     peak_memory_mib: Annotated[float, Field(ge=0)] | None
     environment: Environment
+    reference_only: bool = False
 
     @model_validator(mode="after")
     def _whole_epochs(self) -> Result:

@@ -1,6 +1,8 @@
-"""The VTAB-1K harness: `python -m abm_vision.vtab`, or `run(make_config(...))` from Python."""
+"""The VTAB-1K harness: `python -m abm_vision.vtab`, or `run(make_config(...))` from Python.
 
-from abm_vision.vtab.config import PRESETS, RunConfig, make_config
-from abm_vision.vtab.run import run
+Nothing is loaded before it is used (PEP 562); `__init__.pyi` says where each name lies.
+"""
 
-__all__ = ["PRESETS", "RunConfig", "make_config", "run"]
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -21,8 +21,8 @@ import vtab_tasks
 from abm_vision.runs import folder as files
 from abm_vision.runs.records import Failure, read_record
 from abm_vision.runs.settings import uses
-from abm_vision.vtab import results
 from abm_vision.vtab.comparison import BASELINE, area, data_content
+from abm_vision.vtab.harness import HARNESS
 
 _IDENTITY = ("task", "init", "seed")
 # What was asked for and where it lay; what came of it is told by `_facts`.
@@ -262,7 +262,7 @@ def collect(folder: str | Path) -> Report:
     runs, unfinished, validated = [], [], 0
     for path in sorted(folder.glob(f"*/{files.CONFIG}")):
         try:
-            result = results.read_result(path.parent)
+            result = HARNESS.read(path.parent)
         except ValueError as error:
             unfinished.append((path.parent.name, f"not readable: {error}"))
             continue
@@ -306,7 +306,7 @@ def _why(folder: Path) -> str:
             return read_record(failure, Failure)["reason"]
         except ValueError as error:
             return f"failed; why is not readable: {error}"
-    return "half done" if (folder / results.CHECKPOINT).is_file() else "not begun"
+    return "half done" if HARNESS.interrupted(folder) else "not begun"
 
 
 def _with_data(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -17,7 +17,7 @@ from abm_vision.runs.markup import markdown, markdown_table
 from abm_vision.runs.settings import check_used, uses
 from abm_vision.vtab.comparison import BASELINE, Comparison, Row
 from abm_vision.vtab.config import RunConfig, make_config
-from abm_vision.vtab.run import run
+from abm_vision.vtab.harness import run
 
 FILES = ("compare.md", "compare.csv", "compare.png")
 

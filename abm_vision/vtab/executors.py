@@ -21,7 +21,7 @@ from threading import Event, Thread
 
 import torch
 
-from abm_vision.runs.start import Say
+from abm_vision.runs.harness import Say
 from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.suite import Executor, Outcome, attempt
 

@@ -22,12 +22,10 @@ from abm_vision.abm.files import CannotWrite
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import Origin, check_finished
 from abm_vision.runs.folder import Diverged
+from abm_vision.runs.harness import Say
 from abm_vision.runs.settings import check_used, uses
-from abm_vision.runs.start import Say
-from abm_vision.vtab import results
 from abm_vision.vtab.config import EVALUATIONS, SCHEMA, SET_BY_SUITE, RunConfig, make_config
-from abm_vision.vtab.run import run
-from abm_vision.vtab.setup import origin_parts
+from abm_vision.vtab.harness import HARNESS, origin_parts, run
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -234,7 +232,7 @@ def _finished(
 ) -> Outcome | None:
     """The outcome of a run that has nothing left to do; None otherwise, and for one whose result cannot be taken."""
     try:
-        result = results.read_result(folder)
+        result = HARNESS.read(folder)
         if result is None or result["reference_only"] or (diagnose and not result["information_loss"]):
             return None
         files.check_same_run(result, config, folder)
@@ -272,7 +270,7 @@ def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list
     for config in (*suite.selection(), *suite.final()):
         folder = Path(out) / config.run_name()
         try:
-            finished = results.read_result(folder) is not None
+            finished = HARNESS.read(folder) is not None
         except ValueError as error:
             planned.append(Planned(config, "not readable", 0.0, str(error)))
             continue
@@ -282,7 +280,7 @@ def plan(suite: Suite, out: str | Path, throughput: Mapping[str, float]) -> list
         state = "to run"
         if (folder / files.FAILURE).is_file():
             state = "failed before"
-        elif (folder / results.CHECKPOINT).is_file():
+        elif HARNESS.interrupted(folder):
             state = "half done"
         task = vtab_tasks.get_task(config.task)
         train, test = map(task.size, EVALUATIONS[config.evaluate])
@@ -313,7 +311,7 @@ def _throughput(out: str | Path, like: RunConfig) -> dict[str, float] | None:
     finished = []
     for folder in Path(out).glob("*/"):
         with suppress(ValueError):  # a plan and a report name what cannot be read; here others will do
-            finished.append(results.read_result(folder))
+            finished.append(HARNESS.read(folder))
     found = [r for r in finished if r and all(r["config"][k] == getattr(like, k) for k in alike)]
     if not found:
         return None

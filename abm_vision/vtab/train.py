@@ -5,28 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abm_vision.abm import bars
+from abm_vision.runs.checkpoint import Progress
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.log import Log
 from abm_vision.vtab.config import RunConfig
 from abm_vision.vtab.data import Images, Preprocessing
-
-
-@dataclass
-class Progress:
-    """What a run has so far. `losses` has a value for every step, `seconds` and `accuracies` for epochs."""
-
-    epoch: int = 0
-    losses: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    accuracies: dict[int, float] = field(default_factory=dict)
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:

@@ -1,4 +1,4 @@
-"""GLUE's examples from the hub, from local files in its columns, or made up by a grammar."""
+"""GLUE's examples from the hub, from local files with its columns, or made up by a grammar."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ HUB, SYNTHETIC = "nyu-mll/glue", "synthetic"
 
 
 def read(task: GlueTask, split: str, data: str | os.PathLike[str] = "hub") -> Dataset:
-    """The examples of a split, with the task's columns, `label` and `idx`.
+    """Read the examples of a split, with the task's columns, `label` and `idx`.
 
     Args:
         task: one of `TASKS`.
@@ -30,7 +30,7 @@ def read(task: GlueTask, split: str, data: str | os.PathLike[str] = "hub") -> Da
             columns, `train.jsonl` and so on (.json, .jsonl, .csv, .parquet), also below a folder of the task's name.
 
     Raises:
-        ValueError: an unknown split, an empty file, a column that is missing, or a label that the task does not have.
+        ValueError: an unknown split, an empty file, a missing column, or a label that the task does not have.
         FileNotFoundError: there is no file of that split.
         OSError: the hub cannot be reached.
     """
@@ -46,7 +46,7 @@ def read(task: GlueTask, split: str, data: str | os.PathLike[str] = "hub") -> Da
 
 
 def digest(examples: Dataset) -> str:
-    """A hash of all texts and labels."""
+    """Hash all texts and labels."""
     found = hashlib.sha256()
     for example in examples:
         found.update(json.dumps(example, sort_keys=True).encode())
@@ -59,7 +59,7 @@ def _from_hub(task: GlueTask, split: str) -> Dataset:
     try:
         name, split = ("ax", "test") if split == "test_ax" else (task.name, split)
         return datasets.load_dataset(HUB, name, split=split)
-    except (OSError, ValueError) as error:  # a hub that is not reached, whatever the layer that notices
+    except (OSError, ValueError) as error:  # an unreachable hub, whichever layer reports it
         raise OSError(
             f"{HUB} cannot be read from the hub ({' '.join(str(error).split())}): give local files with --data DIR, or "
             f"--data {SYNTHETIC}"
@@ -91,7 +91,7 @@ def _from_file(task: GlueTask, split: str, folder: Path) -> Dataset:
 
 
 def _number(value: str | int) -> int | float | str:
-    """What a value of CSV, a text, says, if it is a number."""
+    """A value of CSV, which is a text, as a number if it is one."""
     text = str(value)
     if re.fullmatch("-?[0-9]{1,9}", text):
         return int(text)

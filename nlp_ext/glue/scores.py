@@ -1,4 +1,4 @@
-"""GLUE's metrics, in [-1, 1] or [0, 1]. A prediction that is no label is wrong, and is counted."""
+"""GLUE's metrics, in [-1, 1] or [0, 1]. A prediction that is no label counts as wrong."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Labels = Sequence[int | float]
 
 
 def score(task: GlueTask, predictions: Sequence[int | float | None], labels: Labels) -> dict[str, float | int]:
-    """The task's metrics over all examples, and `invalid`: how many predictions are no label.
+    """Compute the task's metrics over all examples, and `invalid`, the number of predictions that are no label.
 
     An invalid class counts as a class that is never right: in F1 and Matthews as the other one of two. An invalid
     score counts as 0, the lowest.

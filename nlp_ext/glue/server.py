@@ -1,4 +1,4 @@
-"""Predictions as the GLUE server takes them: a tab-separated file for every test split."""
+"""Predictions in the format of the GLUE server: a tab-separated file for every test split."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from nlp_ext.glue.tasks import INVALID, GlueTask
 
 
 def server_file(task: GlueTask, indices: Sequence[int], predictions: Sequence[int | float | None]) -> str:
-    """`index` and `prediction` in the order of the indices; a prediction that is no label becomes label 0.
+    """Write `index` and `prediction` in the order of the indices; a prediction that is no label becomes label 0.
 
-    The server takes no file with gaps.
+    The server accepts no file with gaps.
 
     Raises:
         ValueError: not as many predictions as indices.

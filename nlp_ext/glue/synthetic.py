@@ -1,7 +1,7 @@
 """Sentences of a small grammar in the columns of GLUE, for machines without its data. They are not GLUE.
 
-Every example is a function of task, split and position alone. The labels follow rules that a reader of the sentences
-would agree with, but that no bag of words decides: who does what to whom, negation, and which words mean the same.
+Every example is a function of task, split and position alone. A reader of the sentences would agree with the labels,
+but no bag of words decides them: they depend on who does what to whom, on negation and on synonyms.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from nlp_ext.glue.tasks import get_task
 
 SIZES = {"train": 2000, "validation": 400, "test": 400}
 
-# Words that mean the same stand together; the rest of a line does not.
+# Synonyms are in one tuple.
 NOUNS = (("dog", "hound"), ("cat", "kitten"), ("boy", "lad"), ("doctor", "physician"), ("thief", "robber"), ("queen",))
 VERBS = (("chased", "pursued"), ("saw", "noticed"), ("helped", "aided"), ("pushed", "shoved"), ("hid", "concealed"))
 TRAITS = (("old", "aged"), ("small", "little"), ("clever", "smart"), ("quiet", "silent"), ("tall",))
@@ -23,7 +23,7 @@ PLACES = (("in the garden", "in the yard"), ("near the house", "by the house"), 
 GOOD = ("wonderful", "brilliant", "charming", "moving", "funny")
 BAD = ("boring", "clumsy", "awful", "tedious", "shallow")
 ASPECTS = ("film", "plot", "acting", "music", "ending")
-# A state and whose it is after "because it was": the one who acts, or the one acted on.
+# A state, and who is in it after "because it was": the one who acts, or the one acted on.
 STATES = (("angry", "subject"), ("hungry", "subject"), ("eager", "subject"), ("slow", "object"), ("lost", "object"))
 
 
@@ -38,7 +38,7 @@ class Scene:
     place: int
 
     def say(self, rng: random.Random, passive: bool = False, trait: bool = True, place: bool = True) -> str:
-        """A sentence, words of the same meaning chosen at random."""
+        """Write a sentence, choosing among synonyms at random."""
         subject = f"the {rng.choice(TRAITS[self.trait]) + ' ' if trait else ''}{rng.choice(NOUNS[self.subject])}"
         verb, thing = rng.choice(VERBS[self.verb]), f"the {rng.choice(NOUNS[self.object])}"
         where = f" {rng.choice(PLACES[self.place])}" if place else ""
@@ -51,7 +51,7 @@ class Scene:
         return replace(self, subject=self.object, object=self.subject)
 
     def changed(self, rng: random.Random, role: str) -> Scene:
-        """Another word in one role; subject and object stay two."""
+        """Replace the word in one role; subject and object stay different."""
         table = {"trait": TRAITS, "subject": NOUNS, "verb": VERBS, "object": NOUNS, "place": PLACES}[role]
         taken = {getattr(self, role), *((self.subject, self.object) if role in ("subject", "object") else ())}
         return replace(self, **{role: rng.choice([k for k in range(len(table)) if k not in taken])})
@@ -62,14 +62,14 @@ Example = dict[str, Any]
 
 
 def draw_scene(rng: random.Random) -> Scene:
-    """Any scene of the grammar."""
+    """Draw a scene of the grammar."""
     subject, thing = rng.sample(range(len(NOUNS)), 2)
     trait, verb, place = (rng.randrange(len(table)) for table in (TRAITS, VERBS, PLACES))
     return Scene(trait, subject, verb, thing, place)
 
 
 def _cola(rng: random.Random) -> Example:
-    """Two neighbouring words of one sentence in two have changed places."""
+    """In every second sentence, on average, two neighbouring words are swapped."""
     words = draw_scene(rng).say(rng).split()
     label = rng.randrange(2)
     if not label:
@@ -79,7 +79,7 @@ def _cola(rng: random.Random) -> Example:
 
 
 def _sst2(rng: random.Random) -> Example:
-    """The last judgement decides; "not" turns it round."""
+    """The last judgement decides; "not" negates it."""
     label, negated = rng.randrange(2), rng.randrange(2)
     first, last = rng.sample(ASPECTS, 2)
     word = rng.choice(GOOD if label != negated else BAD)
@@ -88,7 +88,7 @@ def _sst2(rng: random.Random) -> Example:
 
 
 def _same(rng: random.Random) -> tuple[str, str, int]:
-    """Two sentences, and whether they mean the same: in other words or turned round, or with another word or roles."""
+    """Two sentences, and whether they mean the same: synonyms or the passive, or else another word or swapped roles."""
     scene, label = draw_scene(rng), rng.randrange(2)
     other = scene if label else rng.choice([scene.swapped(), scene.changed(rng, rng.choice(ROLES))])
     return scene.say(rng), other.say(rng, passive=rng.random() < 0.5), label
@@ -141,7 +141,7 @@ def _qnli(rng: random.Random) -> Example:
 
 
 def _wnli(rng: random.Random) -> Example:
-    """Whom "it" means, by what would make one act or be acted on."""
+    """Whom "it" refers to, decided by the state that follows."""
     scene, label = draw_scene(rng), rng.randrange(2)
     state, whose = rng.choice(STATES)
     other = "object" if whose == "subject" else "subject"
@@ -165,7 +165,7 @@ _EXAMPLES: Mapping[str, Callable[[random.Random], Example]] = {
 
 
 def examples(task: str, split: str) -> list[Example]:
-    """All examples of a split, with GLUE's columns, `label` and `idx`; a test split's labels are -1, as in GLUE.
+    """Make all examples of a split, with GLUE's columns, `label` and `idx`; a test split's labels are -1, as in GLUE.
 
     Raises:
         ValueError: an unknown task or split.
@@ -179,7 +179,7 @@ def examples(task: str, split: str) -> list[Example]:
 
 
 def sentences(count: int) -> list[str]:
-    """Texts of the grammar without labels, none of a split: what a model may read before it is tuned."""
+    """Make texts of the grammar without labels, none from a split, for a model's pretraining."""
     return [_unlabelled(random.Random(f"unlabelled {k}")) for k in range(count)]
 
 
@@ -189,10 +189,9 @@ def _unlabelled(rng: random.Random) -> str:
 
 
 def exercises(count: int) -> list[tuple[str, str]]:
-    """Sources and targets that teach words and roles, but no task's labels, for a model's pretraining.
+    """Make sources and targets that teach words and roles, but no task's labels, for a model's pretraining.
 
-    A sentence is said again in the active with the first word of every line above, or asked for one of its parts; of
-    two judgements one is asked for.
+    The target is the sentence in the active with the first of its synonyms, one of its parts, or one of two judgements.
     """
     return [_exercise(random.Random(f"exercise {k}")) for k in range(count)]
 

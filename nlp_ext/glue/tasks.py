@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+from abm_vision.abm.arguments import nearest
 
 INVALID = None  # the prediction of a text that is no label
 
@@ -14,14 +15,14 @@ INVALID = None  # the prediction of a text that is no label
 class GlueTask:
     """One task.
 
-    Args:
-        name: of the configuration of `nyu-mll/glue`, and the word that T5 begins its inputs with.
-        columns: what is read, in T5's order.
+    Attributes:
+        name: configuration of `nyu-mll/glue`, and the first word of T5's inputs.
+        columns: the columns that are read, in T5's order.
         labels: the texts of labels 0, 1, ...; empty for a score from 0 to 5.
-        scores: names of the metrics, the one to compare by first.
-        server: test split to the file that the GLUE server takes.
-        answers: what the server's file holds: "text" or "number".
-        sizes: split to its number of examples.
+        scores: names of the metrics, the main one first.
+        server: file name for the GLUE server of every test split.
+        answers: form of the predictions in that file: "text" or "number".
+        sizes: number of examples of every split.
     """
 
     name: str
@@ -34,15 +35,15 @@ class GlueTask:
 
     @property
     def validation(self) -> tuple[str, ...]:
-        """Names of the validation splits: two of MNLI."""
+        """Names of the validation splits; MNLI has two."""
         return tuple(split for split in self.sizes if split.startswith("validation"))
 
     def source(self, example: Mapping[str, str]) -> str:
-        """What the model reads, e.g. "rte sentence1: ... sentence2: ..."."""
+        """Write the model's input, e.g. "rte sentence1: ... sentence2: ..."."""
         return " ".join([self.name, *(f"{column}: {example[column]}" for column in self.columns)])
 
     def target(self, label: int | float) -> str:
-        """What the model is to write. A score is rounded to the nearest 0.2, as T5 does.
+        """Write the model's target. A score is rounded to the nearest 0.2, as T5 does.
 
         Raises:
             ValueError: the task has no such label.
@@ -57,7 +58,7 @@ class GlueTask:
         return self.labels[int(label)]
 
     def read(self, text: str) -> int | float | None:
-        """The label that a text says, `INVALID` (None) if it says none."""
+        """Read the label from a text; `INVALID` (None) if it is none."""
         text = text.strip()
         if self.labels:
             return self.labels.index(text) if text in self.labels else INVALID
@@ -148,13 +149,11 @@ TASKS: Mapping[str, GlueTask] = {
 
 
 def get_task(name: str) -> GlueTask:
-    """The task of that name.
+    """Look up a task by its name.
 
     Raises:
-        ValueError: there is none; the message has the nearest names.
+        ValueError: there is no such task; the message has the nearest names.
     """
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"unknown task {name!r}; allowed are {', '.join(TASKS)}{hint}")
+        raise ValueError(f"unknown task {name!r}; allowed are {', '.join(TASKS)}{nearest(name, TASKS)}")
     return TASKS[name]

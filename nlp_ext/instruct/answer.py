@@ -1,4 +1,4 @@
-"""Answers, and the perplexity of given ones."""
+"""Generate answers, and measure the perplexity of given ones."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ def answer(
     new_tokens: int,
     temperature: float = 0.0,
 ) -> str:
-    """The assistant's next turn: the likeliest tokens at temperature 0, else drawn (torch's seed decides).
+    """Generate the assistant's next turn: the likeliest tokens at temperature 0, else sampled with torch's seed.
 
     Raises:
-        ValueError: prompt and answer would be longer than the model reads.
+        ValueError: prompt and answer would exceed the model's context.
     """
     inputs = tokenizer(prompt(tokenizer, turns), add_special_tokens=False, return_tensors="pt").to(model.device)
     given, longest = inputs.input_ids.shape[1], getattr(model.config, "max_position_embeddings", None)
     if longest is not None and given + new_tokens > longest:
         raise ValueError(
-            f"the conversation has {given} tokens, and an answer of up to {new_tokens} is asked for; the model reads "
+            f"the conversation has {given} tokens, and the answer may have {new_tokens}; the model reads at most "
             f"{longest}: begin a new one, or lower --new-tokens"
         )
     drawn = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
@@ -57,7 +57,7 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 @torch.no_grad()
 def perplexity(setup: Setup, model: nn.Module) -> float:
-    """exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
+    """Compute exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
     evaluate(model)
     total, count = 0.0, 0
     rows, size = setup.held_out.rows, setup.config.batch_size

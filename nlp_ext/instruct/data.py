@@ -1,4 +1,4 @@
-"""Conversations from the hub or a local file, and as tokens with labels on the answers alone."""
+"""Conversations from the hub or a local file, encoded as tokens with labels on the answers alone."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FILES = (".json", ".jsonl", ".parquet")
 Conversation = list[dict[str, str]]  # turns with `role` and `content`, as transformers' chat templates take them
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
-# For a model whose tokeniser has no template of its own: instruction and answer under headings, as in Alpaca's.
+# For a tokeniser without a chat template: instruction and answer under headings, as in Alpaca.
 TEMPLATE = (
     "{% if bos_token %}{{ bos_token }}{% endif %}{% for m in messages %}"
     "{% if m['role'] == 'assistant' %}{{ m['content'] + eos_token }}"
@@ -32,15 +32,15 @@ TEMPLATE = (
 
 
 def read(source: str) -> list[Conversation]:
-    """All conversations of a data set.
+    """Read all conversations of a dataset.
 
     Args:
         source: a name on the hub, "synthetic", or a file (.json, .jsonl, .parquet) with the columns `instruction`,
             perhaps `input`, and `output`, or with `messages` (or ShareGPT's `conversations`).
 
     Raises:
-        ValueError: an empty file or one of another kind, and as `conversation`.
-        OSError: the file is not there, or the hub cannot be reached.
+        ValueError: the file is empty or of another kind, and as `conversation`.
+        OSError: the file is missing, or the hub cannot be reached.
     """
     if source == SYNTHETIC:
         return [conversation(row, f"example {k}") for k, row in enumerate(synthetic.examples())]
@@ -57,7 +57,7 @@ def _from_hub(name: str) -> Any:
 
     try:
         return datasets.load_dataset(name, split="train")
-    except (OSError, ValueError) as error:  # a hub that is not reached, whatever the layer that notices
+    except (OSError, ValueError) as error:  # an unreachable hub, whichever layer reports it
         raise OSError(
             f"{name} cannot be read from the hub ({' '.join(str(error).split())}): give a local file "
             f"({', '.join(FILES)}) with --data FILE, or --data {SYNTHETIC}"
@@ -65,11 +65,11 @@ def _from_hub(name: str) -> Any:
 
 
 def conversation(row: Mapping[str, Any], where: str) -> Conversation:
-    """The turns that a row says: perhaps the system's, then the user's and the assistant's, one after the other.
+    """Read the turns of a row: optionally the system's, then the user's and the assistant's, alternating.
 
     Raises:
-        ValueError: the row has other columns, a turn of an unknown role or out of order, an empty answer, or none at
-            its end.
+        ValueError: the row has other columns, a turn of an unknown role or out of order, an empty answer, or no answer
+            at its end.
     """
     name = next((name for name in ("messages", "conversations") if row.get(name)), None)
     if name is not None:
@@ -119,7 +119,7 @@ def _turn(turn: object, where: str) -> dict[str, str]:
 
 
 def digest(conversations: Sequence[Conversation]) -> str:
-    """A hash of all turns."""
+    """Hash all turns."""
     return hashlib.sha256(json.dumps(conversations, sort_keys=True).encode()).hexdigest()
 
 
@@ -133,13 +133,13 @@ class Tokens:
     left_out: int
 
     def record(self, source: str) -> dict[str, Any]:
-        """What a result says of them."""
+        """Return the counts for a result."""
         counts = {"sequences": len(self.rows), "cut": self.cut, "left_out": self.left_out}
         return {"source": source, "conversations": self.conversations, **counts}
 
 
 def encode_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conversation], length: int) -> Tokens:
-    """Tokens of all conversations, none longer than `length`.
+    """Encode all conversations, none longer than `length` tokens.
 
     Raises:
         ValueError: every answer lies beyond `length`.
@@ -153,13 +153,13 @@ def encode_all(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[Conve
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> list[dict[str, list[int]]]:
-    """A conversation as input_ids, and labels that are -100 but for the assistant's turns and their ends.
+    """Encode a conversation as input_ids and labels, which are -100 except in the assistant's turns and their ends.
 
-    It is one row, unless the template writes an answer differently once more turns follow (models that think do): then
-    every answer has a row of its own, which ends with it, as the model will see it.
+    It is one row, unless the template writes an answer differently once more turns follow (as for models that think):
+    then every answer has its own row, which ends with it, as the model will see it.
 
     Raises:
-        ValueError: the template does not take the conversation, or leaves an answer out.
+        ValueError: the template does not accept the conversation, or leaves an answer out.
     """
     answers = [k for k, turn in enumerate(turns) if turn["role"] == "assistant"]
     ids = _ids(tokenizer, turns)
@@ -177,7 +177,7 @@ def encode(tokenizer: PreTrainedTokenizerBase, turns: Conversation) -> list[dict
 
 
 def _span(tokenizer: PreTrainedTokenizerBase, turns: Conversation, k: int, ids: Sequence[int]) -> tuple[int, int]:
-    """Where in `ids` the answer of turn k begins and ends."""
+    """First and last position (exclusive) of the answer of turn k in `ids`."""
     start = _common(ids, _ids(tokenizer, turns[:k], answer_next=True))
     return start, _common(ids, _ids(tokenizer, turns[: k + 1]))
 
@@ -190,7 +190,7 @@ def _labelled(ids: list[int], spans: Sequence[tuple[int, int]]) -> dict[str, lis
 
 
 def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The special token that the chat template puts behind an answer, if it has one: with it an answer is whole."""
+    """Find the special token that the chat template writes after an answer; None if there is none."""
     question, given = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
     begun = _ids(tokenizer, [question], answer_next=True)
     ids = _ids(tokenizer, [question, given])
@@ -206,7 +206,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer_next: b
 
 
 def prompt(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer_next: bool = True) -> str:
-    """The text of a conversation by the tokeniser's own chat template, or by `TEMPLATE`."""
+    """Write a conversation by the tokeniser's own chat template, or by `TEMPLATE`."""
     template = tokenizer.chat_template or TEMPLATE
     try:
         return tokenizer.apply_chat_template(
@@ -218,5 +218,5 @@ def prompt(tokenizer: PreTrainedTokenizerBase, turns: Conversation, answer_next:
 
 
 def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    """Tokens that both begin with: a template may write the same turns differently when more follow."""
+    """Length of the common prefix: a template may write the same turns differently when more follow."""
     return next((k for k, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))

@@ -1,4 +1,4 @@
-"""Instructions on sentences of GLUE's small grammar, for machines without a data set. They are no benchmark."""
+"""Instructions on sentences of GLUE's small grammar, for machines without a dataset. They are no benchmark."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ COUNT = 2400
 
 
 def examples() -> list[dict[str, Any]]:
-    """Examples with `instruction`, `input` and `output`, each a function of its position alone."""
+    """Make examples with `instruction`, `input` and `output`, each a function of its position alone."""
     return [_example(random.Random(f"instruct {k}")) for k in range(COUNT)]
 
 

@@ -1,4 +1,4 @@
-"""A tuned model to talk to, and its answers to MT-Bench's questions."""
+"""Chat with a tuned model, and let it answer MT-Bench's questions."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from nlp_ext.instruct.data import Conversation
 from nlp_ext.models import load_model
 from nlp_ext.rows import checked_text, json_rows
 
-# How boldly each kind of question is answered (Zheng et al., arXiv:2306.05685); the others' temperature is 0.7.
+# Temperature by category of a question (Zheng et al., arXiv:2306.05685), 0.7 for all others.
 TEMPERATURES = {
     "writing": 0.7,
     "roleplay": 0.7,
@@ -41,7 +41,7 @@ OTHER = 0.7
 
 
 class Run(BaseModel):
-    """Settings of the run that an adapter is from."""
+    """Settings of the run that saved an adapter."""
 
     model_config = ConfigDict(strict=True)
     model: str | None = None
@@ -56,7 +56,7 @@ class Base(BaseModel):
 
 
 class Trained(BaseModel):
-    """What `abm.json` says of a run; other entries are of the adapter itself."""
+    """The entries of `abm.json` about a run; the others are about the adapter itself."""
 
     model_config = ConfigDict(strict=True)
     run: Run = Run()
@@ -68,12 +68,12 @@ class Assistant:
 
     Args:
         adapter: a run's folder, or the adapter's own.
-        model: the base; None: as the run had it.
-        device: where to run.
-        new_tokens: longest answer.
+        model: the base model; None takes the run's.
+        device: device to run on.
+        new_tokens: length of the longest answer in tokens.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: no adapter there, no base named, or the base cannot be loaded.
+        FileNotFoundError, ValueError, OSError: there is no adapter, no base is named, or the base cannot be loaded.
     """
 
     def __init__(self, adapter: str | Path, model: str | None, device: torch.device, new_tokens: int) -> None:
@@ -87,37 +87,40 @@ class Assistant:
         name = model or recorded.get("model")
         if name is None:
             raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
-        # A base that was tuned on in 4 bits answers in bfloat16.
+        # A 4-bit base of the training is loaded in bfloat16 here.
         dtype = torch.float32 if recorded.get("base", "fp32") == "fp32" else torch.bfloat16
         base, tokenizer, weights = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
         tuned_on = settings["weights"]["sha256"] if "weights" in settings else None
         if model is None and tuned_on not in (None, weights.sha256):
             raise ValueError(
                 f"{folder} was tuned on weights of sha256 {tuned_on}, {name} has {weights.sha256} now; --model {name} "
-                "takes them all the same"
+                "uses them anyway"
             )
         self.model: PeftModel = load_adapter(base.to(device), folder).eval()
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.new_tokens = new_tokens
 
     def reply(self, turns: Conversation, temperature: float = 0.0) -> str:
-        """The next turn."""
+        """Generate the next turn."""
         return answer(self.model, self.tokenizer, turns, self.new_tokens, temperature)
 
 
 def mt_bench(assistant: Assistant, questions: Path, out: Path, model_id: str, seed: int, show_bar: bool) -> Path:
-    """Answer MT-Bench's questions, both turns, in the layout that FastChat's judge reads.
+    """Answer MT-Bench's questions, both turns, in the format of FastChat's judge.
 
     Args:
-        assistant: who answers.
+        assistant: the model that answers.
         questions: FastChat's `question.jsonl`: question_id, category and turns.
-        out: writes OUT/model_answer/MODEL_ID.jsonl.
+        out: folder; the answers are written to OUT/model_answer/MODEL_ID.jsonl.
         model_id: the name that the judge shows.
-        seed: of the drawn answers.
-        show_bar: a bar over the questions.
+        seed: seed of the sampled answers.
+        show_bar: show a bar over the questions.
+
+    Returns:
+        The file of the answers.
 
     Raises:
-        FileNotFoundError, ValueError: there are no questions, or not in that form, or the name is none of a file.
+        FileNotFoundError, ValueError: there are no questions, or they have another form, or the name is no file name.
         CannotWrite: the answers cannot be written.
     """
     if Path(model_id).name != model_id or not model_id.strip("."):

@@ -1,11 +1,10 @@
-"""Pictures kept on disk once they are drawn: one SQLite file a scene, which processes may share.
+"""A cache of drawn pictures on disk: one SQLite file per scene, which processes may share.
 
-Every picture has a checksum of its place and content: a damaged one is drawn anew.
+Every picture has a checksum of its place and content; a damaged one is drawn again.
 """
 
 import hashlib
 import io
-import os
 import sqlite3
 import warnings
 import zlib
@@ -17,24 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-PATIENCE = 60.0  # seconds to wait for another process that writes
+from vtab_tasks.files import cache_folder
+
+PATIENCE = 60.0  # seconds to wait while another process writes
 TOGETHER = 64  # pictures written in one transaction: a killed process loses no more
-
-
-def cache_folder() -> Path:
-    """`abm_lora` in the user's cache folder, after the XDG base directory specification.
-
-    Raises:
-        RuntimeError: The user has no home.
-    """
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    # The specification has relative values ignored.
-    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "abm_lora"
 
 
 @cache
 def code_hash(*modules: str) -> str:
-    """Of the source of modules in this package: pictures of another code are not taken."""
+    """Hash the source of modules in this package, so that pictures drawn by other code are not used."""
     digest = hashlib.sha256()
     for name in modules:
         digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
@@ -44,7 +34,7 @@ def code_hash(*modules: str) -> str:
 def drawn(
     name: str, split: str, positions: Sequence[int], draw: Callable[[int], NDArray[np.uint8]]
 ) -> NDArray[np.uint8]:
-    """Pictures (n, H, W, 3) at these positions of a split, from the cache `name` or drawn and put there."""
+    """Read the pictures (n, H, W, 3) at positions of a split from the cache `name`; draw and store missing ones."""
     file = f"pictures-{name}.sqlite"
     try:
         with _open(file) as store:
@@ -52,13 +42,13 @@ def drawn(
     except (OSError, RuntimeError, sqlite3.DatabaseError) as error:  # RuntimeError: no home
         advice = "; delete it if it is damaged" if isinstance(error, sqlite3.DatabaseError) else ""
         warnings.warn(
-            f"pictures cannot be kept in {file}, they are drawn again every time: {error}{advice}", stacklevel=2
+            f"pictures cannot be cached in {file}, they are drawn again every time: {error}{advice}", stacklevel=2
         )
         return np.stack([draw(position) for position in positions])
 
 
 class _open:
-    """The database, made if it is not there, closed afterwards."""
+    """The database, created if it does not exist, and closed afterwards."""
 
     def __init__(self, file: str) -> None:
         folder = cache_folder()

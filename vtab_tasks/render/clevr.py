@@ -1,6 +1,6 @@
 """Scenes after CLEVR (Johnson et al., CVPR 2017): 3 to 10 plain solids on a grey floor. A surrogate, not the data.
 
-Sizes, positions, colours, and the camera with its jitter follow the data set's generator,
+Sizes, positions, colours, and the camera with its jitter follow the dataset's generator,
 github.com/facebookresearch/clevr-dataset-gen; what differs: one sun instead of three lamps, no ray bounces, half the
 resolution, and, in place of counting visible pixels, a rule on how far solids stick out from behind others.
 """
@@ -26,7 +26,7 @@ TRIES = 50
 
 
 class Objects(NamedTuple):
-    """One picture: what is in it, and how it is seen."""
+    """One picture: its objects and its camera."""
 
     solids: list[Solid]
     camera: Camera
@@ -47,13 +47,13 @@ def objects(random: np.random.Generator) -> Objects:
 
 
 def example(objects: Objects) -> dict[str, Any]:
-    """What the labels are derived from, as TFDS has it."""
+    """Return the features for the label, as in TFDS."""
     middles = np.array([solid.centre for solid in objects.solids], np.float32)
     return {"objects": {"pixel_coords": objects.camera.project(middles)}}
 
 
 def picture(objects: Objects) -> NDArray[np.uint8]:
-    """uint8 (160, 240, 3)."""
+    """Draw the picture, uint8 (160, 240, 3)."""
     image, _ = draw(Scene(objects.solids, _grey, _grey), objects.camera, objects.light)
     return image
 
@@ -63,7 +63,7 @@ def _grey(points: Array) -> Array:
 
 
 def _place(random: np.random.Generator, count: int, camera: Camera) -> list[Solid] | None:
-    """Solids one after another; None where one finds no place in `TRIES`."""
+    """Place solids one by one; None if one finds no place in `TRIES`."""
     level = camera.ahead * (1, 1, 0) / np.linalg.norm(camera.ahead[:2])
     solids: list[Solid] = []
     outlines = np.empty((0, 4), np.float32)  # column, row, depth, radius, in pixels but for the depth

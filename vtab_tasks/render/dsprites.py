@@ -1,6 +1,6 @@
 """dSprites drawn from its latents.
 
-The data set, github.com/google-deepmind/dsprites-dataset, holds every combination of 3 shapes, 6 scales,
+The dataset, github.com/google-deepmind/dsprites-dataset, holds every combination of 3 shapes, 6 scales,
 40 orientations, 32 horizontal and 32 vertical positions once, as 64x64 pixels of 0 and 1. Its author drew
 vectors without anti-aliasing. The geometry below was measured from the 320 original frames of the animation
 in that repository; 272 of them come out pixel by pixel, the worst is 4 pixels off, the mean 0.23.
@@ -32,7 +32,7 @@ class Latents(NamedTuple):
 
 
 def latents_of(rows: NDArray[np.integer]) -> Latents:
-    """The latents of rows 0, ..., 737279 of the data set."""
+    """Return the latents of rows 0, ..., 737279 of the dataset."""
     return Latents(*np.unravel_index(rows, GRID))
 
 
@@ -40,7 +40,7 @@ def draw(latents: Latents) -> NDArray[np.uint8]:
     """Draw sprites.
 
     Args:
-        latents: Class indices, (n,) each.
+        latents: class indices, (n,) each.
 
     Returns:
         uint8 (n, 64, 64), rows from the top, values 0 and 1.
@@ -87,7 +87,7 @@ def _in_ellipse(u: NDArray[np.float64], v: NDArray[np.float64]) -> NDArray[np.bo
 
 
 def heart_outline() -> NDArray[np.float64]:
-    """The heart's 240 corners (u, v), float64 (240, 2), by increasing angle around the origin."""
+    """Return the heart's 240 corners (u, v), float64 (240, 2), by increasing angle around the origin."""
     t = np.linspace(0, 2 * np.pi, 240, endpoint=False)
     u = 7.357 * np.sin(t) - 2.255 * np.sin(3 * t) - 0.015 * np.sin(5 * t)
     v = -1.613 - 8.575 * np.cos(t) + 3.099 * np.cos(2 * t) + 1.247 * np.cos(3 * t)

@@ -1,7 +1,7 @@
 """Maze corridors with one object after DeepMind Lab (Beattie et al., 2016). A surrogate, not the data.
 
 A first-person view down a corridor with openings, textured walls, floor and ceiling. An apple or a melon gives a
-positive reward, a lemon a negative one; it stands close, far or very far. The data set's own thresholds of distance are
+positive reward, a lemon a negative one; it stands close, far or very far. The dataset's own thresholds of distance are
 not published; here they are 3 and 6 of the corridor's half widths. Lengths are half widths.
 """
 
@@ -28,19 +28,19 @@ class View(NamedTuple):
 
 
 def view(random: np.random.Generator) -> View:
-    """Draw what is seen. Both rewards are equally frequent, and the three distances."""
+    """Draw a view at random. Both rewards, and the three distances, are equally frequent."""
     negative, far = int(random.integers(2)), int(random.integers(3))
     kind = 2 if negative else int(random.integers(2))
     return View(kind, far, random.uniform(*DISTANCES[far]), int(random.integers(2**31)))
 
 
 def example(view: View) -> dict[str, Any]:
-    """What the label is derived from, as TFDS has it: {close, far, very far} x {positive, negative}."""
+    """Return the features for the label, as in TFDS: {close, far, very far} x {positive, negative}."""
     return {"label": view.bin + (3 if view.kind == 2 else 0)}
 
 
 def picture(view: View) -> NDArray[np.uint8]:
-    """uint8 (120, 160, 3)."""
+    """Draw the picture, uint8 (120, 160, 3)."""
     random = np.random.default_rng(view.seed)
     yaw = random.normal(0, 0.08)
     position = np.array([random.uniform(-0.45, 0.45), 0, random.uniform(0.8, 1.0)], np.float32)
@@ -55,7 +55,7 @@ def picture(view: View) -> NDArray[np.uint8]:
 
 
 def _corridor(random: np.random.Generator, aside: float) -> list[Solid]:
-    """Nothing in it tells how far the object is. It stands `aside` of the middle, a pillar on the other side."""
+    """The corridor, which does not depend on the object's distance: the object is `aside`, a pillar opposite."""
     end = random.uniform(12.5, 19)
     walls, ceiling = _tiles(random, 1.5, 1.0), _tiles(random, 1.0, 1.0)
     top = (0, end / 2, CEILING + 0.05)
@@ -79,7 +79,7 @@ def _block(texture: Texture, x: float, y: float, half_x: float, half_y: float) -
 
 
 def _from(texture: Texture, centre: tuple[float, ...], half: tuple[float, ...], axes: tuple[int, ...]) -> Texture:
-    """A texture of the world, on a solid: the pattern goes on from block to block."""
+    """A texture of the world, on a solid: the pattern continues from block to block."""
 
     def on_solid(points: Array) -> Array:
         world = points * np.asarray(half, np.float32) + np.asarray(centre, np.float32)

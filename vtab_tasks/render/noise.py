@@ -6,7 +6,7 @@ from vtab_tasks.render.scene import Array
 
 
 def noise(u: Array, v: Array, seed: int) -> Array:
-    """Smooth value noise in [0, 1) with one knot per unit of u and v."""
+    """Compute smooth value noise in [0, 1) with one knot per unit of u and v."""
     column, row = np.floor(u).astype(np.int64), np.floor(v).astype(np.int64)
     a, b = u - column, v - row
     a, b = a * a * (3 - 2 * a), b * b * (3 - 2 * b)

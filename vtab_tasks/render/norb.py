@@ -1,6 +1,6 @@
 """Toys after small NORB (LeCun, Huang, Bottou, CVPR 2004), seen from all sides. A surrogate, not the data.
 
-As in the data set: 5 categories of 10 toys, 9 elevations from 30 to 70 degrees, 18 azimuths, 6 lightings, 96x96 grey
+As in the dataset: 5 categories of 10 toys, 9 elevations from 30 to 70 degrees, 18 azimuths, 6 lightings, 96x96 grey
 pixels, plain background; toys 4, 6, 7, 8, 9 in its training half and the others in its test half. A toy's azimuth zero
 is where somebody has put it, so it differs a little from toy to toy. The toys themselves are made of plain solids.
 """
@@ -32,18 +32,18 @@ class View(NamedTuple):
 
 
 def view(split: str, row: int) -> View:
-    """The picture with this row number in its half of the data set."""
+    """Return the view with this row number in its half of the dataset."""
     category, toy, elevation, azimuth, lighting = (int(k) for k in np.unravel_index(row, GRID))
     return View(category, TOYS[split][toy], elevation, azimuth, lighting)
 
 
 def example(view: View) -> dict[str, Any]:
-    """What the labels are derived from, as TFDS has it."""
+    """Return the features for the label, as in TFDS."""
     return {"label_azimuth": view.azimuth, "label_elevation": view.elevation}
 
 
 def picture(view: View) -> NDArray[np.uint8]:
-    """uint8 (96, 96, 3), grey."""
+    """Draw the picture, uint8 (96, 96, 3), grey."""
     solids, zero = _toy(view.category, view.toy)
     turn = zero + np.radians(20 * view.azimuth)
     elevation = np.radians(30 + 5 * view.elevation)

@@ -65,13 +65,13 @@ def _vehicle(random: np.random.Generator, depth: float) -> Vehicle:
 
 
 def example(road: Road) -> dict[str, Any]:
-    """What the label is derived from, as TFDS has it: location is x, y (down) and z (ahead) of the base."""
+    """Return the features for the label, as in TFDS: location is x, y (down) and z (ahead) of the base."""
     location = np.array([(t.x, EYE, t.depth) for t in road.things], np.float32).reshape(-1, 3)
     return {"objects": {"type": np.array([t.kind for t in road.things], np.int64), "location": location}}
 
 
 def picture(road: Road) -> NDArray[np.uint8]:
-    """uint8 (125, 414, 3)."""
+    """Draw the picture, uint8 (125, 414, 3)."""
     random = np.random.default_rng(road.seed)
     solids = [solid for thing in road.things for solid in _solids(thing)]
     for side in (-1, 1):

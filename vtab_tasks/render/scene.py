@@ -28,11 +28,11 @@ class Solid:
     Attributes:
         shape: `box`, `cylinder` (its axis is the third) or `ellipsoid`.
         centre: (x, y, z).
-        half: Half sides, or radii, along its own axes.
+        half: half sides, or radii, along its own axes.
         colour: (r, g, b) in [0, 1], or a texture of points in its own frame, where it reaches from -1 to 1.
-        turn: Rotation about the vertical in radians, counter-clockwise from above.
-        pitch: Rotation about its own first axis, before `turn`.
-        gloss: Strength of the highlight.
+        turn: rotation about the vertical in radians, counter-clockwise from above.
+        pitch: rotation about its own first axis, before `turn`.
+        gloss: strength of the highlight.
     """
 
     shape: str
@@ -69,7 +69,7 @@ class Camera:
     def looking_at(
         position: Sequence[float], target: Sequence[float], focal: float, width: int, height: int
     ) -> "Camera":
-        """A camera without roll."""
+        """Make a camera without roll."""
         ahead = np.asarray(target, np.float32) - np.asarray(position, np.float32)
         ahead /= np.linalg.norm(ahead)
         right = np.cross(ahead, np.array([0, 0, 1], np.float32))
@@ -77,13 +77,13 @@ class Camera:
         return Camera(np.asarray(position, np.float32), right, np.cross(ahead, right), ahead, focal, width, height)
 
     def rays(self) -> Array:
-        """Directions of all pixels' rays (height, width, 3), of depth 1."""
+        """Return directions of all pixels' rays (height, width, 3), of depth 1."""
         u = (np.arange(self.width, dtype=np.float32) + 0.5 - self.width / 2) / self.focal
         v = (np.arange(self.height, dtype=np.float32) + 0.5 - self.horizon * self.height) / self.focal
         return self.ahead + u[None, :, None] * self.right + v[:, None, None] * self.down
 
     def project(self, points: Array) -> Array:
-        """Points (n, 3) to (column, row, depth), (n, 3)."""
+        """Project points (n, 3) to (column, row, depth), (n, 3)."""
         offset = np.asarray(points, np.float32) - self.position
         depth = offset @ self.ahead
         column = offset @ self.right / depth * self.focal + self.width / 2
@@ -255,7 +255,7 @@ def _colours(solid: Solid, points: Array) -> Array:
 
 
 def _in_shadow(scene: Scene, points: Array, sun: Array, facing: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Whether a solid stands between a point and the sun. Points that face away need not be asked."""
+    """Whether a solid stands between a point and the sun. Points that face away are not tested."""
     dark = np.zeros(len(points), bool)
     across = np.linalg.svd(sun[None])[2][1:].astype(np.float32)  # two directions at right angles to the sun's
     u, v = np.ascontiguousarray((points @ across.T).T)

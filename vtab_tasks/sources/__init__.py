@@ -1,1 +1,1 @@
-"""Three ways to the same items: community folders, data prepared by TFDS, drawings."""
+"""Three sources of the same items: community folders, data prepared by TFDS, rendered images."""

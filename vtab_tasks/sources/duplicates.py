@@ -1,4 +1,4 @@
-"""Image files with the same content, found by size and ends first, so that few files are read whole."""
+"""Find image files with the same content, by size and ends first, so that few files are read whole."""
 
 import hashlib
 import os
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-HEAD, TAIL = 4096, 1024  # bytes read of every file; smaller files are known whole by them
+HEAD, TAIL = 4096, 1024  # bytes read of every file; this is the whole of a smaller file
 
 
 class Glance(NamedTuple):
@@ -19,10 +19,10 @@ class Glance(NamedTuple):
 
 
 def glance(path: str | os.PathLike[str]) -> Glance:
-    """Look at a file's ends.
+    """Read a file's size and ends.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: the file cannot be read.
     """
     with open(path, "rb", buffering=0) as file:
         head, size = file.read(HEAD), file.seek(0, os.SEEK_END)
@@ -33,12 +33,12 @@ def glance(path: str | os.PathLike[str]) -> Glance:
 
 
 def contents(files: Iterable[tuple[Path, Glance]]) -> list[bytes]:
-    """A hash of every file, equal where contents are.
+    """Hash every file; hashes are equal if contents are.
 
-    A file is read whole only where another has its size and ends.
+    A file is read whole only if another has its size and ends.
 
     Raises:
-        OSError: A file cannot be read.
+        OSError: a file cannot be read.
     """
     places = list(files)
     likely = [_hash(str(seen.size).encode(), seen.head, seen.tail) for _, seen in places]
@@ -57,12 +57,12 @@ def _hash(*parts: bytes) -> bytes:
 
 
 def describe(own: Sequence[bytes], labels: Sequence[int], trained: set[bytes]) -> str:
-    """How many images of a list have the content of others, in words; empty if none has.
+    """Say in words how many images of a list have the content of others; empty if none has.
 
     Args:
-        own: Contents of the list's images.
-        labels: Theirs.
-        trained: Contents of the images that are trained on, if this list is one to be tested on.
+        own: hashes of the list's images.
+        labels: their labels.
+        trained: hashes of the training images, if this list is for validation or test.
     """
     found: dict[bytes, list[int]] = {}
     for content, label in zip(own, labels, strict=True):

@@ -3,10 +3,10 @@
 A task's folder holds a list for each split, `<split>.txt`, with lines `images/<split>/<index>.jpg <label>`,
 paths relative to the folder.
 
-A path that a list names twice, or that is in a list for training and in one for testing, is an error. Images of the
-same content are counted in the description and warned of, no more: official data hold some. (In dSprites a square is
-the same after a quarter turn, with another label; CIFAR-100 has test images that are training images too.) A link is
-the same content under another name.
+A path that a list names twice, or that is in a list for training and in one for testing, is an error. Images with the
+same content are only counted in the description and reported by a warning, because official data hold some. (In
+dSprites a square is the same after a quarter turn, with another label; CIFAR-100 has test images that are training
+images too.) A link counts as the same content under another name.
 """
 
 import json
@@ -27,9 +27,9 @@ from vtab_tasks.taskdata import TaskData
 from vtab_tasks.tasks import SPLITS, Task
 
 ORIGIN = "origin.json"  # written beside the lists by `vtab_tasks.export`
-# What a split is tested against. train800val200 is train800 and val200, so it shares their images.
+# Training lists that a split must not overlap. train800val200 is train800 and val200, so it shares their images.
 _TRAINED = {"val200": ("train800",), "test": ("train800val200", "train800", "val200")}
-# What Pillow raises on files that are no image, are cut short, damaged, or claim an absurd size.
+# Raised by Pillow for files that are no image, truncated, damaged, or that claim an absurd size.
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, RuntimeError, Image.DecompressionBombError)
 
 
@@ -55,17 +55,17 @@ class FolderItems:
 
 
 def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """An image file of any format that Pillow reads, as RGB, uint8 (H, W, 3).
+    """Read an image file of any format that Pillow reads, as RGB, uint8 (H, W, 3).
 
     Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no image, is damaged, or its pixels have more than 8 bits.
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image or damaged, or its pixels have more than 8 bits.
     """
     try:
         with open(path, "rb") as file:
             with Image.open(file) as image:
                 if image.format == "PNG":
-                    image.verify()  # of every part's checksum, which decoding passes over
+                    image.verify()  # the checksum of every part, which decoding does not check
             file.seek(0)
             with Image.open(file) as image:
                 return np.array(_eight_bits(image).convert("RGB"))
@@ -76,10 +76,10 @@ def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """The image, if its pixels have 8 bits: Pillow would make all brighter ones of more bits white.
+    """Return the image if its pixels have 8 bits: of more bits, Pillow would turn all brighter ones white.
 
     Raises:
-        ValueError: they have not.
+        ValueError: the pixels have more bits.
     """
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}: write it with 8 bits")
@@ -87,12 +87,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def layouts(task: Task) -> list[str]:
-    """Where the task's folder may be, below data_dir."""
+    """List the places of the task's folder below data_dir."""
     return [prefix + name for prefix in ("", "vtab-1k/") for name in task.folders]
 
 
 def find(task: Task, data_dir: str | os.PathLike[str] | None) -> Path | None:
-    """The task's folder below `data_dir`, or None: a folder counts if it has any of the four lists."""
+    """Find the task's folder below `data_dir`, one with any of the four lists; None if there is none."""
     if data_dir is None:
         return None
     for layout in layouts(task):
@@ -103,11 +103,11 @@ def find(task: Task, data_dir: str | os.PathLike[str] | None) -> Path | None:
 
 
 def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> TaskData:
-    """The split from the task's folder, checked: length, labels, and that every image is there and not cut short.
+    """Load a split from the task's folder, after checking length, labels, and that every image is there and whole.
 
     Raises:
-        ValueError: No `data_dir`; or the list is not the one of this task and split.
-        FileNotFoundError: The folder, the list, or an image that the list names is missing.
+        ValueError: no `data_dir`; or the list is not the one of this task and split.
+        FileNotFoundError: the folder, the list, or an image that the list names is missing.
     """
     if data_dir is None:
         raise ValueError('source="folder" needs data_dir, the folder that holds vtab-1k or tasks')
@@ -138,10 +138,10 @@ def _doubled(
     labels: tuple[int, ...],
     images: list[tuple[Path, Glance]],
 ) -> str:
-    """What is to be said of images with the same content, in this list and in those that are trained on.
+    """Words on images with the same content, in this list and in the training lists.
 
     Raises:
-        ValueError: A path is in both.
+        ValueError: a path is in both.
     """
     there: dict[Path, Glance] = {}
     others = (list_file.with_name(f"{name}.txt") for name in _TRAINED.get(list_file.stem, ()))
@@ -161,7 +161,7 @@ def _doubled(
 
 
 def _origin(folder: Path) -> tuple[str, str]:
-    """Source and description. Images that were rendered stay so in a folder."""
+    """Source and description. Rendered images are reported as rendered from a folder, too."""
     description = f"folder: images and lists in {folder}"
     try:
         origin = json.loads((folder / ORIGIN).read_text(encoding="utf-8"))
@@ -171,7 +171,7 @@ def _origin(folder: Path) -> tuple[str, str]:
         return "folder", description
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
-            f"{folder / ORIGIN} does not tell where the images came from ({error}): export again"
+            f"{folder / ORIGIN} does not record where the images came from ({error}): export again"
         ) from error
     if came_from == "rendered":
         return "rendered", f"{what}; written to {folder}"
@@ -179,7 +179,7 @@ def _origin(folder: Path) -> tuple[str, str]:
 
 
 def _entries(task: Task, list_file: Path) -> Iterator[tuple[str, int]]:
-    """The (path, label) of every line, each checked. A byte order mark and blank last lines are passed over."""
+    """The (path, label) of every line, each checked. A byte order mark and blank last lines are ignored."""
     try:
         text = list_file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -209,7 +209,7 @@ def _line(list_file: Path, k: int) -> str:
 
 
 def _inside(path: str, where: str) -> str:
-    """The path in its shortest form, if it stays below the list's folder."""
+    """The normalised path, which must stay below the list's folder."""
     if ".." in path.split("/") or path.startswith("/") or PureWindowsPath(path).anchor:
         raise ValueError(f"{where}: {path} leaves the folder: write it relative to the list, without '..'")
     if "\\" in path:
@@ -218,19 +218,19 @@ def _inside(path: str, where: str) -> str:
 
 
 def _seen(image: Path, where: str) -> Glance:
-    """The ends of a JPEG or PNG file that begins and ends as such; what lies between is seen when it is decoded."""
+    """The ends of a file, which must be those of a JPEG or PNG; the rest is checked when it is decoded."""
     if not os.path.isfile(image):
         raise FileNotFoundError(f"{where}: there is no {image}: fetch the missing image")
     seen = glance(image)
-    # Some writers leave a few bytes behind the end of an image.
+    # Some writers append a few bytes after the end of an image.
     ends = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG\r\n\x1a\n": b"IEND"}
     if not any(seen.head.startswith(head) and end in seen.tail for head, end in ends.items()):
-        raise ValueError(f"{where}: {image} is cut short, or no JPEG or PNG: fetch this file again")
+        raise ValueError(f"{where}: {image} is truncated, or no JPEG or PNG: fetch this file again")
     return seen
 
 
 def _label(task: Task, text: str, where: str) -> int:
-    """The label, if it is one of the task's classes."""
+    """The label, which must be one of the task's classes."""
     if re.fullmatch("-?[0-9]{1,9}", text) is None:
         raise ValueError(f"{where}: the label {text!r} is not an integer")
     label = int(text)
@@ -242,7 +242,7 @@ def _label(task: Task, text: str, where: str) -> int:
 
 
 def _missing_layout(task: Task, split: str, place: Path) -> str:
-    """What was expected, drawn as a tree."""
+    """The expected layout as a tree."""
     tree = [
         f"{' or '.join(layouts(task))}/",
         f"  {split}.txt              lines 'images/{split}/000000.jpg <label>', {task.size(split)} of them",

@@ -1,4 +1,4 @@
-"""The structured tasks drawn offline. Never the official pixels: every description says so."""
+"""The structured tasks, rendered offline. Never the official pixels, and every description says so."""
 
 import os
 import zlib
@@ -42,19 +42,19 @@ def _dsprites_items(task: Task, split: str) -> DspritesItems:
     return DspritesItems(task, np.concatenate([order[part.start : part.stop] for part in task.parts(split)]))
 
 
-_SCENES = ("../sources/rendered", "../order")  # what decides which scene is at a position
+_SCENES = ("../sources/rendered", "../order")  # the code that decides which scene is at a position
 
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A data set in whose place scenes are drawn.
+    """A dataset that is replaced by rendered scenes.
 
     Attributes:
-        scene: What is seen at a position of a TFDS split; a function of the two alone.
-        example: Of a scene, what labels are derived from, as TFDS has it.
-        picture: Of a scene, its picture (H, W, 3).
-        code: Modules that decide what pictures look like.
-        what: What is drawn, in words.
+        scene: the scene at a position of a TFDS split; a function of the two alone.
+        example: from a scene to the features of a TFDS example, from which labels are derived.
+        picture: from a scene to its picture (H, W, 3).
+        code: modules that determine the pixels.
+        what: what is drawn, in words.
     """
 
     scene: Callable[[str, int], Any]
@@ -64,13 +64,13 @@ class Surrogate:
     what: str
 
     def draw(self, split: str, position: int) -> NDArray[np.uint8]:
-        """The picture at a position of a TFDS split."""
+        """Draw the picture at a position of a TFDS split."""
         return self.picture(self.scene(split, position))
 
 
 @dataclass(frozen=True, eq=False)
 class SurrogateItems:
-    """Items drawn from their places, (TFDS split, position), in a data set."""
+    """Items drawn from their places, (TFDS split, position), in a dataset."""
 
     task: Task
     places: tuple[tuple[str, int], ...]
@@ -149,12 +149,12 @@ _MAKERS: dict[str, Callable[[Task, str], Items]] = {
 
 
 def can_draw(task: Task) -> bool:
-    """Whether the task has a rendered form."""
+    """Return whether the task has a rendered form."""
     return task.tfds_name in _MAKERS
 
 
 def drawing(task: Task) -> str:
-    """Names the code that draws the task's pictures and chooses their scenes."""
+    """Hash the code that draws the task's pictures and chooses their scenes."""
     surrogate = _SURROGATES.get(task.tfds_name)
     return code_hash(*(surrogate.code if surrogate else ("dsprites",)), *_SCENES)
 
@@ -166,10 +166,10 @@ def _describe(task: Task) -> str:
 
 
 def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None = None) -> TaskData:
-    """The split, drawn; `data_dir` has nothing to give here.
+    """Render the split; `data_dir` is not used.
 
     Raises:
-        ValueError: The task has no rendered form.
+        ValueError: the task has no rendered form.
     """
     if not can_draw(task):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Data sets that tensorflow-datasets (TFDS) has prepared, read without TensorFlow."""
+"""Datasets that tensorflow-datasets (TFDS) has prepared, read without TensorFlow."""
 
 import io
 import os
@@ -20,9 +20,9 @@ from vtab_tasks.tasks import Edition, Task
 
 @dataclass(frozen=True, eq=False)
 class TfdsItems:
-    """Records whose images are left as they are.
+    """Records whose images TFDS leaves encoded.
 
-    They are decoded by Pillow: TFDS takes OpenCV where it is installed, and leaves an alpha channel or a palette in.
+    Pillow decodes them: TFDS would use OpenCV where it is installed, and would keep an alpha channel or a palette.
     """
 
     task: Task
@@ -39,7 +39,7 @@ class TfdsItems:
         return np.array(found, dtype=np.int64)
 
     def encoded(self, positions: NDArray[np.int64]) -> Iterator[bytes]:
-        """Image files at these positions, as they were stored."""
+        """Yield the image files at these positions as they are stored."""
         for position in positions:
             with _intact(self.directory):
                 found = self.records[int(position)]["image"]
@@ -53,61 +53,61 @@ class TfdsItems:
         if self.task.pixel_scale > 1 and image.max() > 255 // self.task.pixel_scale:
             raise ValueError(
                 f"a pixel of {self.task.tfds_name} is {image.max()}, but the official data go up to "
-                f"{255 // self.task.pixel_scale}: this is another data set, prepare the official one"
+                f"{255 // self.task.pixel_scale}: this is another dataset, prepare the official one"
             )
         return np.broadcast_to(image * np.uint8(self.task.pixel_scale), (*image.shape[:2], 3))
 
 
 @contextmanager
 def _intact(directory: Path) -> Iterator[None]:
-    """TFDS, and what it reads with, raise whatever a damaged file makes them stumble over: here it is one message."""
+    """Turn the many errors that TFDS and its readers raise on damaged files into one message."""
     try:
         yield
-    except NotImplementedError:  # TFDS's word for a file format without random access
+    except NotImplementedError:  # raised by TFDS for a file format without random access
         raise
     except Exception as error:
         raise ValueError(
             f"{directory} is damaged ({type(error).__name__}: {' '.join(str(error).split())}): copy it again, or "
-            "delete it and prepare the data set again"
+            "delete it and prepare the dataset again"
         ) from error
 
 
 def default_data_dir() -> Path:
-    """Where TFDS keeps its data unless told otherwise."""
+    """Return TFDS's default folder: `$TFDS_DATA_DIR` or `~/tensorflow_datasets`."""
     return Path(os.environ.get("TFDS_DATA_DIR") or os.path.expanduser("~/tensorflow_datasets"))
 
 
-def _data_set_dir(task: Task, data_dir: str | os.PathLike[str] | None) -> Path:
+def _dataset_dir(task: Task, data_dir: str | os.PathLike[str] | None) -> Path:
     return (default_data_dir() if data_dir is None else Path(data_dir)) / task.tfds_name
 
 
-def _versions(data_set: Path) -> list[str]:
-    """The prepared versions in the data set's folder, newest first. TFDS writes dataset_info.json last."""
-    names = (info.parent.name for info in data_set.glob("*/dataset_info.json"))
+def _versions(dataset: Path) -> list[str]:
+    """The prepared versions in the dataset's folder, newest first. TFDS writes dataset_info.json last."""
+    names = (info.parent.name for info in dataset.glob("*/dataset_info.json"))
     numbered = (name for name in names if re.fullmatch(r"\d+\.\d+\.\d+", name))
     return sorted(numbered, key=lambda name: [int(number) for number in name.split(".")], reverse=True)
 
 
 def find(task: Task, data_dir: str | os.PathLike[str] | None) -> Path | None:
-    """The folder of the newest prepared version that VTAB accepts, or None."""
-    data_set = _data_set_dir(task, data_dir)
-    for name in _versions(data_set):
+    """Find the folder of the newest prepared version that VTAB accepts; None if there is none."""
+    dataset = _dataset_dir(task, data_dir)
+    for name in _versions(dataset):
         if any(fnmatchcase(name, pattern) for pattern in task.tfds_versions):
-            return data_set / name
+            return dataset / name
     return None
 
 
 def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> TaskData:
-    """The split from prepared TFDS data.
+    """Load a split from prepared TFDS data.
 
     Raises:
-        ValueError: The package is missing, or the data was prepared in a format, or with sizes, that cannot
+        ValueError: the package is missing, or the data was prepared in a format, or with sizes, that cannot
             be used.
-        FileNotFoundError: The data set, or one of its files, is missing.
+        FileNotFoundError: the dataset, or one of its files, is missing.
     """
     directory = find(task, data_dir)
     if directory is None:
-        raise FileNotFoundError(_not_prepared(task, _data_set_dir(task, data_dir)))
+        raise FileNotFoundError(_not_prepared(task, _dataset_dir(task, data_dir)))
     tfds = import_tfds()
     with _intact(directory):
         builder = tfds.builder_from_directory(directory)
@@ -129,7 +129,11 @@ def load(task: Task, split: str, data_dir: str | os.PathLike[str] | None) -> Tas
 
 
 def import_tfds() -> Any:
-    """TFDS is imported only when its data is read; it does not import TensorFlow for that."""
+    """Import TFDS, only when its data is read; it does not import TensorFlow for that.
+
+    Raises:
+        ValueError: TFDS or its reader is not installed.
+    """
     try:
         import array_record  # noqa: F401  (TFDS imports it when the first record is read)
         import tensorflow_datasets
@@ -139,7 +143,7 @@ def import_tfds() -> Any:
 
 
 def _edition(task: Task, split: str, builder: Any) -> Edition:
-    """The edition that was prepared, with all of the files that the split needs."""
+    """The edition that was prepared; all files that the split needs must be there."""
     needed = {part.split for part in task.parts(split)}
     found = {name: info.num_examples for name, info in builder.info.splits.items()}
     for edition in task.editions:
@@ -164,14 +168,14 @@ def _edition(task: Task, split: str, builder: Any) -> Edition:
 
 def _how_to_prepare(task: Task) -> str:
     return (
-        f"prepare the data set with `python -m abm_vision.vtab prepare --task {task.name} --data-dir DIR`, or where "
+        f"prepare the dataset with `python -m abm_vision.vtab prepare --task {task.name} --data-dir DIR`, or where "
         f'TensorFlow is installed with tfds.builder("{task.tfds_name}", data_dir=..., file_format="array_record")'
         ".download_and_prepare()"
     )
 
 
-def _not_prepared(task: Task, data_set: Path) -> str:
-    others = _versions(data_set)
+def _not_prepared(task: Task, dataset: Path) -> str:
+    others = _versions(dataset)
     found = f"only version {', '.join(others)}" if others else "no prepared version"
-    problem = f"{data_set} holds {found} of {task.tfds_name}, VTAB takes {' or '.join(task.tfds_versions)}"
+    problem = f"{dataset} holds {found} of {task.tfds_name}, VTAB takes {' or '.join(task.tfds_versions)}"
     return f"{problem}: {_how_to_prepare(task)}"

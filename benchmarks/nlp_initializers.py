@@ -1,11 +1,11 @@
-"""Starts of LoRA on the tiny language models: GLUE's made-up SST-2 and RTE, and made-up instructions.
+"""Initialisations of LoRA on the tiny language models: GLUE's made-up SST-2 and RTE, and made-up instructions.
 
-    python benchmarks/nlp_starts.py [--threads 1]
+    python benchmarks/nlp_initializers.py [--threads 1]
 
-Every start with every learning rate (RTE: one) and seed, by the real commands' own `run`. tiny-t5 and tiny-llama are
-stand-ins that were pretrained here for minutes, on data that is no benchmark: the numbers compare starts on real
-tokenisation and trainers, and say nothing about T5 or LLaMA. Finished runs are kept in
-`results/nlp_starts-SUBJECT.jsonl`.
+Every initialisation with every learning rate (RTE: one) and seed, through the `run` of the real commands. tiny-t5 and
+tiny-llama are stand-ins that were pretrained here for minutes, on data that is no benchmark: the numbers compare
+initialisations on real tokenisation and trainers, and say nothing about T5 or LLaMA. Finished runs are lines of
+`results/nlp_initializers-SUBJECT.jsonl`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.run import run as run_instruct
 from nlp_ext.quiet import only_our_own_words
 
-STARTS = ("kaiming", "eva", "abm", "abm_aligned")
+INITS = ("kaiming", "eva", "abm", "abm_aligned")
 RATES = {"sst2": (2e-3, 5e-3), "rte": (5e-3,), "instruct": (2e-3, 5e-3)}
 SEEDS = 3
-EPOCHS = {"sst2": 3, "rte": 3, "instruct": 1}  # enough for every start to learn these
+EPOCHS = {"sst2": 3, "rte": 3, "instruct": 1}  # enough for every initialisation to learn these
 KEPT = ("config", "scores", "perplexity", "loss_per_step", "seconds", "tiny", "precision", "environment")
 
 
 def measured(subject: str, init: str, lr: float, seed: int) -> dict[str, Any]:
-    """A run's settings, scores, losses and seconds."""
+    """Run once, and return settings, scores, losses and seconds."""
     with tempfile.TemporaryDirectory() as out, only_our_own_words():
         if subject == "instruct":
             config = InstructConfig.make(init=init, lr=lr, seed=seed, epochs=EPOCHS[subject])
@@ -49,10 +49,10 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     for subject in options.subjects:
-        ledger = Ledger(f"nlp_starts-{subject}")
+        ledger = Ledger(f"nlp_initializers-{subject}")
         done = {(r["config"]["init"], r["config"]["lr"], r["config"]["seed"]) for r in ledger.records}
         for seed in range(SEEDS):
-            for init in STARTS:
+            for init in INITS:
                 for lr in RATES[subject]:
                     if (init, lr, seed) not in done:
                         record = measured(subject, init, lr, seed)

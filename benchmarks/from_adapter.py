@@ -1,12 +1,12 @@
-"""Starting from an adapter that is there already: of the same task at another rank, or of another task.
+"""Initialise from an existing adapter: of the same task at another rank, or of another task.
 
-    python benchmarks/warm_starts.py --task dsprites_loc      # goes on where it stopped
+    python benchmarks/from_adapter.py --task dsprites_loc      # resumes after an interruption
 
-Rendered data, DINOv2 ViT-S/14 at 70 px. References are whole runs of the quick preset from peft's default, seed 0. Two
-ways lead from one to a rank-8 adapter: boundary matching (`abm_tuned`), and, where the ranks agree, a plain copy of its
-A and B, which is what anybody would do. Then the first 4 epochs of the preset and a test on 1,000 images. The head is
-fresh in all. What tuning the references costs is not counted: here they are there. Every trial is kept as one line of
-`results/warm_starts-TASK.jsonl`.
+Rendered data, DINOv2 ViT-S/14 at 70 px. References are whole runs of the quick preset with peft's default, seed 0. A
+rank-8 adapter is initialised from one in two ways: by boundary matching (`abm_tuned`), and, if the ranks agree, by a
+plain copy of A and B, the obvious baseline. Then come the first 4 epochs of the preset and a test on 1,000 images. The
+head is fresh in all trials. The cost of tuning the references is not counted, as they exist already. Every trial is one
+line of `results/from_adapter-TASK.jsonl`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 OTHER = {"dsprites_loc": "dsprites_ori", "dsprites_ori": "dsprites_loc"}
 SEEDS = (0,)
-# Name to (what the reference was tuned on, its rank, how the adapter starts from it).
+# Name to (task that the reference was tuned on, its rank, how the adapter is initialised from it).
 TRIALS = {
     "peft's default": None,
     "same task, rank 8, matched": ("same", 8, "abm_tuned"),
@@ -49,12 +49,12 @@ TRIALS = {
 
 
 def reference(task: str, rank: int, out: str) -> Path:
-    """The folder of an adapter tuned on the task; tuned now if it is not there."""
+    """Return the folder of an adapter tuned on the task; tune it if it does not exist."""
     result = run(make_config(task=task, init="kaiming", rank=rank, alpha=rank, test_images=1000), out)
     return Path(result["folder"]) / ADAPTER
 
 
-def start(model: PeftModel, images: Images, precision: str, how: str, folder: Path, config: RunConfig) -> None:
+def initialise(model: PeftModel, images: Images, precision: str, how: str, folder: Path, config: RunConfig) -> None:
     load_reference(model, folder, "reference")
     if how == "copied":
         with torch.no_grad():
@@ -76,7 +76,7 @@ def trial(task: str, name: str, seed: int, out: str) -> dict[str, Any]:
         where, rank, how = TRIALS[name]
         folder = reference(task if where == "same" else OTHER[task], rank, out)
         began = time.perf_counter()
-        start(model, images, precision, how, folder, config)
+        initialise(model, images, precision, how, folder, config)
         seconds = time.perf_counter() - began
     progress = Progress()
     train(model, make_optimiser(model, config), images, config, precision, progress, lambda _: None, quiet=True)
@@ -100,7 +100,7 @@ def trial(task: str, name: str, seed: int, out: str) -> dict[str, Any]:
 
 def main() -> None:
     options = parse(__doc__)
-    ledger = Ledger(f"warm_starts-{options.task}")
+    ledger = Ledger(f"from_adapter-{options.task}")
     done = {(r["trial"], r["seed"]) for r in ledger.records}
     with tempfile.TemporaryDirectory() as out:
         for seed, name in itertools.product(SEEDS, TRIALS):

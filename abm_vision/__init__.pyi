@@ -1,0 +1,40 @@
+# The public names and where they lie: `__init__.py` loads them on first use, type checkers read them here.
+from .abm.align import AlignReport, initialize_lora_aligned_weights
+from .abm.checks import check_adapters
+from .abm.host import Backbone, find_backbone, register_backbone
+from .abm.loading import load_adapter
+from .abm.lora import add_lora
+from .abm.match import initialize_lora_abm_weights
+from .abm.report import ABMReport
+from .abm.saving import save_adapter
+from .abm.settings import ABMConfig, AlignConfig
+from .abm.tangent import InformationLoss, information_loss
+from .initializers import INITIALIZERS, Initializer, initialize_lora
+from .live import LivePlot
+from .vit import VIT
+from .weights import WeightSource, create_backbone
+
+__all__ = [
+    "INITIALIZERS",
+    "VIT",
+    "ABMConfig",
+    "ABMReport",
+    "AlignConfig",
+    "AlignReport",
+    "Backbone",
+    "InformationLoss",
+    "Initializer",
+    "LivePlot",
+    "WeightSource",
+    "add_lora",
+    "check_adapters",
+    "create_backbone",
+    "find_backbone",
+    "information_loss",
+    "initialize_lora",
+    "initialize_lora_abm_weights",
+    "initialize_lora_aligned_weights",
+    "load_adapter",
+    "register_backbone",
+    "save_adapter",
+]

@@ -1,0 +1,283 @@
+"""What the spine (`runs.run`) is given: what differs between modalities, and how a run is run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from abm_vision.abm.host import Backbone, find_backbone
+from abm_vision.runs import folder as files
+from abm_vision.runs.content import Origin
+from abm_vision.runs.device import resolve_device
+from abm_vision.runs.log import Log
+from abm_vision.runs.order import diagnosis_batches, shuffled
+from abm_vision.runs.records import Result
+from abm_vision.runs.settings import AdapterSettings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Say = Callable[[str], None]
+
+
+def silent(line: str) -> None:
+    """Say nothing."""
+
+
+# ------------------------------------------------------------------------------------------------ how a run is run
+
+
+@dataclass(frozen=True)
+class Session:
+    """How a run is run: nothing of it changes a result.
+
+    Args:
+        out: parent of the run's folder, which `config.run_name()` names.
+        rerun: make the run from its beginning even if it is finished or was interrupted.
+        quiet: no progress bars.
+        diagnose: measure the adapter's information loss before and after its initialisation, on training samples that
+            the initialisation does not see, and after it on those that it does; a finished run that lacks it gets it
+            added.
+        reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
+            until the same run is asked for in its own right.
+        extras: names of `Harness.extras` that the finished run is to have as well.
+        say: receives a line about every stage.
+        log: receives every step's loss and learning rate (see `runs.log`).
+    """
+
+    out: str | Path = "results"
+    rerun: bool = False
+    quiet: bool = True
+    diagnose: bool = False
+    reference_only: bool = False
+    extras: tuple[str, ...] = ()
+    say: Say = silent
+    log: Log | None = None
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes that make a run together, as one of them sees them. By default it is alone.
+
+    Args:
+        main: this is the first process, the only one that writes and speaks.
+        count: how many there are.
+        wait: returns when all have called it.
+        share: gives a model's trained tensors the values that the first process has.
+    """
+
+    main: bool = True
+    count: int = 1
+    wait: Callable[[], None] = lambda: None
+    share: Callable[[nn.Module], None] = lambda model: None
+
+
+# ------------------------------------------------------------------------------------------ a run while it is made
+
+
+@dataclass(kw_only=True)
+class Run:
+    """A run while it is made. The spine sets device and precision before `Harness.prepare`.
+
+    Args:
+        config: its settings.
+        folder: where its files are.
+        session: how it is run.
+        processes: that make it.
+        device, precision: of all that is computed ("bf16" or "fp32").
+        seconds: what its stages have taken.
+    """
+
+    config: AdapterSettings
+    folder: Path
+    session: Session
+    processes: Processes
+    device: torch.device = torch.device("cpu")
+    precision: str = "fp32"
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Add the time that the block takes to `seconds`."""
+        began = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+
+@dataclass(kw_only=True)
+class Prepared(Run):
+    """A run before its initialisation. A harness's own adds the data, and what is recorded of them.
+
+    Args:
+        model: the adapted model, on the device.
+        samples: number of training samples.
+        origin: the content that the run is made of, which must be the same when it is resumed.
+        weights_sha256: of the pretrained weights; a tuned reference must have been tuned on the same.
+        state_dict: the trained tensors, gathered, of a model that is spread over processes; None: the model has them.
+    """
+
+    model: PeftModel
+    samples: int
+    origin: Origin
+    weights_sha256: str | None
+    state_dict: dict[str, Tensor] | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The record of the model's family."""
+        return find_backbone(self.model)
+
+    def select(self, indices: Tensor) -> Any:
+        """The labelled training samples at these positions (n,), as a batch on the device."""
+        raise NotImplementedError
+
+    def calibration(self) -> Iterator[Any]:
+        """Batches of the shuffled training set from its beginning, for the initialisation."""
+        size = min(self.config.batch_size, self.config.abm_samples)
+        return map(self.select, shuffled(self.samples, size, self.config.seed, 0))
+
+    def diagnosis(self, seen: bool) -> list[Any]:
+        """Batches to measure information loss on: those of the calibration, or some that it does not see."""
+        chosen = diagnosis_batches(self.samples, self.config.abm_samples, self.config.seed, seen)
+        return [self.select(indices) for indices in chosen]
+
+
+class Progress(Protocol):
+    """How far training is: the loss of every step, the seconds of every whole epoch."""
+
+    losses: list[float]
+    seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What an interrupted run is resumed from.
+
+    Args:
+        notes: of its initialisation, a `records.Notes`.
+        epoch: whole epochs that it has.
+        state: the rest, for the harness that has saved it.
+    """
+
+    notes: dict[str, Any]
+    epoch: int
+    state: Any
+
+
+# ------------------------------------------------------------------------------------- what differs between modalities
+
+
+def _alone(config: AdapterSettings) -> Processes:
+    return Processes()
+
+
+def _nothing(run: Prepared) -> None:
+    """There is nothing to measure."""
+
+
+@dataclass(frozen=True)
+class Harness:
+    """What differs between modalities. Functions of a module, so that a harness can be sent to another process.
+
+    Args:
+        program: name of the command.
+        config: the settings of a run.
+        result: the schema of `result.json`.
+        prepare: loads data and pretrained weights and adds the adapter.
+        origin: what gives the content that a run of these settings would be made of now, part by part, without a model
+            and without the network. A part raises an OSError if it is not there, a ValueError if it is damaged.
+        resume: what an interrupted run left, None if it left nothing.
+        train: trains to the end, from the checkpoint if there is one. What it saves on its way holds the notes, which
+            `resume` gives back.
+        score: the fields of the result that are this harness's own.
+        summary: what was scored, on which data, and how well, in one line.
+        curves: the run's figure.
+        card: the adapter's model card.
+        settings: what `abm.json` says of the adapter besides.
+        unfinished: files that `resume` needs; a finished run has none of them.
+        leaves: other files that a run leaves.
+        extras: file or folder to what makes it of a finished run (see `Session.extras`).
+        measure_pretrained: measures the pretrained model, before the adapter is initialised.
+        device: the device that a setting names.
+        processes: those that make the run.
+        hushed: a context in which libraries print nothing by themselves, for a command.
+
+    A harness for tables of numbers, say (`tests/test_spine.py` has one whole):
+
+        @dataclass(kw_only=True)
+        class TableRun(Prepared):
+            table: Tensor  # (samples, columns); the last column is the label
+
+            def select(self, indices):
+                return self.table[indices, :-1], self.table[indices, -1].long()
+
+        def prepare(run):
+            with run.stage("data"):
+                table = load(run.config.data)
+            with run.stage("weights"):
+                model = add_lora(pretrained(), run.config.rank, run.config.alpha, backbone=TABLES)
+            return TableRun(**vars(run), model=model, table=table, samples=len(table), origin=..., weights_sha256=None)
+
+        def train(run, notes, checkpoint):
+            progress, optimiser = Steps(), AdamW(...)
+            if checkpoint:
+                progress = checkpoints.restore(run, optimiser, checkpoint)
+            while progress.epoch < run.config.epochs:
+                ...
+                checkpoints.save(run, optimiser, progress, notes)
+            return progress
+
+        HARNESS = Harness("tables", TableConfig, TableResult, prepare, origin, checkpoints.load, train, score, ...)
+        run(HARNESS, TableConfig(lr=1e-3), Session(out="results"))
+    """
+
+    program: str
+    config: type[AdapterSettings]
+    result: type[Result]
+    prepare: Callable[[Run], Prepared]
+    origin: Callable[[AdapterSettings], list[Callable[[], Origin]]]
+    resume: Callable[[Prepared], Checkpoint | None]
+    train: Callable[[Prepared, dict[str, Any], Checkpoint | None], Progress]
+    score: Callable[[Prepared, Progress], dict[str, Any]]
+    summary: Callable[[dict[str, Any]], str]
+    curves: Callable[[dict[str, Any]], Figure]
+    card: Callable[[dict[str, Any]], str]
+    settings: Callable[[dict[str, Any]], dict[str, Any]]
+    unfinished: tuple[str, ...]
+    leaves: tuple[str, ...] = ()
+    extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
+    measure_pretrained: Callable[[Prepared], None] = _nothing
+    device: Callable[[str], torch.device] = resolve_device
+    processes: Callable[[AdapterSettings], Processes] = _alone
+    hushed: Callable[[], AbstractContextManager[None]] = nullcontext
+
+    def read(self, folder: Path) -> dict[str, Any] | None:
+        """The result of a finished run, None for one that is not.
+
+        Raises:
+            ValueError: it is damaged, of another schema, or a field is missing or out of its range.
+        """
+        return files.read_result(folder, self.result, self.config.schema)
+
+    def read_finished(self, folder: str | Path) -> dict[str, Any]:
+        """The result of a run that must be finished.
+
+        Raises:
+            FileNotFoundError: it is not, or there is none.
+        """
+        result = self.read(Path(folder))
+        if result is None:
+            raise FileNotFoundError(f"no {files.RESULT} in {folder}: pass the folder of a finished run")
+        return result
+
+    def interrupted(self, folder: Path) -> bool:
+        """Whether a run has begun and is not finished."""
+        return any((folder / name).exists() for name in self.unfinished)

@@ -1,0 +1,28 @@
+"""`abm-vtab`: one run."""
+
+from __future__ import annotations
+
+import argparse
+
+from abm_vision.runs.cli import Parser, add_run_options, add_settings, make_run
+from abm_vision.vtab.commands import PROGRAM
+from abm_vision.vtab.config import RunConfig
+
+EPILOG = (
+    "Other commands: suite (many tasks, starts and seeds), report (of finished runs), compare (starts side by side), "
+    "prepare (fetch data sets, or write them as image folders), list (the tasks and where their data is), predict "
+    "(classify image files)."
+)
+
+
+def parser() -> Parser:
+    """One flag for every field of `RunConfig`, and those that do not change a result."""
+    flags = Parser(PROGRAM, description="Adapt a pretrained timm ViT to a VTAB-1K task.", epilog=EPILOG)
+    add_settings(flags, RunConfig)
+    add_run_options(flags)
+    return flags
+
+
+def command(options: argparse.Namespace) -> int:
+    """Make a run, and print its result."""
+    return make_run(options, RunConfig, "abm_vision.vtab.harness:HARNESS")

@@ -1,0 +1,285 @@
+"""VTAB-1K for the spine (`runs.run`): its data and models, its training and its score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+import vtab_tasks
+from abm_vision import plots
+from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.lora import add_lora
+from abm_vision.runs import checkpoint as checkpoints
+from abm_vision.runs.checkpoint import CHECKPOINT, Progress
+from abm_vision.runs.content import Origin, initialisation, remembered
+from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Say, Session, silent
+from abm_vision.runs.log import Log
+from abm_vision.runs.run import run as run_spine
+from abm_vision.vtab.config import EVALUATIONS, RunConfig, make_config
+from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
+from abm_vision.vtab.results import Result, model_card, summary
+from abm_vision.vtab.train import choose_attention, count_correct, make_optimiser
+from abm_vision.vtab.train import train as train_epochs
+from abm_vision.weights import WeightSource, create_backbone, find_weights
+from vtab_tasks.content import content
+
+TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
+
+
+def run(
+    config: RunConfig,
+    out: str | Path = "results",
+    *,
+    rerun: bool = False,
+    quiet: bool = True,
+    diagnose: bool = False,
+    reference_only: bool = False,
+    say: Say | None = None,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Adapt a pretrained ViT to one task, test it once, and write everything under `out`.
+
+    A finished run is read, not repeated; an interrupted one is resumed after its last whole epoch with the same result,
+    bit for bit on CPU. The test split is opened after the last epoch (earlier only with `eval_epochs`, which decides
+    nothing).
+
+    Args:
+        config: the settings.
+        out: parent of the run's folder, which `config.run_name()` names.
+        rerun: start afresh even if the run is finished or was interrupted.
+        quiet: no progress bars.
+        diagnose: measure the adapter's information loss before and after its initialisation, on training images that
+            the initialisation does not see, and after it on some that it does; a finished run that lacks it gets it
+            added.
+        reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
+            until the same run is asked for in its own right.
+        say: receives a line about every stage.
+        log: receives every step's loss and learning rate, and top-1 where it is followed (see `runs.log`).
+
+    Returns:
+        The content of `result.json`, with `folder` added.
+
+    Raises:
+        Busy: another process is at this run.
+        ValueError, OSError, WeightsNotFound: as the parts of the run do, each with one message.
+    """
+    return run_spine(HARNESS, config, Session(out, rerun, quiet, diagnose, reference_only, say=say or silent, log=log))
+
+
+# ------------------------------------------------------------------------------------------ data, weights and adapter
+
+
+@dataclass(kw_only=True)
+class VtabRun(Prepared):
+    """A run of VTAB-1K with its data, and what is recorded of them.
+
+    Args:
+        images: the training images, on the device.
+        train_data, test_data: where they are from.
+        split_size: images in the split that test_data is from.
+        preprocessing: what the model expects.
+        weights: where they are from.
+    """
+
+    config: RunConfig
+    images: Images
+    train_data: vtab_tasks.TaskData
+    test_data: vtab_tasks.TaskData
+    split_size: int
+    preprocessing: Preprocessing
+    weights: WeightSource
+
+    def select(self, indices: Tensor) -> tuple[Tensor, Tensor]:
+        """(float images (n, 3, size, size), labels (n,)) at these positions."""
+        return self.images.select(indices)
+
+
+def prepare(run: Run) -> VtabRun:
+    """Data, pretrained weights and the adapted model.
+
+    Raises:
+        ValueError, OSError, WeightsNotFound: of the data, the weights, or the adapter, each with one message.
+    """
+    config, say = run.config, run.session.say
+    with run.stage("data"):
+        (train_data, _), (test_data, split_size) = _load(config, "training"), _load(config, "test")
+        test_split = test_data.split
+        say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} {test_split} images")
+    with run.stage("weights"):
+        torch.manual_seed(config.seed)
+        num_classes = train_data.task.num_classes
+        backbone, weights = create_backbone(
+            config.model, num_classes, config.image_size, config.weights, drop_path_rate=config.drop_path
+        )
+        preprocessing = preprocessing_for(backbone, config.image_size, config.normalisation, config.interpolation)
+        say(f"weights   {weights}")
+    with run.stage("data"):
+        images = Images(*load_all(train_data, preprocessing), preprocessing, run.device)
+    with run.stage("lora"):
+        model = _adapted(backbone, config, images, run.device)
+    choose_attention(model, run.device, run.precision)
+    data = {**_data_origin("training", train_data), **_data_origin("test", test_data)}
+    return VtabRun(
+        **vars(run),
+        model=model,
+        samples=len(images),
+        origin={**data, **_weights_origin(weights), **initialisation(config)},
+        weights_sha256=weights.sha256,
+        images=images,
+        train_data=train_data,
+        test_data=test_data,
+        split_size=split_size,
+        preprocessing=preprocessing,
+        weights=weights,
+    )
+
+
+def origin_parts(
+    config: RunConfig, known: dict[tuple[RunConfig, str], Origin] | None = None
+) -> list[Callable[[], Origin]]:
+    """What gives the content that a run of this configuration would be made of now, part by part.
+
+    No model is built, no network asked. Each raises an OSError if its part is not there, and a ValueError if it is
+    damaged.
+
+    Args:
+        config: the settings.
+        known: what was found of the data of runs, to be added to: those of a suite share theirs.
+    """
+    fields = ("task", "evaluate", "source", "data_dir", "test_images")
+    key = make_config(**{name: getattr(config, name) for name in fields})
+    known = {} if known is None else known
+
+    def data(part: str) -> Origin:
+        if (key, part) not in known:
+            known[key, part] = _data_origin(part, _load(config, part)[0])
+        return known[key, part]
+
+    def weights() -> Origin:
+        return _weights_origin(find_weights(config.model, config.weights))
+
+    return [partial(data, "training"), partial(data, "test"), weights, partial(initialisation, config)]
+
+
+def _data_origin(part: str, data: vtab_tasks.TaskData) -> Origin:
+    return {f"{part} {name}": found for name, found in content(data, remembered).items()}
+
+
+def _weights_origin(weights: WeightSource) -> Origin:
+    return {"weights": f"sha256 {weights.sha256}" if weights.sha256 else "random"}
+
+
+def _load(config: RunConfig, part: str) -> tuple[vtab_tasks.TaskData, int]:
+    """Training or test data, and how many images their split has."""
+    split = dict(zip(("training", "test"), EVALUATIONS[config.evaluate], strict=True))[part]
+    data = vtab_tasks.load(config.task, split, source=config.source, data_dir=config.data_dir)
+    if part == "test" and 0 < config.test_images < len(data):
+        return data.subset(config.test_images, TEST_SUBSET_SEED), len(data)
+    return data, len(data)
+
+
+def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, device: torch.device) -> PeftModel:
+    torch.manual_seed(config.seed)
+    model = add_lora(
+        backbone,
+        config.rank,
+        config.alpha,
+        targets=config.lora_targets(),
+        qkv=config.qkv,
+        dropout=config.dropout,
+    ).to(device)
+    pixels, _ = next(images.batches(2, config.seed, 0))
+    check_adapters(model.eval(), pixels)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------- train and score
+
+
+def train(run: VtabRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
+    """Train to the end; every epoch leaves a checkpoint, and top-1 where it is followed."""
+    config, log = run.config, run.session.log
+    steps = -(-len(run.images) // config.batch_size)
+    optimiser = make_optimiser(run.model, config)
+    progress = checkpoints.restore(run, optimiser, checkpoint)
+
+    def after_epoch(progress: Progress) -> None:
+        if config.eval_epochs and progress.epoch % config.eval_epochs == 0 and progress.epoch < config.epochs:
+            correct, count = _test(run)
+            progress.accuracies[progress.epoch] = correct / count
+            if log:
+                log("test/top1", correct / count, len(progress.losses))
+        checkpoints.save(run, optimiser, progress, notes)
+        run.session.say(
+            f"epoch {progress.epoch:3d} loss {sum(progress.losses[-steps:]) / steps:.3f}, {progress.seconds[-1]:.1f} s"
+        )
+
+    train_epochs(run.model, optimiser, run.images, config, run.precision, progress, after_epoch, run.session.quiet, log)
+    return progress
+
+
+def score(run: VtabRun, progress: Progress) -> dict[str, Any]:
+    """Open the test split, and say how many of its images are classified correctly."""
+    config, seconds, test_data = run.config, run.seconds, run.test_data
+    with run.stage("test"):
+        correct, count = _test(run)
+    if run.session.log:
+        run.session.log("test/top1", correct / count, len(progress.losses))
+    if config.eval_epochs:
+        progress.accuracies[config.epochs] = correct / count
+    test = {"top1": correct / count, "correct": correct, "count": count}
+    return {
+        "test": {**test, "split": test_data.split, "split_size": run.split_size},
+        "data": {"train": data_record(run.train_data), "test": data_record(test_data)},
+        "num_classes": run.train_data.task.num_classes,
+        "weights": asdict(run.weights),
+        "preprocessing": asdict(run.preprocessing),
+        "top1_per_epoch": {str(epoch): value for epoch, value in progress.accuracies.items()},
+        "images_per_second": {
+            "train": len(run.images) * config.epochs / seconds["train"],
+            "test": count / seconds["test"],
+        },
+    }
+
+
+def _test(run: VtabRun) -> tuple[int, int]:
+    chunks = stream(run.test_data, run.preprocessing, run.config.workers)
+    return count_correct(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet)
+
+
+def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
+    """What `predict` needs beside the adapter's own files."""
+    keep = ("task", "model", "weights", "init", "seed")
+    return {
+        "run": {k: result["config"][k] for k in keep},
+        "num_classes": result["num_classes"],
+        "weights": result["weights"],
+        "preprocessing": result["preprocessing"],
+        "test": result["test"],
+        "data_source": result["data"]["train"]["source"],
+        "report": result["abm"],
+    }
+
+
+HARNESS = Harness(
+    program="abm-vtab",
+    config=RunConfig,
+    result=Result,
+    prepare=prepare,
+    origin=origin_parts,
+    resume=checkpoints.load,
+    train=train,
+    score=score,
+    summary=summary,
+    curves=plots.draw_curves,
+    card=model_card,
+    settings=adapter_settings,
+    unfinished=(CHECKPOINT,),
+)
