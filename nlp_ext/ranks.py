@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from abm_vision.abm.adapter import changes_base
+from abm_vision.abm.base_change import changes_base
 from abm_vision.runs.device import resolve_device
+from abm_vision.runs.harness import Processes
+from abm_vision.runs.settings import AdapterSettings
 
 
 def join(cpu: bool) -> PartialState:
@@ -30,6 +32,12 @@ def join(cpu: bool) -> PartialState:
         # Every process needs the whole model for the initialisation; the Trainer shards it afterwards.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=cpu)
+
+
+def processes(config: AdapterSettings) -> Processes:
+    """Those of a run, as the spine takes them; this one has joined the others."""
+    state = join(cpu=resolve_device(config.device).type == "cpu")
+    return Processes(state.is_main_process, state.num_processes, state.wait_for_everyone, same_on_all_ranks)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:

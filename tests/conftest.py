@@ -108,7 +108,7 @@ def glue_run(t5, tmp_path_factory):
     """A finished run on GLUE, to be read alone: what it returned, its lines, results folder."""
     from helpers import small_glue
 
-    from nlp_ext.glue.run import run
+    from nlp_ext.glue import run
 
     out, lines = tmp_path_factory.mktemp("glue_run"), []
     return run(small_glue(t5), out, diagnose=True, test=True, say=lines.append), lines, out

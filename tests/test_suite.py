@@ -3,7 +3,6 @@
 Runs are tiny: a ViT with random weights. What a suite's runs give is compared with the same runs made one by one.
 """
 
-import importlib
 import json
 import math
 import multiprocessing
@@ -18,16 +17,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
 from conftest import TINY, full_disk
 from official import BUILDERS, small_edition, write_official
 
 import vtab_tasks
+from abm_vision.runs import checkpoint
 from abm_vision.runs import folder as files
+from abm_vision.runs import run as spine
 from abm_vision.runs.folder import Diverged
-from abm_vision.vtab import executors, make_config, results, run
+from abm_vision.vtab import HARNESS, executors, make_config, run
 from abm_vision.vtab import suite as module
 from abm_vision.vtab.__main__ import main
-from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
 
 TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
 WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
@@ -104,13 +105,13 @@ def test_a_suite_gives_what_its_runs_give(finished, tmp_path):
     suite, out, outcomes, _ = finished
     assert len(outcomes) == 4 + 4 and {o.state for o in outcomes.values()} == {"done"}
     for config, outcome in outcomes.items():
-        result = results.read_result(out / config.run_name())
+        result = HARNESS.read(out / config.run_name())
         assert result["test"]["top1"] == outcome.top1
         assert result["test"]["split"] == ("val200" if config.evaluate == "val" else "test")
         assert result["test"]["count"] == 60
     config = next(c for c in outcomes if c.evaluate == "test")
     alone = run(config, tmp_path)
-    assert alone["loss_per_step"] == results.read_result(out / config.run_name())["loss_per_step"]
+    assert alone["loss_per_step"] == HARNESS.read(out / config.run_name())["loss_per_step"]
 
 
 def test_the_best_of_the_validation_images_is_trained_again(finished):
@@ -151,8 +152,7 @@ def test_the_test_split_is_opened_once_after_the_last_epoch(tmp_path, monkeypatc
 
 def test_finished_runs_are_not_repeated(finished, monkeypatch):
     suite, out, outcomes, _ = finished
-    runner = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
-    monkeypatch.setattr(runner, "_run", lambda *a: pytest.fail("ran again"))
+    monkeypatch.setattr("abm_vision.runs.run._make", lambda *a: pytest.fail("ran again"))
     assert run_suite(suite, out, executors.in_this_process(), silent) == outcomes
 
 
@@ -303,14 +303,13 @@ def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
 
 def _work(out, events):
     """Another process with the same suite, which tells of the runs that it trains."""
-    runner = importlib.import_module("abm_vision.vtab.run")
-    real = runner._run
+    real = spine._make
 
-    def told(setup, config, *rest):
-        events.put((os.getpid(), config.run_name()))
-        return real(setup, config, *rest)
+    def reported(harness, run):
+        events.put((os.getpid(), run.config.run_name()))
+        return real(harness, run)
 
-    runner._run = told
+    spine._make = reported
     module.WAIT = 0.2
     torch.set_num_threads(1)
     run_suite(tiny(inits=("kaiming", "gaussian"), seeds=2), out, executors.in_this_process(), silent)
@@ -347,8 +346,8 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (folder,) = tmp_path.glob("*/")
-    state = results.load_checkpoint(folder, torch.device("cpu"))
-    assert 1 <= state["progress"].epoch < 400 and not (folder / "result.json").exists()
+    state = checkpoint._read(folder / "checkpoint.pt", torch.device("cpu"), schema=5)
+    assert 1 <= state["progress"]["epoch"] < 400 and not (folder / "result.json").exists()
     with files.locked(folder):  # the system has given it back
         pass
 
@@ -567,6 +566,6 @@ def test_all_19_tasks_from_official_data(tmp_path, monkeypatch):
     outcomes = run_suite(suite, tmp_path / "out", executors.in_this_process(), silent)
     assert len(outcomes) == 19 and {o.state for o in outcomes.values()} == {"done"}, outcomes
     for config in outcomes:
-        result = results.read_result(tmp_path / "out" / config.run_name())
+        result = HARNESS.read(tmp_path / "out" / config.run_name())
         assert result["data"]["test"]["source"] == "tfds" and result["test"]["count"] == 9
         assert result["num_classes"] == vtab_tasks.get_task(config.task).num_classes

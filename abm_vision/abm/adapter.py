@@ -13,12 +13,11 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from torch import Tensor, nn
+from torch import nn
 
+from abm_vision.abm.base_change import base_changes, changes_base, is_still_changed, keep_base_changes, lora_layers
 from abm_vision.abm.merged_linear import is_plain
 
-# Initialisations of peft that move a part of the base weights into the adapter.
-CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 # What torch puts into the names of modules that it wraps.
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WRAPPED = re.compile(rf"\b(?:{'|'.join(_WRAPPERS)})\.")
@@ -39,11 +38,6 @@ def check_eager(model: nn.Module) -> None:
     compiled = next((plain_name(f"{n}.").rstrip(".") for n, m in model.named_modules() if is_compiled(m)), None)
     if compiled is not None:
         raise ValueError(f"{compiled or 'the model'} is compiled: call torch.compile last, on what is finished")
-
-
-def changes_base(config: LoraConfig) -> bool:
-    """Whether an adapter of this configuration was taken out of the base weights."""
-    return str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
 
 
 def adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
@@ -230,7 +224,7 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
                 "the model contains LoRA layers but is no PeftModel: pass the PeftModel that get_peft_model returned, "
                 "or a bare model (model.unload())"
             )
-        changed = next(((n, m.changed_by[0]) for n, m in model.named_modules() if _is_still_changed(m)), None)
+        changed = next(((n, m.changed_by[0]) for n, m in model.named_modules() if is_still_changed(m)), None)
         if changed:
             raise ValueError(
                 f"the initialisation of adapter {changed[1]!r} has changed the base weights, and {changed[0]} still "
@@ -265,14 +259,10 @@ def check_some_adapter(model: PeftModel) -> None:
 def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, but: str | None = None) -> None:
     """Raise a ValueError if an adapter (`but` one) has changed the base weights that others would be made for."""
     changed = [name for name, config in model.peft_config.items() if changes_base(config)]
-    changed += [name for _, layer in _lora_layers(model) for name in base_changes(layer)]
+    changed += [name for _, layer in lora_layers(model) for name in base_changes(layer)]
     name = next((name for name in changed if name != but), None)
     if name:
         raise ValueError(f"the initialisation of adapter {name!r} has changed the base weights: {remedy}")
-
-
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    return ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
@@ -310,82 +300,13 @@ def check_saved_modules(model: PeftModel) -> None:
                 )
 
 
-# ------------------------------------------------------------------ what an initialisation took out of the base weights
-
-
-_TAKEN = re.compile(r"start_A_(?P<adapter>.+)")
-ROUNDING = 1e-6  # of the sum of absolute weights: what merging and unmerging may have moved their sum
-
-
-def remember_base_change(layer: LoraLayer, adapter_name: str) -> None:
-    """Keep A0 and B0 with the layer whose base weight has lost s B0 A0: buffers that move with it.
-
-    `guard` puts them into the model's `state_dict`: whoever restores base weights without them would save an adapter
-    for the wrong base. The base layer itself keeps a mark, which outlives `unload()`.
-    """
-    for factor, module in (("A", layer.lora_A), ("B", layer.lora_B)):
-        layer.register_buffer(f"start_{factor}_{adapter_name}", module[adapter_name].weight.detach().clone(), False)
-    base = layer.get_base_layer()
-    base.changed_by = adapter_name, base.weight.detach().double().sum().item()
-
-
-def _is_still_changed(module: nn.Module) -> bool:
-    """Whether a base layer still has what is left of its weight: merging puts something back."""
-    if not hasattr(module, "changed_by"):
-        return False
-    weight = module.weight.detach().double()
-    return abs(weight.sum().item() - module.changed_by[1]) <= ROUNDING * weight.abs().sum().item()
-
-
-def base_changes(layer: LoraLayer) -> dict[str, tuple[Tensor, Tensor]]:
-    """Adapter to the A0 and B0 that it has taken out of a layer's base weight."""
-    names = [match["adapter"] for name in layer._buffers if (match := _TAKEN.fullmatch(name))]
-    return {name: (layer._buffers[f"start_A_{name}"], layer._buffers[f"start_B_{name}"]) for name in names}
-
-
 def guard(model: PeftModel) -> PeftModel:
     """Make `state_dict()` and `load_state_dict()` whole, or fail where they would lose a part of an adapter."""
-    bare = model.get_base_model()
     if _check_saved_modules not in model._state_dict_pre_hooks.values():
         model.register_state_dict_pre_hook(_check_saved_modules)
-    if _add_base_changes not in bare._state_dict_hooks.values():
-        bare.register_state_dict_post_hook(_add_base_changes)
-        bare.register_load_state_dict_pre_hook(_load_base_changes)
+    keep_base_changes(model.get_base_model())
     return model
 
 
 def _check_saved_modules(model: PeftModel, prefix: str, keep_vars: bool) -> None:
     check_saved_modules(model)
-
-
-def _kept(prefix: str, layer_name: str, layer: LoraLayer) -> dict[str, Tensor]:
-    """What was taken out of a base weight, by its names in a state dict: beside the weight, which peft never saves."""
-    changes = base_changes(layer).items()
-    return {
-        f"{prefix}{layer_name}.base_layer.start_{factor}_{adapter}": value
-        for adapter, pair in changes
-        for factor, value in zip("AB", pair, strict=True)
-    }
-
-
-def _add_base_changes(model: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    for name, layer in _lora_layers(model):
-        state.update({key: value.detach() for key, value in _kept(prefix, name, layer).items()})
-
-
-def _load_base_changes(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    """Base weights and what was taken out of them belong together."""
-    for name, layer in _lora_layers(model):
-        if f"{prefix}{name}.base_layer.weight" not in state:  # an adapter alone
-            continue
-        here = _kept(prefix, name, layer)
-        there = {key for key in state if key.startswith(f"{prefix}{name}.base_layer.start_")}
-        if there != here.keys():
-            raise ValueError(
-                f"the base weight of {name} in this state dict "
-                f"{'was changed by the initialisation of its adapter' if there else 'is unchanged'}, the model's "
-                f"{'was changed' if here else 'is unchanged'}: initialise the adapter as it was there "
-                "(initialize_lora), then load the state dict; or load what save_adapter wrote"
-            )
-        for key, value in here.items():
-            value.copy_(state.pop(key))

@@ -18,7 +18,8 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from abm_vision.abm.adapter import Adapter, adapted_layers, base_changes, check_base, check_some_adapter, plain_name
+from abm_vision.abm.adapter import Adapter, adapted_layers, check_base, check_some_adapter, plain_name
+from abm_vision.abm.base_change import base_changes
 from abm_vision.abm.files import write_json, writing
 from abm_vision.abm.merged_linear import BlockLinear
 
@@ -135,8 +136,8 @@ def as_plain_lora(model: PeftModel, state_dict: Mapping[str, Tensor] | None = No
     PiSSA, OLoRA, CorDA and LoRA-GA begin with B0 A0 non-zero and subtract s B0 A0 from the base weight. The trained
     layer computes (W0 - s B0 A0) + s B A = W0 + s [B | -B0] [A ; A0]: a plain adapter of twice the rank. peft's
     `path_initial_model_for_weight_conversion` uses the same identity, but leaves out the head (peft 0.21) and needs
-    the beginning in a folder; here it is kept with the model (`adapter.base_changes`). All other adapters are as they
-    are. `state_dict` takes the place of the model's own.
+    A0 and B0 in a folder; here they are kept with the model (`base_changes`). All other adapters are as they are.
+    `state_dict` takes the place of the model's own.
     """
     state = {plain_name(k): v for k, v in (_state(model) if state_dict is None else state_dict).items()}
     configs = dict(model.peft_config)

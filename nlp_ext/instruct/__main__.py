@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -14,13 +13,10 @@ from abm_vision.runs.cli import (
     add_run_options,
     add_settings,
     guarded,
-    print_config,
-    run_guarded,
+    make_run,
     say,
-    settings_of,
 )
 from abm_vision.runs.device import resolve_device
-from abm_vision.runs.log import opened
 from nlp_ext.instruct.config import InstructConfig
 
 PROGRAM = "abm-instruct"
@@ -78,39 +74,7 @@ def mt_bench_parser() -> Parser:
 
 
 def _run(words: list[str]) -> int:
-    options = vars(parser().parse_args(words))
-    keys = ("out", "rerun", "diagnose", "log", "json", "quiet")
-    out, rerun, diagnose, kind, as_json, quiet = (options.pop(key) for key in keys)
-    config = settings_of(options, InstructConfig)
-    quiet = quiet or as_json
-
-    from nlp_ext.instruct import run as module  # imports the trainer: `--help` and a wrong flag answer sooner
-    from nlp_ext.quiet import only_our_own_words
-    from nlp_ext.ranks import join
-
-    first = join(cpu=resolve_device(config.device).type == "cpu").is_main_process
-    if first and not quiet:
-        print_config(config)
-    note = None if quiet else say
-    with only_our_own_words(), opened(kind, Path(out) / config.run_name()) as log:
-        result = run_guarded(
-            PROGRAM, lambda: module.run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note, log=log)
-        )
-    if first:
-        print(json.dumps(result) if as_json else summary(result))
-    return 0
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The run in one line, with what kind of data and model it is about, and where its files are."""
-    from nlp_ext.instruct.run import perplexity_in_words
-
-    config = result["config"]
-    tiny = ", tiny stand-in model" if result["tiny"] else ""
-    return (
-        f"instruct [{result['data']['train']['source']}{tiny}]  {perplexity_in_words(result)}  init {config['init']}  "
-        f"seed {config['seed']}  {sum(result['seconds'].values()):.0f} s  {result['folder']}"
-    )
+    return make_run(parser().parse_args(words), InstructConfig, "nlp_ext.instruct.harness:HARNESS")
 
 
 def _assistant(options: Any) -> Any:
