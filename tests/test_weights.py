@@ -455,6 +455,24 @@ def test_silent_hub_is_given_up_in_under_ten_seconds(monkeypatch):
         assert time.monotonic() - start < 10
 
 
+def test_a_resolver_that_hangs_is_given_up(monkeypatch):
+    """No time limit of an HTTP client covers the look-up of a host name."""
+    done = threading.Event()
+
+    def hang(*_, **__):
+        done.wait(20)
+        raise socket.gaierror
+
+    monkeypatch.setattr("abm_vision.weights._PATIENCE", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", hang)
+    set_endpoint(monkeypatch, "http://hub.invalid")
+    start = time.monotonic()
+    with pytest.raises(WeightsNotFound, match="cannot be reached"):
+        create_backbone(TINY, 3)
+    done.set()
+    assert time.monotonic() - start < 10
+
+
 def test_offline_mode_is_obeyed(monkeypatch, hub):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(WeightsNotFound, match="cannot be reached"):
