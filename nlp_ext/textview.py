@@ -10,12 +10,10 @@ ASKED = ("data",)  # a folder or a name; the content is in the result's origin
 STAND_IN = "stand-in"
 
 
-def kinds(name: str, tasks: tuple[str, ...], means: tuple[Mean, ...] = ()) -> tuple[Kind, Kind]:
-    """Real data and models, and those that this package makes itself."""
-    note = (
-        f"Stand-ins, data or models, are made by this package. They are not {name} and compare with no published row."
-    )
-    return Kind("real", name, tasks, means), Kind(STAND_IN, f"Stand-ins (not {name})", tasks, means, note=note)
+def kinds(title: str, stand_ins: str, tasks: tuple[str, ...], means: tuple[Mean, ...] = ()) -> tuple[Kind, Kind]:
+    """Real data and models, and those that this package makes itself, with the titles of their tables."""
+    note = "Stand-ins, models or data, are made by this package. Their scores compare with nothing published."
+    return Kind("real", title, tasks, means), Kind(STAND_IN, stand_ins, tasks, means, note=note)
 
 
 def kind(result: dict[str, Any]) -> str:

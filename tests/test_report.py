@@ -15,14 +15,13 @@ import pytest
 from conftest import TINY
 
 import vtab_tasks
+from abm_vision import vtab
 from abm_vision.analysis import report as module
 from abm_vision.analysis.figures import report as figures
 from abm_vision.analysis.published import PUBLISHED
 from abm_vision.analysis.report import notes, published_means, to_csv, to_html, to_latex, to_markdown, write_files
-from abm_vision.runs.harness import Session
 from abm_vision.runs.markup import latex, one_line
-from abm_vision.runs.run import run
-from abm_vision.vtab import HARNESS, make_config
+from abm_vision.vtab import make_config
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.view import VIEW
 
@@ -33,7 +32,7 @@ TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs":
 def real_run(tmp_path_factory):
     """One result of a real run, that the others are made of."""
     out = tmp_path_factory.mktemp("one")
-    result = run(HARNESS, make_config(**TINY, task="dsprites_loc", init="kaiming"), Session(out, diagnose=True))
+    result = vtab.run(make_config(**TINY, task="dsprites_loc", init="kaiming"), out, diagnose=True)
     return {name: value for name, value in result.items() if name != "folder"}
 
 
@@ -422,7 +421,7 @@ def test_names_in_html_come_back(odd):
     for name in (*section.methods, *(one["file"] for one in report.runs)):
         assert name in texts
     links = [urllib.parse.unquote(a["href"]) for tag, a in tags if tag == "a" and not a["href"].startswith("#")]
-    assert sorted(links) == sorted(f"../runs #1/{run['file']}" for one in report.runs)
+    assert sorted(links) == sorted(f"../runs #1/{one['file']}" for one in report.runs)
     assert not any("#" in a["href"][1:] or "?" in a["href"] for tag, a in tags if tag == "a" and a["href"][0] != "#")
 
 

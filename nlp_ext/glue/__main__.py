@@ -1,31 +1,29 @@
-"""The command line: `python -m nlp_ext.glue` or `abm-glue`. The only place that prints."""
+"""The command line: `python -m nlp_ext.glue` or `abm-glue`. Commands are the only place that prints."""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Sequence
 
-from abm_vision.runs.cli import (
-    Parser,
-    add_run_options,
-    add_settings,
-    guarded,
-    make_run,
-)
+from abm_vision.runs import commands
+from abm_vision.runs.cli import Parser, add_run_options, add_settings, make_run
 from nlp_ext.glue.config import GlueConfig
+from nlp_ext.glue.view import VIEW
 
-PROGRAM = "abm-glue"
+OTHERS = "suite (many runs), compare (initialisations side by side), report (of finished runs)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    return guarded(PROGRAM, lambda: _run(words), smaller="--batch-size, --source-tokens or --model")
+    """Run a command; returns the exit code."""
+    return commands.main(VIEW.program, COMMANDS, arguments, smaller="--batch-size, --source-tokens or --model")
 
 
 def parser() -> Parser:
     """One flag for every field of `GlueConfig`, and those that do not change a result."""
-    flags = Parser(PROGRAM, description="Adapt a T5 to a task of GLUE, as text to text.")
+    flags = Parser(
+        VIEW.program, description="Adapt a T5 to a task of GLUE, as text to text.", epilog=f"Other commands: {OTHERS}."
+    )
     add_settings(flags, GlueConfig)
     add_run_options(flags)
     flags.add_argument(
@@ -39,9 +37,12 @@ def parser() -> Parser:
     return flags
 
 
-def _run(words: list[str]) -> int:
-    return make_run(parser().parse_args(words), GlueConfig, "nlp_ext.glue.harness:HARNESS")
+def run(options: argparse.Namespace) -> int:
+    """Make a run, and print its result."""
+    return make_run(options, GlueConfig, VIEW.harness)
 
+
+COMMANDS = {"": commands.Command(parser, run), **commands.shared(VIEW)}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -61,7 +61,9 @@ VIEW = View(
     counted=_counted,
     samples="examples",
     subset="fewer examples than the validation split has, the first",
-    kinds=textview.kinds("GLUE", _ALL, (Mean("mean", f"mean of the {len(_ALL)} tasks", (_ALL,)),)),
+    kinds=textview.kinds(
+        "GLUE", "Stand-ins (not GLUE)", _ALL, (Mean("mean", f"mean of the {len(_ALL)} tasks", (_ALL,)),)
+    ),
     kind=textview.kind,
     sources=lambda result: {
         "training data": result["data"]["train"]["source"],

@@ -30,7 +30,7 @@ VIEW = View(
     },
     counted=lambda result: (result["perplexity"]["conversations"],) * 2,
     samples="conversations",
-    kinds=textview.kinds("Instruction tuning", (SUBJECT,)),
+    kinds=textview.kinds("Instruction tuning", "Instruction tuning on stand-ins", (SUBJECT,)),
     kind=textview.kind,
     sources=lambda result: {
         "training data": result["data"]["train"]["source"],

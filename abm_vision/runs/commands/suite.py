@@ -30,9 +30,9 @@ def parser(view: View) -> Parser:
     default = "abm,kaiming"
     flags.add_argument("--init", default=default, help=f"initialisations with commas between (default: {default})")
     flags.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
-    if view.selection:
-        text = f"choose this setting on {view.selection_split}, for every task from the same values; may be repeated"
-        flags.add_argument("--grid", action="append", default=[], metavar="SETTING=A,B", help=text)
+    text = f"choose this setting on {view.selection_split}, for every task from the same values; may be repeated"
+    help_text = text if view.selection else argparse.SUPPRESS  # it is there to be refused with a reason
+    flags.add_argument("--grid", action="append", default=[], metavar="SETTING=A,B", help=help_text)
     add_settings(flags, view.config, without=view.set_by_suite)
     flags.add_argument("--out", default="results", help="folder of the runs (default: results)")
     flags.add_argument("--diagnose", action="store_true", help="measure the information loss of every initialisation")
@@ -76,10 +76,10 @@ def executor(options: dict[str, Any]) -> Executor:
 def command(view: View, parsed: argparse.Namespace) -> int:
     """Make the runs; the exit code is 1 if one of them failed."""
     options = vars(parsed)
-    init, seeds, out, diagnose, dry_run, quiet = (
-        options.pop(name) for name in "init seeds out diagnose dry_run quiet".split()
+    init, seeds, grid, out, diagnose, dry_run, quiet = (
+        options.pop(name) for name in "init seeds grid out diagnose dry_run quiet".split()
     )
-    tasks, grid = options.pop("tasks", "all"), options.pop("grid", [])
+    tasks = options.pop("tasks", "all")
 
     from abm_vision.runs.harness import Session, silent
     from abm_vision.runs.suite import Suite, parse_tasks, run_suite

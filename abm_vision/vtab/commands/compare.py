@@ -1,8 +1,6 @@
-"""`abm-vtab compare`: see `runs.commands.compare`."""
+"""`abm-vtab compare`: that of every harness."""
 
-from functools import partial
-
-from abm_vision.runs.commands import compare
+from abm_vision.runs.commands import shared
 from abm_vision.vtab.view import VIEW
 
-parser, command = partial(compare.parser, VIEW), partial(compare.command, VIEW)
+parser, command = shared(VIEW)["compare"]

@@ -1,8 +1,6 @@
-"""`abm-vtab report`: see `runs.commands.report`."""
+"""`abm-vtab report`: that of every harness."""
 
-from functools import partial
-
-from abm_vision.runs.commands import report
+from abm_vision.runs.commands import shared
 from abm_vision.vtab.view import VIEW
 
-parser, command = partial(report.parser, VIEW), partial(report.command, VIEW)
+parser, command = shared(VIEW)["report"]

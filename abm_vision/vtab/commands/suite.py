@@ -1,8 +1,6 @@
-"""`abm-vtab suite`: see `runs.commands.suite`."""
+"""`abm-vtab suite`: that of every harness."""
 
-from functools import partial
-
-from abm_vision.runs.commands import suite
+from abm_vision.runs.commands import shared
 from abm_vision.vtab.view import VIEW
 
-parser, command = partial(suite.parser, VIEW), partial(suite.command, VIEW)
+parser, command = shared(VIEW)["suite"]
