@@ -9,12 +9,11 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, parse_flag_from_env
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from abm_vision.abm.base_change import changes_base
+from abm_vision.abm.base_change import changes_base, lora_layers
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.harness import Processes
 from abm_vision.runs.settings import AdapterSettings
@@ -82,6 +81,6 @@ def _initialised(model: PeftModel) -> Iterator[Tensor]:
     """Trained parameters, frozen factors and, if the base weights were changed, those and the initial factors."""
     yield from (p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n)
     if any(changes_base(config) for config in model.peft_config.values()):
-        for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        for _, layer in lora_layers(model):
             yield layer.get_base_layer().weight
             yield from layer.buffers(recurse=False)

@@ -1,5 +1,6 @@
 """Models small enough for every test: timm's own `test_vit` and its relatives, with random weights."""
 
+import gc
 import os
 import resource
 from contextlib import contextmanager
@@ -35,6 +36,12 @@ TINY = {  # settings of a run that takes seconds
 torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+
+def pytest_collection_finish():
+    """Spare every later collection of garbage what has been imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_vit(name="test_vit", num_classes=5, **options):

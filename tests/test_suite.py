@@ -465,6 +465,7 @@ def test_bad_words(tmp_path, capsys, words, message):
 # ---- executors -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same(tmp_path):
     suite = tiny(inits=("kaiming", "gaussian"))
     found = run_suite(suite, tmp_path / "two", executors.local(min(2, os.cpu_count())))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from abm_vision.initializers.registry import Ingredients, Initializer, Needs, Properties, register_initializer
@@ -146,6 +146,7 @@ def _input_shapes(given: Ingredients, batch: Any) -> dict[str, torch.Size]:
     import torch
 
     from abm_vision.abm.batches import check_finite
+    from abm_vision.abm.hooks import hooked
     from abm_vision.abm.restore import evaluate
 
     shapes: dict[str, torch.Size] = {}
@@ -154,20 +155,9 @@ def _input_shapes(given: Ingredients, batch: Any) -> dict[str, torch.Size]:
         check_finite(args[0], f"the input of {name}")
         shapes[name] = args[0].shape
 
-    with torch.no_grad(), _before_each(given.layers, look):
+    with torch.no_grad(), hooked(given.layers, before=look):
         given.forward_fn(evaluate(given.model), batch)
     return shapes
-
-
-@contextmanager
-def _before_each(modules: Mapping[str, torch.nn.Module], act: Callable[[str, tuple[Any, ...]], Any]) -> Iterator[None]:
-    """Hand the positional arguments of every module, which may be replaced, to `act` before it runs."""
-    handles = [m.register_forward_pre_hook(lambda _, args, name=name: act(name, args)) for name, m in modules.items()]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 register_initializer(
@@ -217,13 +207,14 @@ def corda(given: Ingredients) -> None:
 def _padding_zeroed(backbone: Backbone, layers: Mapping[str, LoraLayer], sample: Any) -> AbstractContextManager[None]:
     """Nothing reads what layers make of padding; with inputs of zero it adds nothing to their covariance either."""
     from abm_vision.abm.batches import check_finite, whole_mask
+    from abm_vision.abm.hooks import hooked
 
     def zeroed(name: str, args: tuple[Any, ...]) -> tuple[Any, ...]:
         check_finite(args[0], f"the input of {name}")
         mask = backbone.input_mask(sample, name)
         return args if mask is None else (args[0] * whole_mask(mask, args[0])[..., None].to(args[0]), *args[1:])
 
-    return _before_each({name: layer.get_base_layer() for name, layer in layers.items()}, zeroed)
+    return hooked({name: layer.get_base_layer() for name, layer in layers.items()}, before=zeroed)
 
 
 register_initializer(

@@ -93,7 +93,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
     parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
     parser.add_argument(
-        "--diagnose", action="store_true", help="measure the information loss of the start, and draw it"
+        "--diagnose", action="store_true", help="measure the information loss of the initialisation, and draw it"
     )
     parser.add_argument("--log", choices=LOGS, help="write losses while it trains, into the run's folder")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")

@@ -191,7 +191,7 @@ def run_suite(suite: Suite, session: Session, execute: Executor) -> dict[Adapter
         same suite again tries it again.
 
     Raises:
-        CannotWrite: the folder is full or read-only. What is there is whole, and the same suite goes on from it.
+        CannotWrite: the folder is full or read-only. What is there is whole, and the same suite resumes.
     """
     view, say = suite.view, session.say
     outcomes = _run_all(suite, suite.selection(), replace(session, diagnose=False), execute)
