@@ -18,7 +18,7 @@ OTHER_DATA = "other data"
 _CODE = "initialisation"
 _IDENTITY = ("task", "init", "seed")
 # What was asked for; what came of it stands beside it.
-_ASKED = ("weights", "precision", "device", "abm_reference")
+_ASKED = ("weights", "precision", "device", "abm_reference", "plugin")
 # May differ between runs of one method.
 _CIRCUMSTANCES = ("device", "commit")
 Unfinished = list[tuple[str, str]]  # run folder, why it has no result
