@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "abm_vision/abm": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
     "abm_vision/runs": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
+    "abm_vision/analysis": {"torch", "peft", "timm", "torchvision", "transformers", "datasets", "nlp_ext"},
     "nlp_ext": {"timm", "torchvision", "vtab_tasks"},
     "vtab_tasks": {"abm_vision", "nlp_ext", "torch", "timm", "peft"},
 }
@@ -40,6 +41,18 @@ def against(root, folder):
 @pytest.mark.parametrize("folder", FORBIDDEN)
 def test_arrows(folder):
     assert not against(ROOT, folder)
+
+
+def test_figures_alone_draw():
+    """No statistic and no table imports matplotlib."""
+    drawing = ROOT / "abm_vision" / "analysis" / "figures"
+    for path in (ROOT / "abm_vision" / "analysis").glob("*.py"):
+        code = ast.parse(path.read_text())
+        assert not {name for node in code.body if isinstance(node, ast.ImportFrom) for name in [node.module]} & {
+            "matplotlib",
+            "abm_vision.analysis.figures",
+        }
+    assert any("matplotlib" in name for path in drawing.glob("*.py") for name in imported(path))
 
 
 @pytest.mark.parametrize(
