@@ -9,7 +9,7 @@ from .abm.report import ABMReport
 from .abm.saving import save_adapter
 from .abm.settings import ABMConfig, AlignConfig
 from .abm.tangent import InformationLoss, information_loss
-from .initializers import INITIALIZERS, Initializer, initialize_lora
+from .initializers import INITIALIZERS, Initializer, initialize_lora, register_initializer
 from .live import LivePlot
 from .vit import VIT
 from .weights import WeightSource, create_backbone
@@ -36,5 +36,6 @@ __all__ = [
     "initialize_lora_aligned_weights",
     "load_adapter",
     "register_backbone",
+    "register_initializer",
     "save_adapter",
 ]

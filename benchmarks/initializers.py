@@ -17,14 +17,12 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any
 
 from ledger import Ledger, parse
 
-from abm_vision.initializers import INITIALIZERS
+from abm_vision.initializers import INITIALIZERS, Needs
 from abm_vision.runs.folder import Diverged
-from abm_vision.runs.settings import uses
 from abm_vision.vtab import RunConfig, make_config, run
 
 RATES = (5e-4, 1e-3, 2e-3, 4e-3)
@@ -36,17 +34,17 @@ MATCHING = {"abm_lr": 3e-3, "abm_steps": 50, "abm_batch_size": 16}
 SCREEN = {"epochs": 4, "test_images": 1000}
 # A tuned reference costs a whole run each time: it is confirmed, not screened, at the default's rate.
 # pissa_niter_16 is PiSSA with another decomposition of the same matrix.
-SCREENED = tuple(n for n, s in INITIALIZERS.items() if "reference" not in s.needs and n != "pissa_niter_16")
+SCREENED = tuple(n for n, s in INITIALIZERS.items() if Needs.REFERENCE not in s.needs and n != "pissa_niter_16")
 
 
 def has(ledger: Ledger, stage: str, config: RunConfig) -> bool:
-    return any((r["stage"], _settings(r["config"])) == (stage, _settings(asdict(config))) for r in ledger.records)
+    return any((r["stage"], _settings(r["config"])) == (stage, _settings(config.to_dict())) for r in ledger.records)
 
 
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that determine a run: a record without one had its default; some have no effect."""
-    known = {**asdict(RunConfig()), **config}
-    return {name: value for name, value in known.items() if uses(config["init"], name)}
+    known = {**RunConfig().to_dict(), **config}
+    return {name: value for name, value in known.items() if RunConfig.uses(config["init"], name)}
 
 
 def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = False) -> None:
@@ -58,7 +56,7 @@ def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = Fal
         try:
             record = slim(run(config, folder, diagnose=diagnose))
         except Diverged as error:
-            record = {"config": asdict(config), "diverged": str(error)}
+            record = {"config": config.to_dict(), "diverged": str(error)}
     ledger.append({"stage": stage, **record})
     loss = statistics.mean(record.get("loss_per_step", [float("nan")]))
     top1 = record.get("test", {}).get("top1", float("nan"))
@@ -70,7 +68,7 @@ def run_once(ledger: Ledger, stage: str, config: RunConfig, diagnose: bool = Fal
 
 
 def matching(init: str) -> dict[str, Any]:
-    return MATCHING if uses(init, "abm_steps") else {}
+    return MATCHING if RunConfig.uses(init, "abm_steps") else {}
 
 
 def screening(task: str) -> Iterator[RunConfig]:

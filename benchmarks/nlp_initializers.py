@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from ledger import Ledger
 
+from nlp_ext.glue import run as run_glue
 from nlp_ext.glue.config import GlueConfig
-from nlp_ext.glue.run import run as run_glue
+from nlp_ext.instruct import run as run_instruct
 from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.instruct.run import run as run_instruct
 from nlp_ext.quiet import only_our_own_words
 
 INITS = ("kaiming", "eva", "abm", "abm_aligned")

@@ -11,21 +11,21 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ledger import RESULTS, Ledger
 
-from abm_vision.initializers import INITIALIZERS
-from abm_vision.runs.settings import uses
+from abm_vision.analysis.compare import compare
+from abm_vision.analysis.stats import training_loss
+from abm_vision.initializers import INITIALIZERS, Properties
 from abm_vision.vtab import RunConfig
-from abm_vision.vtab.comparison import area, compare
+from abm_vision.vtab.view import VIEW
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"
 TASKS = ("dsprites_loc", "dsprites_ori")
-PLAIN = asdict(RunConfig())
+PLAIN = RunConfig().to_dict()
 VARIANTS = {"floor": "frozen floor", "ours": "LoRA, ours", "peft": "LoRA, stock peft", "full": "full fine-tuning"}
 
 
@@ -116,9 +116,19 @@ def information_loss() -> str:
     return f"{table(head, rows)}\n\nViT-B/16, 224 px, {content['images']} images, {precision}; {device}."
 
 
+def _yes(is_so: bool) -> str:
+    return "yes" if is_so else "no"
+
+
 def initialisations() -> str:
     rows = [
-        [f"`{name}`", row.summary, row.needs, "yes" if row.changes_base else "no", row.source]
+        [
+            f"`{name}`",
+            row.summary,
+            str(row.needs),
+            "yes" if Properties.CHANGES_BASE in row.properties else "no",
+            row.source,
+        ]
         for name, row in INITIALIZERS.items()
     ]
     return table(["initialisation", "what it is", "needs", "changes base weights", "source"], rows)
@@ -134,7 +144,7 @@ def screening() -> str:
             inits.setdefault(record["config"]["init"], {})[record["config"]["lr"]] = record
 
         def best(found: dict[float, dict[str, Any]]) -> float:
-            return min(area(r) for r in found.values() if "loss_per_step" in r)
+            return min(training_loss(r) for r in found.values() if "loss_per_step" in r)
 
         rows = [
             [
@@ -163,18 +173,18 @@ def confirmation() -> str:
             seeds.setdefault((record["config"]["init"], record["config"]["lr"]), set()).add(record["config"]["seed"])
         whole = [r for r in confirmed if len(seeds[r["config"]["init"], r["config"]["lr"]]) == 3]
         screened = {r["config"]["init"]: r for r in records if r["stage"] == "screen" and r.get("information_loss")}
-        compared = compare(whole)
+        compared = compare(whole, VIEW)
         rows = [
             [
                 _named(compared.best[task, row.init][0]["config"]),
                 f"{row.lr:g}",
                 _lost({0: screened[row.init]}) if row.init in screened else "-",
-                f"{row.area:.3f} ± {row.area_error:.3f}",
-                f"{row.area_ratio:.2f} ({row.area_low:.2f} to {row.area_high:.2f})",
+                f"{row.loss:.3f} ± {row.loss_error:.3f}",
+                f"{row.loss_ratio:.2f} ({row.loss_low:.2f} to {row.loss_high:.2f})",
                 f"{row.timed_ratio:.2f}",
-                f"{row.start_epochs:.1f}",
-                f"{100 * row.top1:.1f} ± {100 * row.top1_error:.1f}",
-                f"{100 * row.top1_gain:+.1f} ({100 * row.top1_low:+.1f} to {100 * row.top1_high:+.1f})",
+                f"{row.init_epochs:.1f}",
+                f"{100 * row.score:.1f} ± {100 * row.score_error:.1f}",
+                f"{100 * row.score_gain:+.1f} ({100 * row.score_low:+.1f} to {100 * row.score_high:+.1f})",
             ]
             for row in compared.rows
         ]
@@ -206,7 +216,7 @@ def sweep() -> str:
             [
                 *settings,
                 str(len(runs)),
-                _over_seeds(map(area, runs), 3),
+                _over_seeds(map(training_loss, runs), 3),
                 _over_seeds((100 * r["test"]["top1"] for r in runs), 1),
             ]
             for settings, runs in sorted(found.items())
@@ -353,7 +363,7 @@ def nlp_initializers() -> str:
                 f"`{init}`",
                 f"{lr:g}",
                 str(len(runs)),
-                _over_seeds(map(area, runs), 4),
+                _over_seeds(map(training_loss, runs), 4),
                 _over_seeds(map(_text_score, runs), 2),
                 f"{statistics.mean(r['seconds']['init'] / _epoch(r) for r in runs):.2f}",
             ]
@@ -377,7 +387,7 @@ def _epoch(record: dict[str, Any]) -> float:
 
 def _changed(config: dict[str, Any]) -> str:
     """The settings of an initialisation that differ from today's defaults."""
-    own = {k: v for k, v in config.items() if uses(config["init"], k) and k.startswith(("abm_", "align_"))}
+    own = {k: v for k, v in config.items() if RunConfig.uses(config["init"], k) and k not in RunConfig.shared()}
     given = {k: v for k, v in own.items() if v != PLAIN[k] and v is not None}
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())
 
@@ -413,8 +423,8 @@ def _cell(record: dict[str, Any] | None, best: float) -> str:
         return "-"
     if "diverged" in record:
         return "diverged"
-    text = f"{area(record):.3f}, {100 * record['test']['top1']:.1f} %"
-    return f"**{text}**" if area(record) == best else text
+    text = f"{training_loss(record):.3f}, {100 * record['test']['top1']:.1f} %"
+    return f"**{text}**" if training_loss(record) == best else text
 
 
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {

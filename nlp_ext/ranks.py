@@ -9,13 +9,14 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, parse_flag_from_env
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
 
-from abm_vision.abm.base_change import changes_base
+from abm_vision.abm.base_change import changes_base, lora_layers
 from abm_vision.runs.device import resolve_device
+from abm_vision.runs.harness import Processes
+from abm_vision.runs.settings import AdapterSettings
 
 
 def join(cpu: bool) -> PartialState:
@@ -30,6 +31,12 @@ def join(cpu: bool) -> PartialState:
         # Every process needs the whole model for the initialisation; the Trainer shards it afterwards.
         os.environ["FSDP_CPU_RAM_EFFICIENT_LOADING"] = "false"
     return PartialState(cpu=cpu)
+
+
+def processes(config: AdapterSettings) -> Processes:
+    """Those of a run, as the spine takes them; this one has joined the others."""
+    state = join(cpu=resolve_device(config.device).type == "cpu")
+    return Processes(state.is_main_process, state.num_processes, state.wait_for_everyone, same_on_all_ranks)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
@@ -74,6 +81,6 @@ def _initialised(model: PeftModel) -> Iterator[Tensor]:
     """Trained parameters, frozen factors and, if the base weights were changed, those and the initial factors."""
     yield from (p for n, p in model.named_parameters() if p.requires_grad or ".lora_" in n)
     if any(changes_base(config) for config in model.peft_config.values()):
-        for layer in (m for m in model.modules() if isinstance(m, LoraLayer)):
+        for _, layer in lora_layers(model):
             yield layer.get_base_layer().weight
             yield from layer.buffers(recurse=False)

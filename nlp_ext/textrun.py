@@ -1,23 +1,20 @@
-"""A run on text before its start: the adapted model and the training set as tokens."""
+"""A run on text: the content that it is made of, and its training set as tokens."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
-import torch
 from accelerate import PartialState
-from peft import PeftModel
 from torch import Tensor
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
-from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.runs.content import Origin, initialisation, version
-from abm_vision.runs.order import diagnosis_batches, shuffled
+from abm_vision.runs.harness import Prepared
 from abm_vision.runs.settings import AdapterSettings
 from nlp_ext.models import Weights, model_content
 
@@ -56,55 +53,46 @@ def token_digest(rows: Sequence[Row]) -> str:
     return f"sha256 {hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
 
 
-@dataclass
-class TextRun:
-    """What a start needs (`abm_vision.runs.start.Ready`), and a training.
+@dataclass(kw_only=True)
+class TextRun(Prepared):
+    """A run on text, with its training set as tokens.
 
     Args:
-        config: the settings.
-        model: the adapted model, on its device.
         tokenizer: the model's.
         rows: the training set.
         data: what a result says of the data.
         weights: where the model's weights come from.
-        origin: the content that a run that is resumed must find unchanged.
-        device, precision: of the run.
-        seconds: what the stages took.
     """
 
-    config: AdapterSettings
-    model: PeftModel
     tokenizer: PreTrainedTokenizerBase
     rows: list[Row]
     data: dict[str, Any]
     weights: Weights
-    origin: Origin
-    device: torch.device
-    precision: str
-    seconds: dict[str, float]
-
-    @property
-    def weights_sha256(self) -> str:
-        """What a tuned reference must have been tuned on."""
-        return self.weights.sha256
-
-    @property
-    def backbone(self) -> Backbone:
-        """The record of the model's family."""
-        return find_backbone(self.model)
 
     def batch(self, rows: Sequence[Row]) -> Batch:
         """Padded tensors (examples, tokens) on the device."""
         collate = DataCollatorForSeq2Seq(self.tokenizer)  # changes the rows that it is given
         return {k: v.to(self.device) for k, v in collate([dict(row) for row in rows]).items() if v is not None}
 
-    def calibration(self) -> Iterator[Batch]:
-        """The shuffled training set, for the start."""
-        size = min(self.config.batch_size, self.config.abm_samples)
-        for indices in shuffled(len(self.rows), size, self.config.seed, 0):
-            yield self.batch([self.rows[k] for k in indices])
+    def select(self, indices: Tensor) -> Batch:
+        """The training examples at these positions, as `batch` gives them."""
+        return self.batch([self.rows[k] for k in indices])
 
-    def diagnosis(self, seen: bool) -> list[Batch]:
-        """Batches to measure information loss on."""
-        batches = diagnosis_batches(len(self.rows), self.config.abm_samples, self.config.seed, seen)
-        return [self.batch([self.rows[k] for k in indices]) for indices in batches]
+    def recorded(self) -> dict[str, Any]:
+        """What a result says of data, model and processes."""
+        return {
+            "data": self.data,
+            "weights": asdict(self.weights),
+            "tiny": self.weights.tiny,
+            "processes": PartialState().num_processes,
+        }
+
+
+def adapter_settings(result: dict[str, Any], kept: Sequence[str], score: str) -> dict[str, Any]:
+    """What `abm.json` says of an adapter: these settings of its run, its weights, its score and its initialisation."""
+    return {
+        "run": {k: result["config"][k] for k in kept},
+        "weights": {k: result["weights"][k] for k in ("sha256", "location")},
+        score: result[score],
+        "report": result["abm"],
+    }

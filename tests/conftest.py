@@ -1,5 +1,6 @@
 """Models small enough for every test: timm's own `test_vit` and its relatives, with random weights."""
 
+import gc
 import os
 import resource
 from contextlib import contextmanager
@@ -35,6 +36,12 @@ TINY = {  # settings of a run that takes seconds
 torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+
+def pytest_collection_finish():
+    """Spare every later collection of garbage what has been imported."""
+    gc.collect()
+    gc.freeze()
 
 
 def build_vit(name="test_vit", num_classes=5, **options):
@@ -108,7 +115,7 @@ def glue_run(t5, tmp_path_factory):
     """A finished run on GLUE, to be read alone: what it returned, its lines, results folder."""
     from helpers import small_glue
 
-    from nlp_ext.glue.run import run
+    from nlp_ext.glue import run
 
     out, lines = tmp_path_factory.mktemp("glue_run"), []
     return run(small_glue(t5), out, diagnose=True, test=True, say=lines.append), lines, out

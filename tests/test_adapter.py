@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from abm_vision import (
+    INITIALIZERS,
     ABMConfig,
     AlignConfig,
     add_lora,
@@ -41,9 +42,14 @@ def adapted(seed=1, **options):
     return add_lora(small_vit(), rank=4, alpha=6, **options)
 
 
+def fast(name):
+    """Settings for few steps, of the class that the initialisation takes; None for its defaults."""
+    return FAST if INITIALIZERS[name].config is ABMConfig else None
+
+
 def initialised(name, **options):
     model = adapted(**options)
-    initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+    initialize_lora(model, name, BATCHES, config=fast(name), show_progress_bar=False)
     return model
 
 
@@ -289,7 +295,7 @@ def test_gradients_in_float16_are_not_rounded_to_zero():
 @pytest.mark.parametrize("name", ["eva", "abm_aligned", "pissa_niter_16"])
 def test_threads_with_a_model_each_get_what_one_gets(name):
     def begin(model):
-        initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+        initialize_lora(model, name, BATCHES, config=fast(name), show_progress_bar=False)
 
     models = [adapted() for _ in range(5)]
     begin(models[0])
@@ -394,7 +400,8 @@ def test_the_blocks_of_q_and_v_survive_the_meta_device():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda m: initialize_lora(m, "abm_aligned", BATCHES, config=AlignConfig()), "config is .*of type ABMConfig"),
+        (lambda m: initialize_lora(m, "abm", BATCHES, config=AlignConfig()), "config is .*of type ABMConfig"),
+        (lambda m: initialize_lora(m, "eva", BATCHES, config=ABMConfig()), "config is .*of type InitConfig"),
         (lambda m: initialize_lora_abm_weights(m, BATCHES, AlignConfig()), "config is .*of type ABMConfig"),
         (lambda m: initialize_lora(m, 5), "init is 5; allowed are"),
         (lambda m: initialize_lora(m, ["pissa"]), "init is .'pissa'.; allowed are"),

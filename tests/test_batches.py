@@ -19,11 +19,12 @@ from abm_vision import (
     initialize_lora_aligned_weights,
 )
 from abm_vision.abm import batches
+from abm_vision.initializers import InitConfig
 from abm_vision.vit import VIT
 
 X, Y = images(8), torch.arange(8) % 5
 FAST = ABMConfig(steps=2, batch_size=4, samples=8)
-QUIET = {"config": FAST, "show_progress_bar": False}
+QUIET = {"config": InitConfig(samples=8), "show_progress_bar": False}
 
 
 def adapted(**options):

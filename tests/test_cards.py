@@ -7,8 +7,8 @@ from html import unescape
 import pytest
 
 from abm_vision.vtab import results
-from nlp_ext.glue import run as glue
-from nlp_ext.instruct import run as instruct
+from nlp_ext.glue import results as glue
+from nlp_ext.instruct import results as instruct
 
 ODD = 'm|x <b>"q"</b> `c` _d_ *k* [i](j) #1 $a$ {b}: - \\n\nl'
 SHOWN = " ".join(ODD.split())

@@ -2,7 +2,6 @@
 
 import copy
 import csv
-import dataclasses
 import json
 import math
 import re
@@ -10,21 +9,27 @@ import re
 import matplotlib.image
 import numpy as np
 import pytest
-from conftest import TINY
 from helpers import FLAGS, answer, refused
 
+from abm_vision.analysis import compare as module
+from abm_vision.analysis.compare import records, to_markdown, to_text
+from abm_vision.analysis.stats import delayed_training_loss, interval
+from abm_vision.runs import suite
 from abm_vision.runs.folder import Diverged
-from abm_vision.vtab import compare as module
-from abm_vision.vtab import make_config, run
-from abm_vision.vtab.compare import run_all, to_csv, to_markdown, to_text
-from abm_vision.vtab.comparison import bootstrap, compare, timed_area
+from abm_vision.vtab import make_config
+from abm_vision.vtab.__main__ import main
+from abm_vision.vtab.view import VIEW
+
+
+def compare(runs, diverged=()):
+    return module.compare(runs, VIEW, diverged)
 
 
 def record(
     init="kaiming", lr=1e-3, seed=0, losses=(4, 3, 2, 1), top1=0.5, init_seconds=0.0, task="dsprites_loc", **more
 ):
     """A result as `compare` reads it: two epochs of two steps, 10 seconds each."""
-    config = dataclasses.asdict(make_config(task=task, init=init, lr=lr, seed=seed, epochs=2))
+    config = make_config(task=task, init=init, lr=lr, seed=seed, epochs=2).to_dict()
     loss = {"overall": {"loss": 0.9}}
     return {
         "config": config,
@@ -43,9 +48,9 @@ def record(
     }
 
 
-def three(init, areas, lr=1e-3, **more):
+def three(init, losses, lr=1e-3, **more):
     """Three seeds with the given mean losses."""
-    return [record(init, lr, seed, [a + 1.5, a + 0.5, a - 0.5, a - 1.5], **more) for seed, a in enumerate(areas)]
+    return [record(init, lr, seed, [a + 1.5, a + 0.5, a - 0.5, a - 1.5], **more) for seed, a in enumerate(losses)]
 
 
 def test_row_by_hand():
@@ -53,11 +58,11 @@ def test_row_by_hand():
     rows = {row.init: row for row in compare(runs).rows}
     eva = rows["eva"]
     ratios = [2.0 / 2.5, 1.0, 2.3 / 2.7]
-    assert eva.area == pytest.approx(2.3) and eva.area_error == pytest.approx(0.3 / math.sqrt(3))
-    assert eva.area_ratio == pytest.approx(sum(ratios) / 3) and eva.area_low < eva.area_ratio < eva.area_high
-    assert eva.area_low >= min(ratios) - 1e-9 and eva.area_high <= max(ratios) + 1e-9
-    assert eva.top1_gain == pytest.approx(0.1) and eva.top1_low == pytest.approx(0.1) == pytest.approx(eva.top1_high)
-    assert eva.start_epochs == pytest.approx(0.5) and eva.seeds == 3 and eva.source == "rendered"
+    assert eva.loss == pytest.approx(2.3) and eva.loss_error == pytest.approx(0.3 / math.sqrt(3))
+    assert eva.loss_ratio == pytest.approx(sum(ratios) / 3) and eva.loss_low < eva.loss_ratio < eva.loss_high
+    assert eva.loss_low >= min(ratios) - 1e-9 and eva.loss_high <= max(ratios) + 1e-9
+    assert eva.score_gain == pytest.approx(0.1) and eva.score_low == pytest.approx(0.1) == pytest.approx(eva.score_high)
+    assert eva.init_epochs == pytest.approx(0.5) and eva.seeds == 3 and eva.source == "rendered"
     # Half an epoch is one of the four steps: the first loss twice, the last one cut off.
     timed = [(2 * (a + 1.5) + a + 0.5 + a - 0.5) / 4 for a in (2.0, 2.6, 2.3)]
     assert eva.timed_ratio == pytest.approx(np.mean([t / a for t, a in zip(timed, (2.5, 2.6, 2.7), strict=True)]))
@@ -66,7 +71,7 @@ def test_row_by_hand():
     assert eva.timed_epochs_to == pytest.approx(eva.epochs_to + 0.5)
     assert (eva.information_loss, eva.seen_loss) == (pytest.approx(0.9), pytest.approx(0.1))
     base = rows["kaiming"]
-    assert base.area_ratio == base.timed_ratio == 1 and base.top1_gain == 0 and base.epochs_to == pytest.approx(2)
+    assert base.loss_ratio == base.timed_ratio == 1 and base.score_gain == 0 and base.epochs_to == pytest.approx(2)
 
 
 def test_every_start_at_its_own_best_rate():
@@ -85,36 +90,36 @@ def test_every_start_at_its_own_best_rate():
 def test_never_reached_and_one_seed():
     rows = {r.init: r for r in compare([record(), record("eva", losses=(5, 4, 4, 4))]).rows}
     assert rows["eva"].epochs_to is None and rows["eva"].timed_epochs_to is None
-    assert rows["eva"].area_error is rows["eva"].top1_error is None
+    assert rows["eva"].loss_error is rows["eva"].score_error is None
     text = to_text(compare([record(), record("eva", losses=(5, 4, 4, 4))]))
     assert "never" in text and "nan" not in text and "1 seed\n" in text
 
 
 @pytest.mark.parametrize("cost", [0, 0.1, 0.25, 1.3, 2, 7])
-def test_timed_area_against_an_integral(cost):
+def test_delayed_training_loss_against_an_integral(cost):
     result = record(losses=(4, 3, 2, 1))
     x = (np.arange(200_000) + 0.5) / 100_000  # two epochs, finely cut
     steps = np.floor((x - cost) * 2).astype(int)
     curve = np.where(x < cost, 4.0, np.array([4.0, 3.0, 2.0, 1.0])[steps.clip(0, 3)])
-    assert timed_area(result, cost) == pytest.approx(curve.mean(), abs=1e-4)
+    assert delayed_training_loss(result, cost) == pytest.approx(curve.mean(), abs=1e-4)
 
 
 def test_bootstrap_against_all_resamples():
     values = np.array([0.1, 0.5, 0.9])
     means = np.sort([np.mean(c) for c in np.stack(np.meshgrid(*[values] * 3), -1).reshape(-1, 3)])  # all 27
-    low, high = bootstrap(values)
-    assert (low, high) == bootstrap(values)
+    low, high = interval(values)
+    assert (low, high) == interval(values)
     assert means[0] <= low <= means[2] and means[-3] <= high <= means[-1]
 
 
 def test_files(tmp_path):
     found = compare([*three("kaiming", [2.5, 2.6, 2.7]), *three("eva", [2.0, 2.6, 2.3])])
-    paths = module.write_report(found, tmp_path / "report")
+    paths = module.write_files(found, tmp_path / "report")
     assert [p.name for p in paths] == ["compare.md", "compare.csv", "compare.png"]
     rows = list(csv.DictReader(paths[1].open()))
-    assert [r["init"] for r in rows] == ["eva", "kaiming"] and float(rows[0]["area"]) == pytest.approx(2.3)
+    assert [r["init"] for r in rows] == ["eva", "kaiming"] and float(rows[0]["loss"]) == pytest.approx(2.3)
     assert paths[0].read_text() == to_markdown(found) and "[rendered], 3 seeds" in paths[0].read_text()
-    assert paths[1].read_text() == to_csv(found)
+    assert [set(row) for row in rows] == [set(row) for row in records(found)] and "top1_gain" in rows[0]
     picture = matplotlib.image.imread(paths[2])
     assert picture.shape[1] > 2 * picture.shape[0] and picture.std() > 0.05
 
@@ -143,7 +148,7 @@ def changed(result, **settings):
     ],
 )
 def test_unequal_settings_are_refused_by_name(other, words):
-    with pytest.raises(ValueError, match=f"differ in more than task, start, rate and seed: .*({words})"):
+    with pytest.raises(ValueError, match=f"differ in more than task, initialisation, rate and seed: .*({words})"):
         compare([record(), other])
 
 
@@ -163,11 +168,11 @@ def test_tasks_may_have_data_of_their_own():
 def test_reference_whose_cost_is_not_known():
     tuned = record("abm_tuned", reference={"folder": "x", "seconds": None})
     row = next(r for r in compare([record(), tuned]).rows if r.init == "abm_tuned")
-    assert row.start_epochs is row.timed_ratio is row.timed_epochs_to is None and row.area_ratio == 1
+    assert row.init_epochs is row.timed_ratio is row.timed_epochs_to is None and row.loss_ratio == 1
     assert to_text(compare([record(), tuned])).count("unknown") == 2
     known = record("abm_tuned", reference={"folder": "x", "seconds": 30.0})
     known["seconds"]["reference"] = 30.0
-    assert next(r for r in compare([record(), known]).rows if r.init == "abm_tuned").start_epochs == pytest.approx(3)
+    assert next(r for r in compare([record(), known]).rows if r.init == "abm_tuned").init_epochs == pytest.approx(3)
 
 
 def test_what_else_is_refused():
@@ -186,26 +191,27 @@ def test_what_else_is_refused():
 # Runs
 
 
-def test_run_all_reuses_and_records_what_diverged(tmp_path, monkeypatch):
-    settings = {k: v for k, v in TINY.items() if not k.startswith("abm_")} | {"epochs": 1, "source": "rendered"}
-    arguments = (["dsprites_loc"], ["kaiming", "gaussian"], 1, [1e-3], settings, tmp_path)
-    found, diverged = run_all(*arguments)
-    assert [r["config"]["init"] for r in found] == ["kaiming", "gaussian"] and not diverged
-    assert found[0]["information_loss"]["after"]["overall"]["loss"] > 0.5
-    lines = []
-    assert run_all(*arguments, say=lines.append)[0] == found
-    assert sum("finished before" in line for line in lines) == 2
+def test_what_diverged_is_recorded_and_what_fails_is_an_error(tmp_path, monkeypatch, capsys):
+    real, words = suite.run, ["compare", *FLAGS[:-4], "--epochs", "1", "--init", "kaiming,gaussian", "--seeds", "1"]
+    words = [str(word) for word in (*words, "--lr", "1e-3,2e-3", "--out", tmp_path)]
 
-    def diverge(config, *a, **k):
-        if config.init == "gaussian":
-            raise Diverged("the training loss is not finite")
-        return run(config, *a, **k)
+    def breaks(error):
+        def run(harness, config, session):
+            if (config.init, config.lr) == ("gaussian", 2e-3):
+                raise error
+            return real(harness, config, session)
 
-    monkeypatch.setattr(module, "run", diverge)
-    found, diverged = run_all(*arguments)
-    assert len(found) == 1 and [c.init for c in diverged] == ["gaussian"]
-    with pytest.raises(ValueError, match="abm_steps is given, but init kaiming, gaussian has no use for it"):
-        run_all(*arguments[:4], {**settings, "abm_steps": 2}, tmp_path)
+        return run
+
+    monkeypatch.setattr(suite, "run", breaks(MemoryError("no memory")))
+    assert main(words) == 2
+    assert re.search(r"1 of 4 runs failed.*gaussian-seed0-\w+: MemoryError: no memory", capsys.readouterr().err)
+    monkeypatch.setattr(suite, "run", breaks(Diverged("the training loss is not finite")))
+    assert main([*words, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["init"]: row["seeds"] for row in rows} == {"kaiming": 1, "gaussian": 1}
+    assert all(row["information_loss"] > 0.5 for row in rows)
+    assert "diverged" in (tmp_path / "compare.md").read_text()
 
 
 def test_the_command(tmp_path, capsys):
@@ -213,8 +219,8 @@ def test_the_command(tmp_path, capsys):
     words = ["compare", *flags, "--init", "kaiming,random_b", "--seeds", "2", "--lr", "1e-3", "--out", tmp_path]
     code, out, err = answer(words, capsys)
     assert (code, err) == (0, "")
-    assert "--- run 4 of 4: dsprites_loc, random_b, lr 0.001, seed 1" in out
-    assert re.search(r"dsprites_loc \[rendered\], 2 seeds\nstart +best lr", out)
+    assert "[4/4] dsprites_loc random_b lr 0.001 seed 1: top-1 " in out
+    assert re.search(r"dsprites_loc \[rendered\], 2 seeds\ninitialisation +best lr", out)
     assert out.splitlines()[-1] == str(tmp_path / "compare.png")
     folders = sorted(p for p in tmp_path.iterdir() if p.is_dir())
     assert len(folders) == 4

@@ -51,7 +51,10 @@ def test_all_are_supported_whole_or_refused_and_nine_in_ten_are_supported():
     assert sum(found) >= 0.9 * len(found)
 
 
-@pytest.mark.parametrize("name", RUN.values())
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if kind in families.PLAIN else pytest.mark.slow) for kind, name in RUN.items()],
+)
 def test_adapters_get_gradients_and_boundaries_fire(name):
     torch.manual_seed(0)
     model = timm.create_model(name, num_classes=3)

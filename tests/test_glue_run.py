@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -18,13 +19,12 @@ from huggingface_hub import constants
 from peft import PeftModel
 from transformers import ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
 
-from nlp_ext.glue import run as module
-from nlp_ext.glue import setup
-from nlp_ext.glue.__main__ import main, summary
+from nlp_ext import trainer
+from nlp_ext.glue import harness, run
+from nlp_ext.glue.__main__ import main
 from nlp_ext.glue.config import GlueConfig
-from nlp_ext.glue.run import run
+from nlp_ext.glue.harness import shortened
 from nlp_ext.glue.server import server_file
-from nlp_ext.glue.setup import shortened
 from nlp_ext.glue.synthetic import examples
 from nlp_ext.glue.tasks import TASKS, get_task
 
@@ -58,12 +58,12 @@ def test_result_says_everything(finished, base):
     assert any(line.startswith("abm") for line in lines) and any(line.startswith("epoch   2 loss") for line in lines)
     assert not (folder / "checkpoints").exists() and not (folder / "notes.json").exists()
     assert (folder / "curves.png").stat().st_size and (folder / "information_loss.png").stat().st_size
-    assert "[synthetic]" in summary(result) and "12 validation examples" in summary(result)
+    assert "[synthetic]" in harness.summary(result) and "12 validation examples" in harness.summary(result)
 
 
 def test_a_finished_run_is_read(finished, base, monkeypatch):
     result, _, out = finished
-    monkeypatch.setattr(module, "prepare", None)
+    monkeypatch.setattr(harness, "HARNESS", replace(harness.HARNESS, prepare=None))
     assert run(small(base), out, diagnose=True, test=True) == result
 
 
@@ -124,14 +124,14 @@ def test_every_file_that_the_server_wants_is_written():
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, init):
     config = small(base, init=init)
     whole = run(config, tmp_path / "whole")
-    first_epoch = module.Progress.on_save
+    first_epoch = trainer.Progress.on_save
 
     def die(self, args, state, control, **more):
         first_epoch(self, args, state, control, **more)
         (Path(args.output_dir) / "checkpoint-999").mkdir()  # half of another one
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Progress, "on_save", die)
+    monkeypatch.setattr(trainer.Progress, "on_save", die)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "killed")
     monkeypatch.undo()
@@ -174,14 +174,14 @@ def write_rows(folder, change=lambda row: row):
 
 
 def die_after_an_epoch(config, out, monkeypatch):
-    saved = module.Progress.on_save
+    saved = trainer.Progress.on_save
 
     def die(self, args, state, control, **more):
         saved(self, args, state, control, **more)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module.Progress, "on_save", die)
+        patch.setattr(trainer.Progress, "on_save", die)
         run(config, out)
 
 
@@ -210,7 +210,7 @@ def test_other_content_is_neither_resumed_nor_handed_back(base, tmp_path, monkey
     refused("tokenizer")
     (model / "tokenizer_config.json").write_text(tokenizer)
     with monkeypatch.context() as patch:
-        patch.setattr(setup, "shortened", lambda ids, length: ids[:length])
+        patch.setattr(harness, "shortened", lambda ids, length: ids[:length])
         refused("encoding")
     shutil.rmtree(tmp_path / "data")
     with pytest.warns(UserWarning, match="could not be checked whole: no examples of rte/train"):
@@ -295,7 +295,7 @@ def test_the_paper_preset_is_the_reference_recipe():
     config = GlueConfig.make(preset="paper")
     assert (config.model, config.rank, config.alpha, config.dropout) == ("google-t5/t5-base", 8, 16.0, 0.05)
     assert (config.epochs, config.batch_size, config.lr, config.weight_decay, config.warmup) == (8, 32, 1e-4, 0.01, 0.1)
-    abm = config.abm()
+    abm = config.init_config()
     assert (abm.layers, abm.margin, abm.samples, abm.batch_size, abm.steps) == (6, 0.5, 128, 1, 100)
     assert abm.learning_rate == 3e-4 and config.data_source == "hub" and config.train_examples == 0
 

@@ -1,7 +1,6 @@
 """What a run was made of - data, weights, code - is checked when it is resumed, handed back, compared and reported."""
 
 import dataclasses
-import importlib
 import json
 import os
 import shutil
@@ -15,9 +14,10 @@ from conftest import TINY, build_vit
 from PIL import Image
 
 import vtab_tasks
-from abm_vision import initializers
-from abm_vision.runs import content
-from abm_vision.vtab import make_config, results, run
+from abm_vision import INITIALIZERS
+from abm_vision.initializers import ours, peft_own
+from abm_vision.runs import checkpoint, content
+from abm_vision.vtab import make_config, run
 from abm_vision.vtab.__main__ import main
 from vtab_tasks.content import content as task_content
 
@@ -55,14 +55,14 @@ def on(data, **changes):
 
 def break_off(config, out, monkeypatch):
     """Kill a run after its first epoch."""
-    original = results.save_checkpoint
+    original = checkpoint.save
 
     def killed(*arguments):
         original(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(results, "save_checkpoint", killed)
+        patch.setattr(checkpoint, "save", killed)
         run(config, out)
 
 
@@ -182,8 +182,8 @@ def test_a_changed_drawing_is_other_data(tmp_path, monkeypatch):
 def test_a_changed_initialisation_is_not_answered_from_an_old_run(tmp_path, monkeypatch):
     config = make_config(**{**PLAIN, "epochs": 1, "init": "random_b"})
     run(config, tmp_path)
-    other = dataclasses.replace(initializers.INITIALIZERS["random_b"], apply=initializers._keep)
-    monkeypatch.setitem(initializers.INITIALIZERS, "random_b", other)
+    other = dataclasses.replace(INITIALIZERS["random_b"], apply=peft_own.keep)
+    monkeypatch.setitem(INITIALIZERS, "random_b", other)
     with pytest.raises(ValueError, match=r"initialisation \(code \w+ then, code \w+ now\)"):
         run(config, tmp_path)
 
@@ -272,18 +272,14 @@ def test_without_a_cache_the_hash_is_the_same(tmp_path, monkeypatch):
     assert content.sha256_of([tmp_path / "file"]).startswith("ca978112ca1bbdca")
 
 
-def test_versions_of_initialisations():
+def test_versions_of_initialisations(monkeypatch):
     """Comments and words are no part of it; what is called, and constants, are."""
-    found = {name: content.version(init.apply) for name, init in initializers.INITIALIZERS.items()}
+    found = {name: content.version(init.apply) for name, init in INITIALIZERS.items()}
     assert found["pissa"] != found["olora"] and found["abm"] == found["abm_tuned"] and "peft" in found["pissa"]
     assert len(set(found.values())) == len(found) - 1
-    module = importlib.import_module("abm_vision.initializers")
-    before = content.version(module._random_b)
-    try:
-        module.RANDOM_B_STD, kept = 0.02, module.RANDOM_B_STD
-        assert content.version(module._random_b) != before
-    finally:
-        module.RANDOM_B_STD = kept
+    before = content.version(ours.random_b)
+    monkeypatch.setattr(ours, "RANDOM_B_STD", 0.02)
+    assert content.version(ours.random_b) != before
 
 
 def test_content_of_every_source(original, tmp_path):

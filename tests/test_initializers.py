@@ -18,13 +18,23 @@ from torch import nn
 from abm_vision import ABMConfig, add_lora, initialize_lora, load_adapter, save_adapter
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import load_reference
-from abm_vision.initializers import INITIALIZERS, NEEDS, get_initializer
+from abm_vision.initializers import INITIALIZERS, Needs, Properties, get_initializer
 from abm_vision.vit import VIT
 
 TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 X, Y = images(16), torch.arange(16) % 5
 BATCHES = [(X[:8], Y[:8]), (X[8:], Y[8:])]
 FAST = ABMConfig(steps=3, batch_size=4)
+WITHOUT_REFERENCE = [name for name, row in INITIALIZERS.items() if Needs.REFERENCE not in row.needs]
+
+
+def fast(name):
+    """Settings for few steps, of the class that the initialisation takes; None for its defaults."""
+    return FAST if INITIALIZERS[name].config is ABMConfig else None
+
+
+def having(properties):
+    return [name for name, row in INITIALIZERS.items() if properties in row.properties]
 
 
 def small_vit():
@@ -36,10 +46,10 @@ def started(name, base=None, batches=BATCHES, **options):
     torch.manual_seed(1)
     model = add_lora(copy.deepcopy(base) if base else small_vit(), **{"rank": 4, "alpha": 6, **options}).eval()
     reference = None
-    if "reference" in INITIALIZERS[name].needs:
+    if Needs.REFERENCE in INITIALIZERS[name].needs:
         model = randomise(add_lora(model, rank=2, adapter_name="tuned"), adapter="tuned")
         reference = "tuned"
-    initialize_lora(model, name, batches, config=FAST, reference=reference, show_progress_bar=False)
+    initialize_lora(model, name, batches, config=fast(name), reference=reference, show_progress_bar=False)
     if reference:
         model.delete_adapter("tuned")
     return model
@@ -55,10 +65,11 @@ def trained(model, steps=3):
 
 
 def test_the_table():
-    for name, start in INITIALIZERS.items():
-        assert start.name == name and start.needs in NEEDS and start.summary and start.source
-    changing = {name for name, start in INITIALIZERS.items() if start.changes_base}
-    assert changing == {"pissa", "pissa_niter_16", "olora", "corda", "lora_ga"}
+    for name, row in INITIALIZERS.items():
+        assert row.name == name and row.summary and row.source
+    needed = {str(row.needs) for row in INITIALIZERS.values()}
+    assert needed == {"nothing", "batches", "labelled batches", "batches and a reference"}
+    assert set(having(Properties.CHANGES_BASE)) == {"pissa", "pissa_niter_16", "olora", "corda", "lora_ga"}
     offered = {"gaussian", "orthogonal", "pissa", "olora", "mica", "eva", "corda", "lora_ga"}  # peft 0.21
     assert offered < set(INITIALIZERS)
 
@@ -78,7 +89,7 @@ def test_trained_adapter_loads_in_stock_peft_on_the_untouched_base_and_merges(na
     torch.testing.assert_close(load_adapter(copy.deepcopy(base), tmp_path).eval()(X), expected, **near)
     torch.testing.assert_close(stock.merge_and_unload()(X), expected, **near)
     config = LoraConfig.from_pretrained(tmp_path)
-    if INITIALIZERS[name].changes_base:
+    if Properties.CHANGES_BASE in INITIALIZERS[name].properties:
         assert config.init_lora_weights is True and config.r == 8
     torch.testing.assert_close(model.merge_and_unload()(X), expected, **near)
 
@@ -93,7 +104,7 @@ def test_output_at_the_start(name):
         assert moved < 1e-5
 
 
-@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if s.changes_base])
+@pytest.mark.parametrize("name", having(Properties.CHANGES_BASE))
 def test_saving_leaves_the_live_model_as_it_was(name, tmp_path):
     model = started(name)
     before, config = model(X), copy.deepcopy(model.peft_config["default"])
@@ -216,14 +227,14 @@ def test_seed_fixes_the_start_and_nothing_else_moves(name):
     torch.manual_seed(1)
     model = add_lora(small_vit(), rank=4).train()
     state = torch.get_rng_state()
-    initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+    initialize_lora(model, name, BATCHES, config=fast(name), show_progress_bar=False)
     assert torch.equal(state, torch.get_rng_state()) and model.training
     assert all(p.grad is None for p in model.parameters())
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
     assert all("lora_" in n or "head" in n for n in trainable) and any("lora_B" in n for n in trainable)
 
 
-@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if s.blocks])
+@pytest.mark.parametrize("name", having(Properties.BLOCKS))
 def test_k_is_left_alone(name, tmp_path):
     base = small_vit()
     model = trained(started(name, base, qkv="qv"))
@@ -319,14 +330,14 @@ def test_reference_that_was_saved_raw_or_damaged(tmp_path):
         load_reference(add_lora(small_vit(), rank=4), tmp_path / "damaged")
 
 
-@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if "reference" not in s.needs])
+@pytest.mark.parametrize("name", WITHOUT_REFERENCE)
 def test_autocast_of_the_caller_costs_no_precision(name, tmp_path):
     """Decompositions and what is taken out of the weights run in full precision, whatever the passes run in."""
     base = small_vit()
     torch.manual_seed(1)
     model = add_lora(copy.deepcopy(base), rank=4).eval()
     with torch.autocast("cpu", torch.bfloat16):
-        initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+        initialize_lora(model, name, BATCHES, config=fast(name), show_progress_bar=False)
     if name not in ("random_b", "abm", "abm_aligned"):
         torch.testing.assert_close(model(X), base(X), rtol=0, atol=1e-5)
     save_adapter(model, tmp_path)
@@ -360,7 +371,7 @@ def test_base_is_changed_once():
 
 def test_convolutions_are_named():
     model = add_lora(timm.create_model("mobilevitv2_050", num_classes=5), rank=2)
-    refused("pissa", "starts nn.Linear layers alone, .* is a Conv2d", model=model)
+    refused("pissa", "is for nn.Linear layers alone, .* is a Conv2d", model=model)
 
 
 def test_labels_may_be_in_a_mapping():
@@ -384,7 +395,7 @@ def test_a_loss_of_ones_own():
 @pytest.mark.parametrize("name", ["corda", "eva", "gaussian", "lora_ga"])
 def test_every_module_stays_in_training_mode(name):
     model = add_lora(small_vit(), rank=4, dropout=0.5).train()
-    initialize_lora(model, name, BATCHES, config=FAST, show_progress_bar=False)
+    initialize_lora(model, name, BATCHES, config=fast(name), show_progress_bar=False)
     assert all(module.training for module in model.modules())
 
 

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,13 +20,12 @@ from torch.nn import functional as F
 from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
 
 from abm_vision.runs import folder as files
-from nlp_ext.instruct import data, synthetic
-from nlp_ext.instruct import run as module
-from nlp_ext.instruct.__main__ import main, summary
+from abm_vision.runs.harness import Processes, Run, Session
+from nlp_ext import trainer
+from nlp_ext.instruct import data, harness, run, synthetic
+from nlp_ext.instruct.__main__ import main
 from nlp_ext.instruct.answer import answer
 from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.instruct.run import run
-from nlp_ext.instruct.setup import prepare
 from nlp_ext.instruct.talk import mt_bench
 from nlp_ext.ranks import join
 
@@ -288,7 +288,7 @@ def test_result_says_everything(finished, base):
     assert len(samples) == 1 and samples[0]["prompt"][-1]["role"] == "user"
     assert any(line.startswith("perplexity of held-out answers") for line in lines)
     assert (folder / "curves.png").stat().st_size and not (folder / "checkpoints").exists()
-    assert "[synthetic]" in summary(result) and "10 held-out conversations" in summary(result)
+    assert "[synthetic]" in harness.summary(result) and "10 held-out conversations" in harness.summary(result)
 
 
 def test_perplexity_by_stock_peft_one_conversation_at_a_time(finished, base):
@@ -315,7 +315,7 @@ def test_a_finished_run_is_read_and_can_be_diagnosed(finished, base, monkeypatch
     result, _, out = finished
     diagnosed = run(small(base), out, diagnose=True)
     assert 0 < diagnosed["information_loss"]["after"]["overall"]["loss"] < 1
-    monkeypatch.setattr(module, "prepare", None)
+    monkeypatch.setattr(harness, "HARNESS", replace(harness.HARNESS, prepare=None))
     assert run(small(base), out, diagnose=True) == diagnosed
 
 
@@ -329,13 +329,13 @@ def test_a_finished_run_is_read_and_can_be_diagnosed(finished, base, monkeypatch
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, settings):
     config = small(base, **settings)
     whole = run(config, tmp_path / "whole")
-    save = module.Progress.on_save
+    save = trainer.Progress.on_save
 
     def die(self, *arguments, **more):
         save(self, *arguments, **more)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module.Progress, "on_save", die)
+    monkeypatch.setattr(trainer.Progress, "on_save", die)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "killed")
     monkeypatch.undo()
@@ -354,6 +354,7 @@ def test_answers_alone_may_be_matched(base, tmp_path):
 
 TWO = """
 import json, os, sys
+from dataclasses import replace
 from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import DistributedType
@@ -371,34 +372,34 @@ if sys.argv[3] == "fsdp":
 
     PartialState.__init__ = as_on_gpus
 
-from abm_vision.runs.start import fingerprint
-from nlp_ext import training
-from nlp_ext.instruct import run as module
+from abm_vision.runs import run as spine
+from abm_vision.runs.initialise import fingerprint
+from nlp_ext.instruct import harness
 from nlp_ext.instruct.config import InstructConfig
 
-start, begin, gather, out = training.start_adapter, module.begin, module.whole_state, Path(sys.argv[2])
+initialise, train, gather, out = spine.initialise, harness.HARNESS.train, harness.whole_state, Path(sys.argv[2])
 seen = {"sharded": False}
 
-def apart(setup, *rest):  # what other hardware would do to one of the processes
-    started = start(setup, *rest)
-    for name, parameter in setup.model.named_parameters():
+def apart(run, *rest):  # what other hardware would do to one of the processes
+    found = initialise(run, *rest)
+    for name, parameter in run.model.named_parameters():
         if "lora_" in name:
             parameter.data.add_(PartialState().process_index)
-    seen["own"] = fingerprint(setup.model)
-    return started
-
-def look(setup, *rest):
-    found = begin(setup, *rest)
-    seen["start"] = fingerprint(setup.model)
+    seen["own"] = fingerprint(run.model)
     return found
+
+def look(run, *rest):
+    seen["start"] = fingerprint(run.model)
+    return train(run, *rest)
 
 def whole(model):
     layers = model.get_base_model().model.layers.parameters()
     seen["sharded"] = all(type(p).__name__ == "DTensor" for p in layers)
     return gather(model)
 
-training.start_adapter, module.begin, module.whole_state = apart, look, whole
-result = module.run(InstructConfig.make(**json.loads(sys.argv[1])), out)
+spine.initialise, harness.whole_state = apart, whole
+harness.HARNESS = replace(harness.HARNESS, train=look)
+result = harness.run(InstructConfig.make(**json.loads(sys.argv[1])), out)
 seen.update(processes=result["processes"], perplexity=result["perplexity"]["after"])
 (out / f"rank{PartialState().process_index}.json").write_text(json.dumps(seen))
 """
@@ -458,8 +459,8 @@ def test_packed_conversations_do_not_see_one_another(base, tmp_path):
     """The loss of a packed batch is that of its conversations one at a time, token-weighted."""
     config = small(base, packing=True, batch_size=2)  # a batch is one sequence: its attention grows with the square
     folder = files.open_folder(tmp_path, config)
-    setup = prepare(config, folder, quiet=True, say=lambda line: None)
-    batch = next(iter(module._trainer(setup, folder, quiet=True).get_train_dataloader()))
+    run = harness.prepare(Run(config=config, folder=folder, session=Session(), processes=Processes()))
+    batch = next(iter(harness.make_trainer(run).get_train_dataloader()))
     starts = [*(batch["position_ids"][0] == 0).nonzero().flatten().tolist(), batch["input_ids"].shape[1]]
     assert len(starts) > 5
     model = LlamaForCausalLM.from_pretrained(base).eval()  # B is zero: the adapter changes nothing
@@ -469,7 +470,7 @@ def test_packed_conversations_do_not_see_one_another(base, tmp_path):
         logits = model(input_ids=ids).logits[0, :-1]
         total += F.cross_entropy(logits, labels[1:], reduction="sum").item()
         count += int((labels[1:] != -100).sum())
-    packed = setup.model.eval()(**batch).loss.item()
+    packed = run.model.eval()(**batch).loss.item()
     assert packed == pytest.approx(total / count, rel=1e-5)
 
 

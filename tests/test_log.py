@@ -13,7 +13,7 @@ from abm_vision.abm import bars
 from abm_vision.runs.log import opened
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
-from nlp_ext.glue.run import run as run_glue
+from nlp_ext.glue import run as run_glue
 
 
 class Kept:

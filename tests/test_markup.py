@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from abm_vision.runs.markup import latex, markdown, markdown_table, one_line
+from abm_vision.analysis.tables import markdown_table
+from abm_vision.runs.markup import latex, markdown, one_line
 
 ODD = (
     "a|b",

@@ -15,7 +15,7 @@ import nlp_ext
 from abm_vision import find_backbone, load_adapter
 from abm_vision.abm.adapter import adapted_layers
 from nlp_ext import LLAMA, T5, ABMConfig, add_lora, answer_tokens, check_adapters, initialize_lora_abm_weights
-from nlp_ext.ranks import _started
+from nlp_ext.ranks import _initialised
 
 VOCABULARY, PAD = 64, 0
 DECODERS = ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Gemma2", "SmolLM3", "Phi3")
@@ -315,7 +315,7 @@ def test_what_other_processes_get_of_a_start(init, shared):
     """All that the start has made: frozen factors too, and the base weights where it has changed them."""
     model = add_lora(decoder(), 2, 2)
     nlp_ext.initialize_lora(model, init, show_progress_bar=False)
-    sent = {tensor.data_ptr() for tensor in _started(model)}
+    sent = {tensor.data_ptr() for tensor in _initialised(model)}
     named = dict(model.named_parameters())
     assert all(named[n].data_ptr() in sent for n in named if shared in n and "bias" not in n)
     assert (init == "pissa") == any(named[n].data_ptr() in sent for n in named if "base_layer" in n)

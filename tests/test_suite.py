@@ -3,13 +3,12 @@
 Runs are tiny: a ViT with random weights. What a suite's runs give is compared with the same runs made one by one.
 """
 
-import importlib
 import json
-import math
 import multiprocessing
 import os
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -22,34 +21,43 @@ from conftest import TINY, full_disk
 from official import BUILDERS, small_edition, write_official
 
 import vtab_tasks
+from abm_vision.runs import checkpoint, executors
 from abm_vision.runs import folder as files
+from abm_vision.runs import run as spine
+from abm_vision.runs import suite as module
 from abm_vision.runs.folder import Diverged
-from abm_vision.vtab import executors, make_config, results, run
-from abm_vision.vtab import suite as module
+from abm_vision.runs.harness import Session
+from abm_vision.runs.suite import Outcome, attempt, parse_tasks, plan
+from abm_vision.vtab import HARNESS, make_config, run
 from abm_vision.vtab.__main__ import main
-from abm_vision.vtab.suite import Outcome, Suite, attempt, parse_tasks, plan, run_suite
+from abm_vision.vtab.planning import estimate
+from abm_vision.vtab.view import VIEW
 
 TINY = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 1, "source": "rendered"}
 WORDS = [word for name, value in TINY.items() for word in (f"--{name.replace('_', '-')}", str(value))]
+
+
+def Suite(*arguments, **more):
+    return module.Suite(VIEW, *arguments, **more)
+
+
+def run_suite(suite, out, execute=executors.in_this_process, say=lambda line: None, **how):
+    return module.run_suite(suite, Session(out, say=say, **how), execute)
 
 
 def tiny(tasks=("dsprites_loc",), inits=("kaiming",), seeds=1, **more):
     return Suite(tasks, inits, seeds, TINY, **more)
 
 
-def silent(line):
-    pass
-
-
 # ---- what is to be run ---------------------------------------------------------------------------
 
 
 def test_tasks_by_group_and_name():
-    assert parse_tasks("all") == tuple(vtab_tasks.TASKS) and len(parse_tasks("all")) == 19
-    assert len(parse_tasks("structured")) == 8 and len(parse_tasks("natural,specialized")) == 11
-    assert parse_tasks("snorb_azim,cifar100,snorb_azim") == ("cifar100", "snorb_azim")
+    assert parse_tasks("all", VIEW) == tuple(vtab_tasks.TASKS) and len(parse_tasks("all", VIEW)) == 19
+    assert len(parse_tasks("structured", VIEW)) == 8 and len(parse_tasks("natural,specialized", VIEW)) == 11
+    assert parse_tasks("snorb_azim,cifar100,snorb_azim", VIEW) == ("cifar100", "snorb_azim")
     with pytest.raises(ValueError, match="unknown task 'struktured'"):
-        parse_tasks("struktured")
+        parse_tasks("struktured", VIEW)
 
 
 def test_final_runs_are_every_task_start_and_seed():
@@ -70,7 +78,7 @@ def test_selection_is_the_same_grid_for_every_task_and_never_the_test_split():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": ()}, "tasks is empty"),
+        ({"tasks": ()}, "task is empty"),
         ({"inits": ("kaiming", "kaiming")}, "init is kaiming, kaiming; give one or more, each once"),
         ({"seeds": 0}, "seeds is 0"),
         ({"grid": {"lr": ()}}, "lr is empty"),
@@ -97,26 +105,26 @@ def finished(tmp_path_factory):
     """A suite with a selection, and its folder."""
     out = tmp_path_factory.mktemp("suite")
     suite, lines = tiny(("dsprites_loc", "dsprites_ori"), seeds=2, grid={"lr": (1e-5, 5e-3)}), []
-    return suite, out, run_suite(suite, out, executors.in_this_process(), lines.append), lines
+    return suite, out, run_suite(suite, out, say=lines.append), lines
 
 
 def test_a_suite_gives_what_its_runs_give(finished, tmp_path):
     suite, out, outcomes, _ = finished
     assert len(outcomes) == 4 + 4 and {o.state for o in outcomes.values()} == {"done"}
     for config, outcome in outcomes.items():
-        result = results.read_result(out / config.run_name())
-        assert result["test"]["top1"] == outcome.top1
+        result = HARNESS.read(out / config.run_name())
+        assert result["test"]["top1"] == outcome.score
         assert result["test"]["split"] == ("val200" if config.evaluate == "val" else "test")
         assert result["test"]["count"] == 60
     config = next(c for c in outcomes if c.evaluate == "test")
     alone = run(config, tmp_path)
-    assert alone["loss_per_step"] == results.read_result(out / config.run_name())["loss_per_step"]
+    assert alone["loss_per_step"] == HARNESS.read(out / config.run_name())["loss_per_step"]
 
 
 def test_the_best_of_the_validation_images_is_trained_again(finished):
     suite, _, outcomes, lines = finished
     for task in suite.tasks:
-        scores = {c.lr: o.top1 for c, o in outcomes.items() if c.task == task and c.evaluate == "val"}
+        scores = {c.lr: o.score for c, o in outcomes.items() if c.task == task and c.evaluate == "val"}
         best = max((1e-5, 5e-3), key=lambda lr: scores[lr])
         assert {c.lr for c in outcomes if c.task == task and c.evaluate == "test"} == {best}
         assert any(f"{task} kaiming: selected lr {best}" in line for line in lines)
@@ -141,7 +149,7 @@ def test_the_test_split_is_opened_once_after_the_last_epoch(tmp_path, monkeypatc
 
     monkeypatch.setattr(vtab_tasks.TaskData, "images", images)
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda *a, **k: events.append("step") or step(*a, **k))
-    run_suite(tiny(grid={"lr": (1e-3, 2e-3)}), tmp_path, executors.in_this_process(), silent)
+    run_suite(tiny(grid={"lr": (1e-3, 2e-3)}), tmp_path)
     tested = [k for k, event in enumerate(events) if event[0] == "test"]
     steps = [k for k, event in enumerate(events) if event == "step"]
     assert len(tested) == len({events[k] for k in tested}) == 60
@@ -151,14 +159,13 @@ def test_the_test_split_is_opened_once_after_the_last_epoch(tmp_path, monkeypatc
 
 def test_finished_runs_are_not_repeated(finished, monkeypatch):
     suite, out, outcomes, _ = finished
-    runner = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
-    monkeypatch.setattr(runner, "_run", lambda *a: pytest.fail("ran again"))
-    assert run_suite(suite, out, executors.in_this_process(), silent) == outcomes
+    monkeypatch.setattr("abm_vision.runs.run._make", lambda *a: pytest.fail("ran again"))
+    assert run_suite(suite, out) == outcomes
 
 
 def test_a_tuned_reference_is_the_run_that_the_suite_has_anyway(tmp_path):
-    """Although --abm-steps is given for all: the default start has no use for it."""
-    outcomes = run_suite(tiny(inits=("kaiming", "abm_tuned")), tmp_path, executors.in_this_process(), silent)
+    """Although --abm-steps is given for all: the default initialisation has no use for it."""
+    outcomes = run_suite(tiny(inits=("kaiming", "abm_tuned")), tmp_path)
     assert {o.state for o in outcomes.values()} == {"done"} and len(list(tmp_path.iterdir())) == 2
 
 
@@ -199,10 +206,10 @@ def test_a_full_disk_stops_the_suite_and_loses_nothing(tmp_path, capsys, jobs):
 def test_a_failed_run_is_recorded_and_does_not_stop_the_rest(tmp_path, monkeypatch, capsys, error):
     real = module.run
 
-    def fails(config, *a, **k):
+    def fails(harness, config, session):
         if config.init == "gaussian":
             raise error
-        return real(config, *a, **k)
+        return real(harness, config, session)
 
     monkeypatch.setattr(module, "run", fails)
     words = ["suite", "--tasks", "dsprites_loc", "--init", "gaussian,kaiming", "--seeds", "1", "--out", str(tmp_path)]
@@ -221,17 +228,17 @@ def test_a_selection_that_is_not_whole_chooses_nothing(tmp_path, monkeypatch):
     """A point that failed by chance would come back, and another one might win then."""
     real = module.run
 
-    def fails(config, *a, **k):
+    def fails(harness, config, session):
         if config.evaluate == "val" and config.lr == 2e-3:
             raise MemoryError("no memory")
-        return real(config, *a, **k)
+        return real(harness, config, session)
 
     monkeypatch.setattr(module, "run", fails)
     lines, suite = [], tiny(grid={"lr": (1e-3, 2e-3)})
-    outcomes = run_suite(suite, tmp_path, executors.in_this_process(), lines.append)
+    outcomes = run_suite(suite, tmp_path, say=lines.append)
     assert {c.evaluate for c in outcomes} == {"val"} and "1 of 2 runs of the selection failed" in lines[-1]
     monkeypatch.setattr(module, "run", real)
-    assert any(c.evaluate == "test" for c in run_suite(suite, tmp_path, executors.in_this_process(), silent))
+    assert any(c.evaluate == "test" for c in run_suite(suite, tmp_path))
 
 
 def test_points_that_a_start_has_no_use_for_are_one_run():
@@ -249,41 +256,41 @@ def test_settings_without_use_do_not_name_a_run():
 
 
 def test_a_reference_is_a_result_only_if_it_is_asked_for(tmp_path):
-    run_suite(tiny(inits=("abm_tuned",)), tmp_path, executors.in_this_process(), silent)
+    run_suite(tiny(inits=("abm_tuned",)), tmp_path)
     (reference,) = tmp_path.glob("*kaiming*/result.json")
     assert json.loads(reference.read_text())["reference_only"] is True
     lines = []
-    run_suite(tiny(inits=("kaiming", "abm_tuned")), tmp_path, executors.in_this_process(lines.append), silent)
+    run_suite(tiny(inits=("kaiming", "abm_tuned")), tmp_path, say=lines.append)
     assert json.loads(reference.read_text())["reference_only"] is False
     assert sum("finished before" in line for line in lines) == 1  # and is not trained again
 
 
 def test_finished_runs_need_no_process(tmp_path):
-    outcomes = run_suite(tiny(), tmp_path, executors.in_this_process(), silent)
+    outcomes = run_suite(tiny(), tmp_path)
 
-    def nothing(configs, out, diagnose):
+    def nothing(harness, configs, session):
         assert not configs
         return ()
 
-    assert run_suite(tiny(), tmp_path, nothing, silent) == outcomes
+    assert run_suite(tiny(), tmp_path, nothing) == outcomes
 
 
 def test_whatever_a_run_raises_is_one_line_of_the_record(tmp_path, monkeypatch):
-    def breaks(config, *a, **k):
+    def breaks(harness, config, session):
         raise TypeError("one\n  two")
 
     monkeypatch.setattr(module, "run", breaks)
-    outcome = attempt(tiny().final()[0], tmp_path, False)
+    outcome = attempt(HARNESS, tiny().final()[0], Session(tmp_path))
     assert (outcome.state, outcome.reason) == ("failed", "TypeError: one two")
 
 
 def test_without_a_finished_selection_there_is_no_final_run(tmp_path, monkeypatch):
-    def diverges(config, *a, **k):
+    def diverges(harness, config, session):
         raise Diverged("not finite")
 
     monkeypatch.setattr(module, "run", diverges)
     lines = []
-    outcomes = run_suite(tiny(grid={"lr": (1.0, 2.0)}), tmp_path, executors.in_this_process(), lines.append)
+    outcomes = run_suite(tiny(grid={"lr": (1.0, 2.0)}), tmp_path, say=lines.append)
     assert {c.evaluate for c in outcomes} == {"val"} and "has diverged, so there is no final run" in lines[-1]
 
 
@@ -291,29 +298,28 @@ def test_a_run_that_another_process_is_at_is_waited_for(tmp_path, monkeypatch):
     config = tiny().final()[0]
     lock = files.locked(files.open_folder(tmp_path, config))
     lock.__enter__()
-    assert attempt(config, tmp_path, False) == Outcome("busy")
+    assert attempt(HARNESS, config, Session(tmp_path)) == Outcome("busy")
     with pytest.raises(files.Busy, match="another process is at the run"):
         run(config, tmp_path)
     monkeypatch.setattr(module, "WAIT", 0.0)
     monkeypatch.setattr(module.time, "sleep", lambda seconds: lock.__exit__(None, None, None))
     lines = []
-    outcomes = run_suite(tiny(), tmp_path, executors.in_this_process(), lines.append)
+    outcomes = run_suite(tiny(), tmp_path, say=lines.append)
     assert outcomes[config].state == "done" and "are with another process" in lines[0]
 
 
 def _work(out, events):
     """Another process with the same suite, which tells of the runs that it trains."""
-    runner = importlib.import_module("abm_vision.vtab.run")
-    real = runner._run
+    real = spine._make
 
-    def told(setup, config, *rest):
-        events.put((os.getpid(), config.run_name()))
-        return real(setup, config, *rest)
+    def reported(harness, run):
+        events.put((os.getpid(), run.config.run_name()))
+        return real(harness, run)
 
-    runner._run = told
+    spine._make = reported
     module.WAIT = 0.2
     torch.set_num_threads(1)
-    run_suite(tiny(inits=("kaiming", "gaussian"), seeds=2), out, executors.in_this_process(), silent)
+    run_suite(tiny(inits=("kaiming", "gaussian"), seeds=2), out)
 
 
 @pytest.mark.slow
@@ -333,7 +339,7 @@ def test_two_suites_on_one_folder_share_the_work(tmp_path):
 def _endless(out):
     torch.set_num_threads(1)
     suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "epochs": 400})
-    run_suite(suite, out, executors.in_this_process(), silent)
+    run_suite(suite, out)
 
 
 @pytest.mark.slow
@@ -347,8 +353,8 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (folder,) = tmp_path.glob("*/")
-    state = results.load_checkpoint(folder, torch.device("cpu"))
-    assert 1 <= state["progress"].epoch < 400 and not (folder / "result.json").exists()
+    state = checkpoint._read(folder / "checkpoint.pt", torch.device("cpu"), schema=5)
+    assert 1 <= state["progress"]["epoch"] < 400 and not (folder / "result.json").exists()
     with files.locked(folder):  # the system has given it back
         pass
 
@@ -384,14 +390,20 @@ def test_no_process_outlives_a_suite(tmp_path, how, code):
 
 def test_plan_counts_what_is_left(finished):
     suite, out, _, _ = finished
-    more = Suite(suite.tasks, ("kaiming", "gaussian"), 2, TINY)
-    throughput = {"train": 100.0, "test": 300.0, "start": 2.0}
-    planned = plan(more, out, throughput)
+    planned = plan(Suite(suite.tasks, ("kaiming", "gaussian"), 2, TINY), out)
     # Its final runs had another rate than the default, so none of these is finished.
     assert len(planned) == 8 and {p.state for p in planned} == {"to run"}
-    assert all(math.isclose(p.seconds, 2 + 1000 / 100 + 60 / 300) for p in planned)
-    again = plan(suite, out, throughput)
-    assert [p.state for p in again[:4]] == ["finished"] * 4 and again[0].seconds == 0
+    again = plan(suite, out)
+    assert [p.state for p in again[:4]] == ["finished"] * 4 and all(p.is_settled for p in again[:4])
+
+
+def test_time_is_estimated_from_finished_runs(finished, tmp_path):
+    (_, out, outcomes, _), config = finished, make_config(**TINY, task="dsprites_loc")
+    seconds, origin = estimate(config, out)
+    found = [HARNESS.read(out / c.run_name()) for c in outcomes]
+    train, test = (statistics.median(r["images_per_second"][k] for r in found) for k in ("train", "test"))
+    before = statistics.median(sum(r["seconds"][k] for k in ("data", "weights", "lora", "init")) for r in found)
+    assert seconds(config) == pytest.approx(before + 1000 / train + 60 / test) and f"finished runs in {out}" in origin
 
 
 def test_dry_run(finished, tmp_path, capsys):
@@ -416,7 +428,7 @@ def test_a_result_that_is_damaged_takes_nothing_with_it(finished, tmp_path, caps
     content = json.loads(path.read_text())
     path.write_text(json.dumps({**content, "test": {**content["test"], "top1": 2.0}}))
     lines = []
-    outcomes = run_suite(suite, tmp_path / "out", executors.in_this_process(), lines.append)
+    outcomes = run_suite(suite, tmp_path / "out", say=lines.append)
     (failed,) = [o for o in outcomes.values() if o.state == "failed"]
     assert "test.top1 is 2.0" in failed.reason and sum(o.state == "done" for o in outcomes.values()) >= 3
     words = ["suite", "--tasks", ",".join(suite.tasks), "--init", "kaiming", "--seeds", "2", "--grid", "lr=1e-5,5e-3"]
@@ -453,17 +465,18 @@ def test_bad_words(tmp_path, capsys, words, message):
 # ---- executors -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_processes_give_the_same(tmp_path):
     suite = tiny(inits=("kaiming", "gaussian"))
-    found = run_suite(suite, tmp_path / "two", executors.local(min(2, os.cpu_count())), silent)
-    alone = run_suite(suite, tmp_path / "one", executors.in_this_process(), silent)
-    assert {c: o.top1 for c, o in found.items()} == {c: o.top1 for c, o in alone.items()}
+    found = run_suite(suite, tmp_path / "two", executors.local(min(2, os.cpu_count())))
+    alone = run_suite(suite, tmp_path / "one")
+    assert {c: o.score for c, o in found.items()} == {c: o.score for c, o in alone.items()}
 
 
 @pytest.mark.slow
 def test_processes_may_have_loader_processes(tmp_path):
     suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "workers": 1})
-    (outcome,) = run_suite(suite, tmp_path, executors.local(1), silent).values()
+    (outcome,) = run_suite(suite, tmp_path, executors.local(1)).values()
     assert outcome.state == "done", outcome.reason
 
 
@@ -479,20 +492,20 @@ def test_one_gpu_for_all_jobs_is_refused(tmp_path):
     if (os.cpu_count() or 1) < 2:
         pytest.skip("one core")
     with pytest.raises(ValueError, match="device is cuda:1 for every run, but 2 jobs share the GPUs out"):
-        list(executors.local(2)([SimpleNamespace(device="cuda:1")], tmp_path, False))
+        list(executors.local(2)(HARNESS, [SimpleNamespace(device="cuda:1")], Session(tmp_path)))
 
 
 def test_a_process_that_dies_is_a_failed_run(tmp_path):
     suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "epochs": 5000})
     execute = executors.local(1)
 
-    def killing(configs, out, diagnose):
+    def killing(harness, configs, session):
         from threading import Thread
 
         Thread(target=_kill_the_child, args=(tmp_path,), daemon=True).start()
-        return execute(configs, out, diagnose)
+        return execute(harness, configs, session)
 
-    (outcome,) = run_suite(suite, tmp_path, killing, silent).values()
+    (outcome,) = run_suite(suite, tmp_path, killing).values()
     assert outcome.state == "failed" and "signal 9, perhaps out of memory" in outcome.reason
     (folder,) = tmp_path.glob("*/")
     assert (folder / "checkpoint.pt").exists() and (folder / "failure.json").exists()
@@ -529,7 +542,7 @@ def test_ray_with_a_node_that_dies(tmp_path):
 
         killer = Thread(target=kill, daemon=True)
         killer.start()
-        found = run_suite(suite, tmp_path / "ray", execute, silent)
+        found = run_suite(suite, tmp_path / "ray", execute)
         killer.join(60)
         with pytest.raises(
             ValueError, match="a run is to take 64 CPU and 0 GPU, and no node of the Ray cluster has as much"
@@ -540,9 +553,9 @@ def test_ray_with_a_node_that_dies(tmp_path):
         cluster.shutdown()
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as on the nodes
-    alone = run_suite(suite, tmp_path / "alone", executors.in_this_process(), silent)
+    alone = run_suite(suite, tmp_path / "alone")
     torch.set_num_threads(torch_threads)
-    assert {c: o.top1 for c, o in found.items()} == {c: o.top1 for c, o in alone.items()}
+    assert {c: o.score for c, o in found.items()} == {c: o.score for c, o in alone.items()}
     assert {o.state for o in found.values()} == {"done"}
 
 
@@ -563,10 +576,10 @@ def test_all_19_tasks_from_official_data(tmp_path, monkeypatch):
     for name in BUILDERS:
         write_official(name, tmp_path / "tfds")
     settings = {**TINY, "source": "tfds", "data_dir": str(tmp_path / "tfds"), "batch_size": 6, "test_images": 0}
-    suite = Suite(parse_tasks("all"), ("abm",), 1, settings)
-    outcomes = run_suite(suite, tmp_path / "out", executors.in_this_process(), silent)
+    suite = Suite(parse_tasks("all", VIEW), ("abm",), 1, settings)
+    outcomes = run_suite(suite, tmp_path / "out")
     assert len(outcomes) == 19 and {o.state for o in outcomes.values()} == {"done"}, outcomes
     for config in outcomes:
-        result = results.read_result(tmp_path / "out" / config.run_name())
+        result = HARNESS.read(tmp_path / "out" / config.run_name())
         assert result["data"]["test"]["source"] == "tfds" and result["test"]["count"] == 9
         assert result["num_classes"] == vtab_tasks.get_task(config.task).num_classes

@@ -18,7 +18,7 @@ from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.gradient import weight_gradients
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.tangent import leading_energy, reached_energy
-from abm_vision.initializers import INITIALIZERS
+from abm_vision.initializers import INITIALIZERS, Needs
 from abm_vision.vit import VIT
 
 
@@ -105,7 +105,7 @@ def test_factors_that_lack_rank():
     check(model, *data())
 
 
-@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if "reference" not in s.needs])
+@pytest.mark.parametrize("name", [n for n, s in INITIALIZERS.items() if Needs.REFERENCE not in s.needs])
 def test_every_start_of_the_table(name):
     torch.manual_seed(2)
     model = add_lora(small_vit(), rank=2)

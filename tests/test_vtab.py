@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -22,15 +21,13 @@ from PIL import Image
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
+from abm_vision.runs import checkpoint
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import open_folder, settle_precision
 from abm_vision.runs.settings import read_config
-from abm_vision.vtab import PRESETS, RunConfig, data, make_config, results, run, train
+from abm_vision.vtab import HARNESS, PRESETS, RunConfig, data, harness, make_config, run, train
 from abm_vision.vtab.predict import predict
-from abm_vision.vtab.results import model_card, read_result
-
-RUN = importlib.import_module("abm_vision.vtab.run")  # the package gives this name to the function
-SETUP = importlib.import_module("abm_vision.vtab.setup")
+from abm_vision.vtab.results import model_card
 
 
 @pytest.fixture
@@ -40,14 +37,14 @@ def finished(vit_run):
 
 def break_off(config, out, monkeypatch):
     """Kill a run after its first epoch."""
-    original = results.save_checkpoint
+    original = checkpoint.save
 
     def killed(*arguments):
         original(*arguments)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(results, "save_checkpoint", killed)
+        patch.setattr(checkpoint, "save", killed)
         run(config, out)
 
 
@@ -59,7 +56,7 @@ def test_result_says_everything(finished):
     folder = out / config.run_name()
     written = json.loads((folder / "result.json").read_text())
     assert {**written, "folder": str(folder)} == result
-    assert written["schema"] == 5 and written["config"] == dataclasses.asdict(config)
+    assert written["schema"] == 5 and written["config"] == config.to_dict()
     assert written["test"]["count"] == 60 and written["test"]["split_size"] == 73_728
     assert written["test"]["top1"] == written["test"]["correct"] / 60
     assert written["data"]["train"]["images"] == 1000 and written["data"]["test"]["source"] == "rendered"
@@ -121,7 +118,7 @@ def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch, tmp_p
     config, out, result = finished
     shutil.copytree(out, tmp_path, dirs_exist_ok=True)
     lines = []
-    monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("ran again"))
+    monkeypatch.setattr("abm_vision.runs.run._make", lambda *a: pytest.fail("ran again"))
     assert run(config, out, say=lines.append) == result
     assert "finished before; --rerun repeats it" in lines[0]
     monkeypatch.undo()
@@ -145,14 +142,14 @@ KILLED = [
 def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, stop_after, changes):
     config = tiny(**changes)
     unbroken = run(config, tmp_path / "unbroken")
-    lines, original = [], results.save_checkpoint
+    lines, original = [], checkpoint.save
 
-    def killed(folder, model, optimiser, progress, notes):
+    def killed(run, optimiser, progress, notes):
         if progress.epoch > stop_after:
             raise KeyboardInterrupt
-        original(folder, model, optimiser, progress, notes)
+        original(run, optimiser, progress, notes)
 
-    monkeypatch.setattr(results, "save_checkpoint", killed)
+    monkeypatch.setattr(checkpoint, "save", killed)
     with pytest.raises(KeyboardInterrupt):
         run(config, tmp_path / "broken")
     monkeypatch.undo()
@@ -245,7 +242,7 @@ def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
     result = run(config, tmp_path, say=lines.append)
     plain = make_config(**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, init="kaiming")
     reference = tmp_path / plain.run_name()
-    tuned = read_result(reference)
+    tuned = HARNESS.read(reference)
     assert result["reference"] == {"folder": str(reference), "seconds": result["seconds"]["reference"]}
     assert result["seconds"]["reference"] == tuned["seconds"]["init"] + tuned["seconds"]["train"]
     assert result["abm"]["reference"] == "adapter 'reference'" and result["abm"]["before"]["match"] < 1
@@ -268,8 +265,8 @@ def test_diagnosis_needs_images_that_the_start_does_not_see(tmp_path):
 def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
     config = tiny(init="kaiming", epochs=1)
     run(config, tmp_path)
-    other = SETUP.content
-    monkeypatch.setattr(SETUP, "content", lambda *a: {**other(*a), "labels": "tfds"})
+    other = harness.content
+    monkeypatch.setattr(harness, "content", lambda *a: {**other(*a), "labels": "tfds"})
     with pytest.raises(ValueError, match=r"made with other content: training labels \(rendered, code \w+ then"):
         run(config, tmp_path, diagnose=True)
 
@@ -277,7 +274,7 @@ def test_diagnosis_is_not_added_from_other_data(tmp_path, monkeypatch):
 def test_start_that_comes_out_differently_is_not_resumed(tmp_path, monkeypatch):
     config = tiny(init="pissa")
     break_off(config, tmp_path, monkeypatch)
-    monkeypatch.setattr("abm_vision.runs.start.fingerprint", lambda model: "another")
+    monkeypatch.setattr("abm_vision.runs.initialise.fingerprint", lambda model: "another")
     with pytest.raises(ValueError, match="comes out differently now.*--rerun, or deleting its folder, starts afresh"):
         run(config, tmp_path)
 
@@ -315,8 +312,8 @@ def broken_off(killed, tmp_path):
 
 def test_run_does_not_go_on_with_other_weights_or_data(broken_off, monkeypatch):
     config, out = broken_off
-    other = SETUP.content
-    monkeypatch.setattr(SETUP, "content", lambda *a: {**other(*a), "images": "tfds"})
+    other = harness.content
+    monkeypatch.setattr(harness, "content", lambda *a: {**other(*a), "images": "tfds"})
     with pytest.raises(ValueError, match=r"training images \(rendered, code \w+ then, tfds now\).*--rerun"):
         run(config, out)
     assert run(config, out, rerun=True)["test"]["count"] == 60
@@ -385,7 +382,7 @@ def test_rerun_leaves_nothing_of_the_old_run(tmp_path, monkeypatch):
     config = tiny(epochs=1)
     run(config, tmp_path)
     folder = tmp_path / config.run_name()
-    monkeypatch.setattr(RUN, "_run", lambda *a: pytest.fail("stopped"))
+    monkeypatch.setattr("abm_vision.runs.run._initialise", lambda *a: pytest.fail("stopped"))
     with pytest.raises(pytest.fail.Exception, match="stopped"):
         run(config, tmp_path, rerun=True)
     assert {p.name for p in folder.iterdir()} == {".lock", "config.json"}
@@ -505,7 +502,8 @@ def test_settings_out_of_range(changes, message):
 def test_rerun_keeps_the_result_of_a_run_that_cannot_begin(tmp_path, monkeypatch):
     config = tiny(init="kaiming", epochs=1)
     folder = Path(run(config, tmp_path)["folder"])
-    monkeypatch.setattr(RUN, "prepare", Mock(side_effect=ValueError("no data")))
+    broken = dataclasses.replace(HARNESS, prepare=Mock(side_effect=ValueError("no data")))
+    monkeypatch.setattr(harness, "HARNESS", broken)
     with pytest.raises(ValueError, match="no data"):
         run(config, tmp_path, rerun=True)
     assert (folder / "result.json").is_file() and (folder / "adapter").is_dir()
@@ -554,7 +552,7 @@ def test_a_field_that_is_missing_or_of_another_type_or_range_is_named(one_epoch,
         inner[place[-1]] = value
     (tmp_path / "result.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"result\.json: .*{message}.*; move its folder away"):
-        read_result(tmp_path)
+        HARNESS.read(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -563,7 +561,7 @@ def one_epoch(tmp_path_factory):
 
 
 def test_different_settings_never_share_a_folder():
-    base = dataclasses.asdict(RunConfig())
+    base = RunConfig().to_dict()
     other = {"lr": 3e-3, "seed": 1, "init": "kaiming", "abm_margin": 0.1, "epochs": 3, "qkv": "qv"}
     names = {make_config(**{**base, key: value}).run_name() for key, value in other.items()}
     assert len(names | {RunConfig().run_name()}) == len(other) + 1
@@ -592,7 +590,7 @@ def test_result_of_another_schema_is_not_taken(tmp_path):
         run(tiny(), tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        read_result(folder)
+        HARNESS.read(folder)
 
 
 def test_output_that_cannot_be_written(tmp_path):
@@ -631,7 +629,7 @@ def test_device_auto_is_the_best_there_is():
     [("all", "all"), ("4", 4), ("blocks.1.mlp.act,blocks.3.mlp.act", ("blocks.1.mlp.act", "blocks.3.mlp.act"))],
 )
 def test_layers_as_words(text, layers):
-    assert make_config(abm_layers=text).abm().layers == layers
+    assert make_config(abm_layers=text).init_config().layers == layers
 
 
 def test_learning_rate_against_the_formula():

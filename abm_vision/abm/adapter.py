@@ -42,8 +42,8 @@ def check_eager(model: nn.Module) -> None:
 
 def adapted_layers(model: PeftModel, adapter_name: str) -> dict[str, LoraLayer]:
     """Name in the bare model to the layers that carry the adapter, in the model's order."""
-    modules = model.get_base_model().named_modules()
-    return {plain_name(n): m for n, m in modules if isinstance(m, LoraLayer) and adapter_name in m.lora_A}
+    layers = lora_layers(model.get_base_model())
+    return {plain_name(name): layer for name, layer in layers if adapter_name in layer.lora_A}
 
 
 class Adapter:
@@ -219,7 +219,7 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
     if absence(model) == "offloaded":
         raise ValueError("the model is offloaded, and a new adapter would have no values: add it first, then offload")
     if not isinstance(model, PeftModel):
-        if any(isinstance(m, LoraLayer) for m in model.modules()):
+        if any(lora_layers(model)):
             raise ValueError(
                 "the model contains LoRA layers but is no PeftModel: pass the PeftModel that get_peft_model returned, "
                 "or a bare model (model.unload())"
@@ -239,7 +239,7 @@ def check_room(model: nn.Module, adapter_name: str) -> nn.Module:
         )
     check_base(model)
     check_saved_modules(model)
-    merged = next((n for n, m in model.get_base_model().named_modules() if isinstance(m, LoraLayer) and m.merged), None)
+    merged = next((name for name, layer in lora_layers(model.get_base_model()) if layer.merged), None)
     if merged:
         raise ValueError(f"{merged} is merged into the base weights: call model.unmerge_adapter() first")
     return model.get_base_model()

@@ -7,6 +7,9 @@ import math
 from collections.abc import Iterable, Sequence
 from numbers import Integral, Real
 
+KINDS = ("all", "attention", "mlp")  # of projections that `add_lora` takes as `targets`
+QKV_MODES = ("full", "qv")
+
 
 def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = "") -> None:
     """Raise a ValueError naming the allowed values unless `value` is one of them."""

@@ -16,12 +16,9 @@ from safetensors import SafetensorError
 from torch import nn
 
 from abm_vision.abm.adapter import absence, adapted_layers, check_room, guard
-from abm_vision.abm.arguments import check_choice, check_real, check_whole
+from abm_vision.abm.arguments import KINDS, QKV_MODES, check_choice, check_real, check_whole
 from abm_vision.abm.host import Backbone, find_backbone, layer_kind
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
-
-KINDS = ("all", "attention", "mlp")
-QKV_MODES = ("full", "qv")
 
 
 def add_lora(

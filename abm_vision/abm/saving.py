@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
 from abm_vision.abm.adapter import Adapter, adapted_layers, check_base, check_some_adapter, plain_name
-from abm_vision.abm.base_change import base_changes
+from abm_vision.abm.base_change import base_changes, lora_layers
 from abm_vision.abm.files import write_json, writing
 from abm_vision.abm.merged_linear import BlockLinear
 
@@ -141,7 +141,7 @@ def as_plain_lora(model: PeftModel, state_dict: Mapping[str, Tensor] | None = No
     """
     state = {plain_name(k): v for k, v in (_state(model) if state_dict is None else state_dict).items()}
     configs = dict(model.peft_config)
-    for name, layer in ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer)):
+    for name, layer in lora_layers(model):
         for adapter, (start_a, start_b) in base_changes(layer).items():
             if adapter in configs and adapter in layer.lora_A:
                 a, b = (f"{name}.lora_{factor}.{adapter}.weight" for factor in "AB")

@@ -12,22 +12,47 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import MISSING, asdict, fields
+from dataclasses import MISSING, Field
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from abm_vision.initializers import INITIALIZERS, load_plugin
+from abm_vision.initializers.registry import kind_of
 from abm_vision.runs.log import LOGS, opened
-from abm_vision.runs.settings import AdapterSettings, Settings, check_used, read_config
+from abm_vision.runs.settings import PLUGIN, AdapterSettings, Settings, read_config
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line; flags are written out."""
+    """Errors are one line; flags are written out; `--plugin` brings flags of its own."""
+
+    settings: tuple[type[AdapterSettings], Collection[str]] | None = None  # whose flags it has, and those it has not
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """The flags' values. What `--plugin`, or the file after `--config`, names is imported first.
+
+        Raises:
+            ValueError, FileNotFoundError: as `load_plugin` and `read_config`.
+        """
+        if self.settings:
+            config, without = self.settings
+            first = Parser(self.prog, add_help=False)
+            first.add_argument("--plugin")
+            first.add_argument("--config")
+            early, _ = first.parse_known_args(args)
+            recorded = read_config(early.config, config.schema).get(PLUGIN) if early.config else None
+            for module in filter(None, (recorded, early.plugin)):
+                before = set(INITIALIZERS)
+                load_plugin(module)
+                for row in (row for name, row in INITIALIZERS.items() if name not in before):
+                    group = self.add_argument_group(f"--init {row.name}", f"{row.summary} ({row.source})")
+                    _add_flags(group, row.settings, without)
+        return super().parse_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
@@ -35,20 +60,31 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_settings(parser: Parser, config: type[AdapterSettings], without: Collection[str] = ()) -> None:
-    """A flag for every field of a configuration; those not given are not set."""
-    for field in fields(config):
-        if field.name in without:
+    """A flag for every setting, those of initialisations among them; those not given are not set."""
+    parser.settings = config, without
+    _add_flags(parser, config.settings(), without)
+
+
+def _add_flags(
+    parser: argparse._ActionsContainer, settings: Mapping[str, Field[Any]], without: Collection[str]
+) -> None:
+    for setting, field in settings.items():
+        if setting in without:
             continue
-        name = f"--{field.name.replace('_', '-')}"
+        name = f"--{setting.replace('_', '-')}"
         default = "none" if field.default is None or field.default is MISSING else field.default
-        text = f"{field.metadata['help']} (default: {default})".replace("%", "%%")
-        if field.type == "bool":
+        text = f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%")
+        if kind_of(field) == "bool":
             action = argparse.BooleanOptionalAction
             parser.add_argument(name, action=action, default=argparse.SUPPRESS, help=text)
             continue
-        kind = {"int": int, "float": float}.get(str(field.type), str)
-        choices = field.metadata.get("choices")
+        kind, choices = value_of(field), field.metadata.get("choices")
         parser.add_argument(name, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
+
+
+def value_of(setting: Field[Any]) -> type:
+    """What makes a setting's value of its text."""
+    return {"int": int, "float": float}.get(kind_of(setting), str)
 
 
 def add_run_options(parser: Parser) -> None:
@@ -57,7 +93,7 @@ def add_run_options(parser: Parser) -> None:
     parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
     parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
     parser.add_argument(
-        "--diagnose", action="store_true", help="measure the information loss of the start, and draw it"
+        "--diagnose", action="store_true", help="measure the information loss of the initialisation, and draw it"
     )
     parser.add_argument("--log", choices=LOGS, help="write losses while it trains, into the run's folder")
     parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
@@ -75,7 +111,7 @@ def settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
     if path and "preset" in options:
         raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
     made = config.make(**{**(read_config(path, config.schema) if path else {}), **options})
-    check_used(options, [made.init])  # what a file or a preset sets beyond that is not the user's mistake
+    made.check_used(options, [made.init])  # what a file or a preset sets beyond that is not the user's mistake
     return made
 
 
@@ -115,9 +151,10 @@ def in_one_line(summary: str, result: Mapping[str, Any]) -> str:
 
 def print_config(config: AdapterSettings) -> None:
     """Every setting, marked where it differs from the default."""
-    defaults = asdict(type(config)())
-    for name, value in asdict(config).items():
-        print(f"{'*' if value != defaults[name] else ' '} {name:<18} {value}")
+    kind = type(config)
+    defaults = {**kind.make(init=config.init).to_dict(), **kind().to_dict()}
+    for name, value in config.to_dict().items():
+        print(f"{'*' if value != defaults.get(name) else ' '} {name:<18} {value}")
 
 
 UNREAD = 141  # 128 + SIGPIPE, which a shell reports of a Unix tool: that its output is not whole can be told

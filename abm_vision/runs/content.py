@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import is_dataclass
 from functools import cache
-from importlib import metadata
+from importlib import import_module, metadata
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any
@@ -24,7 +24,8 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from abm_vision.abm.files import read_object, write_json
-from abm_vision.initializers import get_initializer
+from abm_vision.initializers import Initializer
+from abm_vision.initializers.registry import PACKAGE
 from abm_vision.runs.settings import AdapterSettings
 
 SETTLED = 2.0  # seconds: a file written just now may be written again with the same time stamp
@@ -95,7 +96,7 @@ def _hash(value: Any) -> str:
 
 def initialisation(config: AdapterSettings) -> Origin:
     """Return the version of a run's initialisation, and the content of its reference."""
-    found: Origin = {"initialisation": version(get_initializer(config.init).apply)}
+    found: Origin = {"initialisation": version_of(config.initializer)}
     if config.abm_reference is not None:
         folder = Path(config.abm_reference)
         places = (folder / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
@@ -104,15 +105,39 @@ def initialisation(config: AdapterSettings) -> Origin:
     return found
 
 
+def version_of(row: Initializer) -> str:
+    """What a row says of itself, else its `version`; of one from a plugin its source files, too.
+
+    Raises:
+        ValueError: there is no source file.
+    """
+    if row.version is not None:
+        return row.version
+    if row.plugin is None:
+        return version(row.apply)
+    try:
+        return f"source {_hash(_sources(row.plugin))[:12]}, {version(row.apply)}"
+    except (AttributeError, OSError, TypeError) as error:
+        raise ValueError(f"the source of init {row.name} cannot be read ({error}): give its row a version") from error
+
+
+def _sources(module: str) -> list[str]:
+    """The text of a module's file, and of all others of its package."""
+    package = sys.modules[module.partition(".")[0]]
+    folders = [Path(folder) for folder in getattr(package, "__path__", ())]
+    files = sorted(file for folder in folders for file in folder.rglob("*.py")) or [Path(package.__file__)]
+    return [file.read_text(encoding="utf-8") for file in files]
+
+
 def version(*things: Any) -> str:
-    """Hash code and everything that it uses of its own package, and name the versions of other packages that it calls.
+    """Hash code and all that it uses of its own package and of this one, and name the versions of others that it calls.
 
     Comments, documentation, annotations and layout do not count. torch is not named: every result has its version.
 
     Args:
         things: functions, classes, or dataclass instances, whose fields count.
     """
-    package, seen = _package(things[0]), set()
+    packages, seen = {_package(things[0]), PACKAGE}, set()
     parts: list[tuple[str, str]] = []
     versions: dict[str, str] = {}
     waiting: list[tuple[str, Any]] = [("", thing) for thing in things]
@@ -130,7 +155,7 @@ def version(*things: Any) -> str:
             waiting += [("", type(found)), *((f"{name}.{key}", value) for key, value in vars(found).items())]
         elif not isinstance(found, (FunctionType, type)):
             continue
-        elif _package(found) == package:
+        elif _package(found) in packages:
             seen.add(id(found))
             tree = _tree(found)
             parts.append((f"{found.__module__}.{found.__qualname__}", ast.unparse(tree)))
@@ -176,16 +201,18 @@ def _used(thing: Any, tree: ast.AST) -> Iterator[tuple[str, Any]]:
     Of a module's variables only constants (in capitals) count: others may change while a program runs.
     """
     around = vars(sys.modules[thing.__module__])
+    pairs: list[tuple[str, Any]] = []
     for node in ast.walk(tree):
-        name, found = "", None
         if isinstance(node, ast.Name):
-            name, found = node.id, around.get(node.id)
+            pairs.append((node.id, around.get(node.id)))
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             module = around.get(node.value.id)
             if isinstance(module, ModuleType) and _package(module) == _package(thing):
-                name, found = node.attr, getattr(module, node.attr, None)
-        if isinstance(found, (FunctionType, type)) or name.isupper():
-            yield name, found
+                pairs.append((node.attr, getattr(module, node.attr, None)))
+        elif isinstance(node, ast.ImportFrom) and not node.level:  # where it is used
+            module = import_module(node.module)
+            pairs += [(alias.name, getattr(module, alias.name, None)) for alias in node.names]
+    yield from ((name, found) for name, found in pairs if isinstance(found, (FunctionType, type)) or name.isupper())
     if isinstance(thing, FunctionType):
         yield from inspect.getclosurevars(thing).nonlocals.items()
 

@@ -12,8 +12,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-PRECISIONS = ("auto", "bf16", "fp32")
-
 
 def resolve_device(name: str) -> torch.device:
     """Choose a device by name; `auto` is CUDA, then MPS, then CPU.

@@ -7,7 +7,6 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -38,7 +37,7 @@ def open_folder(out: str | Path, config: AdapterSettings) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     if not (folder / CONFIG).is_file():
-        write_json(folder / CONFIG, {"schema": config.schema, "config": asdict(config)})
+        write_json(folder / CONFIG, {"schema": config.schema, "config": config.to_dict()})
     return folder
 
 

@@ -23,7 +23,7 @@ from abm_vision.runs.records import Result
 from abm_vision.runs.settings import AdapterSettings
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    pass
 
 Say = Callable[[str], None]
 
@@ -199,7 +199,6 @@ class Harness:
             `resume` gives back.
         score: the fields of the result that are this harness's own.
         summary: what was scored, on which data, and how well, in one line.
-        curves: the run's figure.
         card: the adapter's model card.
         settings: what `abm.json` says of the adapter besides.
         unfinished: files that `resume` needs; a finished run has none of them.
@@ -248,7 +247,6 @@ class Harness:
     train: Callable[[Prepared, dict[str, Any], Checkpoint | None], Progress]
     score: Callable[[Prepared, Progress], dict[str, Any]]
     summary: Callable[[dict[str, Any]], str]
-    curves: Callable[[dict[str, Any]], Figure]
     card: Callable[[dict[str, Any]], str]
     settings: Callable[[dict[str, Any]], dict[str, Any]]
     unfinished: tuple[str, ...]

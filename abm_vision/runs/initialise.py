@@ -14,7 +14,7 @@ from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import REMEDY, load_reference, read_settings
 from abm_vision.abm.saving import ABM_FILE
 from abm_vision.abm.tangent import InformationLoss, information_loss
-from abm_vision.initializers import get_initializer, initialize_lora
+from abm_vision.initializers import Needs, initialize_lora
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER, RESULT
 from abm_vision.runs.harness import Prepared
@@ -46,8 +46,7 @@ def initialise(run: Prepared, tune: Tune, diagnose: bool) -> dict[str, Any]:
                 run.model,
                 run.config.init,
                 run.calibration(),
-                config=run.config.abm(),
-                align=run.config.align(),
+                config=run.config.init_config(),
                 reference=REFERENCE if reference else None,
                 backbone=run.backbone,
                 show_progress_bar=not run.session.quiet,
@@ -112,7 +111,7 @@ def _reference(run: Prepared, tune: Tune) -> Iterator[dict[str, Any] | None]:
     Yields its folder and the seconds that tuning took: its own initialisation and training, None where
     they are not known.
     """
-    if "reference" not in get_initializer(run.config.init).needs:
+    if Needs.REFERENCE not in run.config.initializer.needs:
         yield None
         return
     given = run.config.abm_reference

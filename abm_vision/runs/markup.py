@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Sequence
 
 # Characters with a meaning in Markdown: an underscore at the edge of a word, a bracket where it makes a link, and the
 # others everywhere.
@@ -47,15 +46,6 @@ def code(text: object) -> str:
 def quoted(text: object) -> str:
     """Write a string in double quotes, as YAML and Python read it."""
     return json.dumps(str(text), ensure_ascii=False)
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], bold: Collection[str] = ()) -> str:
-    """Write a table of escaped cells; names (first cells) among `bold` are bold."""
-    lines = [[markdown(cell) for cell in row] for row in (head, *rows)]
-    strong = {markdown(name) for name in bold}
-    lines = [[f"**{name}**" if name in strong else name, *cells] for name, *cells in lines]
-    lines.insert(1, ["---"] * len(head))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def latex(text: object) -> str:

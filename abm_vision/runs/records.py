@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from abm_vision.abm.files import read_object
-from abm_vision.runs.settings import AdapterSettings
+from abm_vision.initializers import get_initializer, load_plugin
+from abm_vision.runs.settings import PLUGIN, AdapterSettings
 
 REMEDY = "move its folder away to run again"
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
@@ -32,12 +32,14 @@ def settings_of(config: type[AdapterSettings]) -> Any:
     """The type of a dictionary with all settings of a harness, each in its range."""
 
     def check(found: dict[str, Any]) -> dict[str, Any]:
-        names = {field.name for field in fields(config)}
-        if absent := sorted(names - set(found)):
+        if found.get(PLUGIN) is not None:
+            load_plugin(found[PLUGIN])
+        own = get_initializer(found.get("init", config.init)).settings
+        if absent := sorted((config.plain() | set(own)) - set(found)):
             raise ValueError(f"it lacks {', '.join(absent)}")
-        if unknown := sorted(set(found) - names):
+        if unknown := sorted(set(found) - set(config.settings())):
             raise ValueError(f"it holds {', '.join(unknown)}, which are no settings")
-        config(**{**found, "device": "auto"})  # the device is that of the machine it was made on
+        config.make(**{**found, "device": "auto"})  # the device is that of the machine it was made on
         return found
 
     return Annotated[dict[str, Any], AfterValidator(check)]

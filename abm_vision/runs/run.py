@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from abm_vision import plots
 from abm_vision.abm.files import write_json
-from abm_vision.initializers import get_initializer
+from abm_vision.analysis.figures import save_figure
+from abm_vision.analysis.figures.run import draw_information_loss, draw_training
+from abm_vision.initializers import Properties
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
@@ -80,7 +81,7 @@ def _make(harness: Harness, run: Run) -> dict[str, Any]:
     scored = harness.score(run, progress)
     result = {
         "schema": run.config.schema,
-        "config": asdict(run.config),
+        "config": run.config.to_dict(),
         "origin": run.origin,
         "precision": run.precision,
         "trainable_parameters": sum(p.numel() for p in run.model.parameters() if p.requires_grad),
@@ -135,7 +136,7 @@ def _initialise(harness: Harness, run: Prepared, checkpoint: Checkpoint | None) 
     notes = checkpoint.notes if checkpoint else {"origin": run.origin, "information_loss": None}
     check_origin(notes["origin"], run.origin, run.folder)
     diagnose = run.session.diagnose and notes["information_loss"] is None
-    if checkpoint is None or diagnose or not get_initializer(run.config.init).in_factors:
+    if checkpoint is None or diagnose or Properties.BEYOND_FACTORS in run.config.initializer.properties:
         found = initialise(run, _tune(harness, run), diagnose)
         if run.processes.main:
             check_same_initialisation(notes, found, run.folder)
@@ -154,9 +155,9 @@ def _tune(harness: Harness, asking: Run) -> Tune:
 def _write(harness: Harness, run: Run, result: dict[str, Any]) -> None:
     """Figures, then the last file of a run: with it the run is finished, and no longer needs its checkpoint."""
     if run.processes.main:
-        plots.save_figure(harness.curves(result), run.folder / CURVES)
+        save_figure(draw_training(result, harness.summary(result)), run.folder / CURVES)
         if result["information_loss"]:
-            plots.save_figure(plots.draw_information_loss(result), run.folder / INFORMATION_LOSS)
+            save_figure(draw_information_loss(result), run.folder / INFORMATION_LOSS)
         write_json(run.folder / RESULT, result)
         files.remove(run.folder, (FAILURE, *harness.unfinished))
 

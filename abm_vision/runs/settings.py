@@ -1,4 +1,4 @@
-"""Settings: everything that decides a run's result, flat, checked and hashed."""
+"""Settings: everything that decides a run's result, flat, checked and hashed. No torch is loaded."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from abm_vision.abm.arguments import check_choice
+from abm_vision.abm.arguments import KINDS, check_choice
 from abm_vision.abm.files import read_object
-from abm_vision.abm.lora import KINDS
-from abm_vision.abm.settings import FITS, ABMConfig, AlignConfig
-from abm_vision.initializers import INITIALIZERS, get_initializer
-from abm_vision.runs.device import PRECISIONS, resolve_device
+from abm_vision.abm.settings import InitConfig, flag
+from abm_vision.initializers import INITIALIZERS, Initializer, Needs, get_initializer, load_plugin
+from abm_vision.initializers.registry import KINDS as TYPES
+from abm_vision.initializers.registry import kind_of
 
 LARGEST = 1e6  # of alpha: float32 has room for its products with the factors
-
-
-def flag(default: Any, text: str, **extra: Any) -> Any:
-    """A field of a configuration: its default, its help, and perhaps `choices`."""
-    return field(default=default, metadata={"help": text, **extra})
+PRECISIONS = ("auto", "bf16", "fp32")
+PLUGIN, OWN = "plugin", "own"  # fields that are no settings of a run's result, or hold several
 
 
 @dataclass(frozen=True)
 class AdapterSettings:
-    """What every harness's configuration has: LoRA, its start, the training's numbers, device and seed.
+    """What every harness's configuration has: LoRA, its initialisation, the training's numbers, device and seed.
 
-    A harness adds fields of its own, which are flags of its command line as these are.
+    A harness adds fields of its own, which are flags of its command line as these are. Settings of an initialisation
+    are not among the fields: the row of the chosen one (`abm_vision.initializers`) has them, `own` holds their values.
+    `make` takes all of them by name, and `to_dict` gives them all, flat, as files have them.
+
+    A field's `needs` says which initialisations it is for.
     """
 
     schema: ClassVar[int | str]
@@ -39,24 +40,16 @@ class AdapterSettings:
     alpha: float = flag(8.0, "LoRA scales its update by alpha / rank")
     targets: str = flag("all", f"{', '.join(KINDS)}, or module names with commas between, e.g. attn.qkv,fc1")
     dropout: float = flag(0.0, "LoRA dropout")
-    init: str = flag("abm", "; ".join(f"{name}: {start.summary}" for name, start in INITIALIZERS.items()))
-    abm_margin: float = flag(0.5, "margin of the boundary loss")
-    abm_margin_unit: str = flag("absolute", "unit of the margin", choices=("absolute", "relative"))
-    abm_lr: float = flag(1e-3, "learning rate of the matching")
-    abm_steps: int = flag(20, "optimiser steps of the matching")
-    abm_samples: int = flag(128, "calibration samples, the first of the shuffled training set")
-    abm_batch_size: int = flag(8, "samples in a step of the matching")
-    abm_layers: str = flag("all", "all, the number of last layers to match, or activation modules with commas between")
-    abm_layer_weights: str = flag("quadratic", "weight of a layer by its depth", choices=("quadratic", "uniform"))
-    abm_fit: str = flag("end_to_end", "all layers together by AdamW, or each on its own in closed form", choices=FITS)
+    init: str = flag("abm", "; ".join(f"{name}: {row.summary}" for name, row in INITIALIZERS.items()))
+    plugin: str | None = flag(None, "module that registers initialisations of your own; Python must find it")
+    own: tuple[tuple[str, Any], ...] = field(default=())
+    abm_samples: int = flag(128, "calibration samples, the first of the shuffled training set", needs=Needs.BATCHES)
     abm_reference: str | None = flag(
         None,
         "for init abm_tuned: folder of a tuned adapter, or of its run; none: one is tuned first, by this run with "
         "init kaiming, and its time is counted",
+        needs=Needs.REFERENCE,
     )
-    align_norm: float = flag(2.0, "for init abm_aligned: length of the rows of A")
-    align_size: float = flag(0.01, "for init abm_aligned: length of the columns of B, if boundaries allow it")
-    align_match: float = flag(0.99, "for init abm_aligned: least share of hidden units that keep their side")
     epochs: int = flag(12, "training epochs")
     batch_size: int = flag(64, "samples in a training step")
     lr: float = flag(2e-3, "peak learning rate of AdamW, of all that is trained")
@@ -66,14 +59,11 @@ class AdapterSettings:
     seed: int = flag(0, "fixes initialisation, data order and result")
 
     def __post_init__(self) -> None:
-        self._check_types()
-        start = get_initializer(self.init)
-        if self.abm_reference is not None and "reference" not in start.needs:
+        self._settle_own()
+        self._check_values()
+        if self.abm_reference is not None and Needs.REFERENCE not in self.initializer.needs:
             raise ValueError(f"abm_reference is given, but init {self.init} uses no reference: use init abm_tuned")
-        for name, spec in ((f.name, f.metadata) for f in fields(self)):
-            if "choices" in spec:
-                check_choice(name, getattr(self, name), spec["choices"])
-        at_least("epochs batch_size rank abm_batch_size".split(), self, 1)
+        at_least("epochs batch_size rank".split(), self, 1)
         at_least("seed weight_decay".split(), self, 0)
         check_share("dropout", self.dropout)
         for name in ("lr", "alpha"):
@@ -83,66 +73,154 @@ class AdapterSettings:
             raise ValueError(f"alpha is {self.alpha}; it must be {LARGEST:g} at most")
         if self.seed >= 2**32:
             raise ValueError(f"seed is {self.seed}; it must be less than 2 ** 32")
-        self.abm()
-        self.align()
-        resolve_device(self.device)
+        self.init_config()
+        self.check()
+        if self.device not in ("auto", "cpu"):  # which every machine has
+            from abm_vision.runs.device import resolve_device  # loads torch, so it comes last
 
-    def _check_types(self) -> None:
-        for spec in fields(self):
-            value, allowed = getattr(self, spec.name), _TYPES[str(spec.type)]
-            if not isinstance(value, allowed) or (isinstance(value, bool) and allowed is not bool):
-                raise ValueError(f"{spec.name} is {value!r}; it must be of type {spec.type}")
+            resolve_device(self.device)
+
+    def _settle_own(self) -> None:
+        """Every setting of the initialisation, in the order of its fields; its plugin, if it is from one."""
+        if self.plugin is not None:
+            load_plugin(self.plugin)
+        row, given = get_initializer(self.init), dict(self.own)
+        if foreign := sorted(set(given) - set(row.settings)):
+            raise ValueError(f"{', '.join(foreign)} is given, but init {self.init} has no such setting")
+        own = tuple((name, given.get(name, setting.default)) for name, setting in row.settings.items())
+        object.__setattr__(self, OWN, own)
+        object.__setattr__(self, PLUGIN, row.plugin and (self.plugin or row.plugin))
+
+    def _check_values(self) -> None:
+        """Types and choices."""
+        settings, values = self.settings(), self.to_dict()
+        for name, value in values.items():
+            kind = kind_of(settings[name])
+            if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
+                raise ValueError(f"{name} is {value!r}; it must be of type {kind}")
             if value == math.inf:
-                raise ValueError(f"{spec.name} is {value}; it must be finite")
+                raise ValueError(f"{name} is {value}; it must be finite")
+        for name, value in values.items():
+            if "choices" in settings[name].metadata:
+                check_choice(name, value, settings[name].metadata["choices"])
+
+    def check(self) -> None:
+        """Raise a ValueError for a field of a harness's own that is out of its range."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in another process, where the initialisation's module must be imported, too."""
+        if state[PLUGIN] is not None:
+            load_plugin(state[PLUGIN])
+        self.__dict__.update(state)
 
     @classmethod
     def make(cls: type[Settings], **settings: Any) -> Settings:
-        """A preset's configuration with single fields changed.
+        """A preset's configuration with single settings changed, those of its initialisation among them.
+
+        Settings of other initialisations are passed over.
 
         Raises:
-            ValueError: an unknown field or a value out of range.
+            ValueError: an unknown setting or a value out of range.
         """
-        unknown = sorted(set(settings) - {f.name for f in fields(cls)})
-        if unknown:
-            raise ValueError(
-                f"unknown settings {', '.join(unknown)}; a run has {', '.join(f.name for f in fields(cls))}"
-            )
+        if settings.get(PLUGIN) is not None:
+            load_plugin(settings[PLUGIN])
+        known = cls.settings()
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(f"unknown settings {', '.join(unknown)}; a run has {', '.join(known)}")
         preset = settings.get("preset", "quick")
         check_choice("preset", preset, tuple(cls.presets))
-        return replace(cls(), **{**cls.presets[preset], **settings})
+        values = {**cls.presets[preset], **settings}
+        own = get_initializer(values.get("init", cls.init)).settings
+        plain = {f.name for f in fields(cls)}
+        return cls(
+            **{name: value for name, value in values.items() if name in plain},
+            own=tuple((name, value) for name, value in values.items() if name in own),
+        )
+
+    @classmethod
+    def settings(cls) -> dict[str, Field[Any]]:
+        """Every setting that a run may have: the harness's, and those of all registered initialisations after `init`.
+
+        Raises:
+            ValueError: an initialisation has a setting of the harness's name.
+        """
+        found: dict[str, Field[Any]] = {}
+        plain = {f.name: f for f in fields(cls)}
+        for row in INITIALIZERS.values():
+            if taken := sorted(set(row.settings) & set(plain)):
+                raise ValueError(f"{', '.join(taken)} is a setting of every run: give init {row.name} another prefix")
+        for name, setting in plain.items():
+            if name != OWN:
+                found[name] = setting
+                continue
+            for row in INITIALIZERS.values():
+                found |= row.settings
+        return found
+
+    @classmethod
+    def uses(cls, init: str, setting: str) -> bool:
+        """Whether an initialisation has a use for a setting; runs that differ in others alone are the same run."""
+        row, plain = get_initializer(init), cls.__dataclass_fields__
+        if setting in plain:
+            return plain[setting].metadata.get("needs", Needs.NOTHING) in row.needs
+        return setting in row.settings or setting not in cls.settings()
+
+    @classmethod
+    def check_used(cls, names: Iterable[str], inits: Iterable[str]) -> None:
+        """Raise a ValueError if a setting is given that none of the initialisations has a use for."""
+        idle = sorted(name for name in names if not any(cls.uses(init, name) for init in inits))
+        if idle:
+            raise ValueError(f"{', '.join(idle)} is given, but init {', '.join(inits)} has no use for it: leave it out")
+
+    @classmethod
+    def shared(cls) -> set[str]:
+        """The settings that have to do with no initialisation: every run uses them."""
+        return {name for name in cls.plain() if "needs" not in cls.__dataclass_fields__[name].metadata}
+
+    @classmethod
+    def plain(cls) -> set[str]:
+        """The harness's own settings, which every run has, used or not."""
+        return {f.name for f in fields(cls)} - {PLUGIN, OWN}
 
     @property
     def subject(self) -> str:
         """What a run of this harness is about, in a word: its task."""
         raise NotImplementedError
 
-    def abm(self) -> ABMConfig:
-        """The matching's settings."""
-        layers = self.abm_layers
-        return ABMConfig(
-            margin=self.abm_margin,
-            margin_unit=self.abm_margin_unit,
-            steps=self.abm_steps,
-            learning_rate=self.abm_lr,
-            samples=self.abm_samples,
-            batch_size=self.abm_batch_size,
-            layers=layers if layers == "all" else int(layers) if layers.isdigit() else layers.split(","),
-            layer_weights=self.abm_layer_weights,
-            fit=self.abm_fit,
-            seed=self.seed,
-        )
+    @property
+    def initializer(self) -> Initializer:
+        """The row of the initialisation."""
+        return get_initializer(self.init)
 
-    def align(self) -> AlignConfig:
-        """The aligned start's settings; it takes as many samples as the matching."""
-        return AlignConfig(self.abm_samples, self.align_norm, self.align_size, self.align_match, self.seed)
+    def init_config(self) -> InitConfig:
+        """The initialisation's settings, as `initialize_lora` takes them.
+
+        Raises:
+            ValueError: one is out of its range.
+        """
+        try:
+            return self.initializer.configure(dict(self.own), samples=self.abm_samples, seed=self.seed)
+        except ValueError as error:
+            raise ValueError(f"init {self.init}: {error}") from None
 
     def lora_targets(self) -> str | list[str]:
         """What `add_lora` takes as `targets`."""
         return self.targets if self.targets in KINDS else self.targets.split(",")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every setting, flat, as `make` takes them and `config.json` has them; `plugin` only where there is one."""
+        found: dict[str, Any] = {}
+        for name in (f.name for f in fields(self)):
+            found |= dict(self.own) if name == OWN else {name: getattr(self, name)}
+        return {name: value for name, value in found.items() if name != PLUGIN or value is not None}
+
     def used(self) -> dict[str, Any]:
-        """The settings that decide this run: without those that its start has no use for."""
-        return {name: value for name, value in asdict(self).items() if uses(self.init, name)}
+        """The settings that decide this run: without those that its initialisation has no use for.
+
+        Where its plugin lies is none of them: what is in it is part of the run's content.
+        """
+        values = self.to_dict().items()
+        return {name: value for name, value in values if name != PLUGIN and self.uses(self.init, name)}
 
     def run_name(self) -> str:
         """Name of the run's folder: runs of different settings never share one."""
@@ -151,7 +229,6 @@ class AdapterSettings:
 
 
 Settings = TypeVar("Settings", bound=AdapterSettings)
-_TYPES = {"bool": bool, "str": str, "int": int, "float": (int, float), "str | None": (str, type(None))}
 
 
 def at_least(names: Iterable[str], config: AdapterSettings, low: int) -> None:
@@ -167,29 +244,10 @@ def check_share(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it must lie in [0, 1)")
 
 
-def uses(init: str, setting: str) -> bool:
-    """Whether a start has a use for a setting; runs that differ in others alone are the same run."""
-    start = get_initializer(init)
-    if setting == "abm_reference":
-        return "reference" in start.needs
-    if setting in ("abm_samples", "abm_tokens"):  # the aligned start and EVA take them, too
-        return start.needs != "nothing"
-    if setting.startswith("abm_"):
-        return init in ("abm", "abm_tuned")
-    return init == "abm_aligned" or not setting.startswith("align_")
-
-
-def check_used(names: Iterable[str], inits: Iterable[str]) -> None:
-    """Raise a ValueError if a setting is given that none of the starts has a use for."""
-    idle = sorted(name for name in names if not any(uses(init, name) for init in inits))
-    if idle:
-        raise ValueError(f"{', '.join(idle)} is given, but init {', '.join(inits)} has no use for it: leave it out")
-
-
 def without_own_settings(config: Settings) -> Settings:
-    """The same run with peft's default start; settings that it does not use are the defaults, so that it is shared."""
-    unused = {f.name: f.default for f in fields(config) if not uses("kaiming", f.name)}
-    return replace(config, init="kaiming", **unused)
+    """The same run with peft's default initialisation; settings that it does not use are the defaults."""
+    kept = {name: value for name, value in config.used().items() if config.uses("kaiming", name)}
+    return config.make(**{**kept, "init": "kaiming"})
 
 
 def read_config(path: str | Path, schema: int | str) -> dict[str, Any]:

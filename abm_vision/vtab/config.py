@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import vtab_tasks
-from abm_vision.abm.lora import QKV_MODES
-from abm_vision.initializers import INITIALIZERS, get_initializer
-from abm_vision.runs.settings import AdapterSettings, at_least, check_share, flag
+from abm_vision.abm.arguments import QKV_MODES
+from abm_vision.abm.settings import flag
+from abm_vision.initializers import INITIALIZERS, Properties
+from abm_vision.runs.settings import AdapterSettings, at_least, check_share
 
 SCHEMA = 5
 SCHEDULES = ("cosine", "constant")
@@ -83,11 +84,11 @@ class RunConfig(AdapterSettings, _First):
     test_images: int = flag(5000, "most test images, drawn with a fixed seed; 0, or fewer in the split: all")
     eval_epochs: int = flag(0, "test every so many epochs too, for the curves alone; 0: only after the last")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Raise a ValueError for a field that is out of its range."""
         vtab_tasks.get_task(self.task)
-        if self.qkv == "qv" and not get_initializer(self.init).blocks:
-            known = ", ".join(name for name, start in INITIALIZERS.items() if start.blocks)
+        if self.qkv == "qv" and Properties.BLOCKS not in self.initializer.properties:
+            known = ", ".join(name for name, row in INITIALIZERS.items() if Properties.BLOCKS in row.properties)
             raise ValueError(f"init {self.init} cannot leave k alone inside a fused qkv: use qkv full, or {known}")
         at_least(["image_size"], self, 1)
         at_least("workers test_images eval_epochs warmup_epochs".split(), self, 0)

@@ -13,7 +13,6 @@ from peft import PeftModel
 from torch import Tensor
 
 import vtab_tasks
-from abm_vision import plots
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs import checkpoint as checkpoints
@@ -278,7 +277,6 @@ HARNESS = Harness(
     train=train,
     score=score,
     summary=summary,
-    curves=plots.draw_curves,
     card=model_card,
     settings=adapter_settings,
     unfinished=(CHECKPOINT,),

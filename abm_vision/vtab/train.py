@@ -66,7 +66,7 @@ def train(
     quiet: bool,
     log: Log | None,
 ) -> None:
-    """Run the epochs that `progress` still lacks, and call `after_epoch` behind each; `log` is told every step.
+    """Run the epochs that `progress` still lacks, and call `after_epoch` behind each; `log` receives every step.
 
     Raises:
         Diverged: the loss is NaN or infinite.

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from abm_vision.runs.settings import AdapterSettings, at_least, check_share, flag
-from nlp_ext import tiny
+from abm_vision.abm.settings import flag
+from abm_vision.runs.settings import AdapterSettings, at_least, check_share
 from nlp_ext.glue.data import HUB, SYNTHETIC
 from nlp_ext.glue.tasks import TASKS, get_task
 
@@ -66,8 +66,8 @@ class GlueConfig(AdapterSettings, _First):
     validation_examples: int = flag(2000, "most examples of a validation split, the first; 0: all")
     source_tokens: int = flag(512, "longest input in tokens; longer ones are cut, and counted in the result")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Raise a ValueError for a field that is out of its range."""
         get_task(self.task)
         at_least("train_examples validation_examples".split(), self, 0)
         at_least(["source_tokens"], self, 8)
@@ -81,6 +81,8 @@ class GlueConfig(AdapterSettings, _First):
     @property
     def data_source(self) -> str:
         """`data`, decided."""
+        from nlp_ext import tiny  # loads transformers
+
         if self.data != "auto":
             return self.data
         return SYNTHETIC if self.model in tiny.MODELS else "hub"

@@ -1,1 +1,8 @@
-"""The LLaMA setting of the paper: instruction tuning."""
+"""Instruction tuning: `python -m nlp_ext.instruct`, or `run(InstructConfig.make(...))` from Python.
+
+Nothing is loaded before it is used (PEP 562); `__init__.pyi` says where each name lies.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,48 +1,36 @@
-"""The command line: `python -m nlp_ext.instruct` or `abm-instruct`. The only place that prints."""
+"""The command line: `python -m nlp_ext.instruct` or `abm-instruct`. Commands are the only place that prints."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from abm_vision.runs.cli import (
-    Parser,
-    add_run_options,
-    add_settings,
-    guarded,
-    print_config,
-    run_guarded,
-    say,
-    settings_of,
-)
+from abm_vision.runs import commands
+from abm_vision.runs.cli import Parser, add_run_options, add_settings, make_run, say
+from abm_vision.runs.commands import Command
 from abm_vision.runs.device import resolve_device
-from abm_vision.runs.log import opened
 from nlp_ext.instruct.config import InstructConfig
-
-PROGRAM = "abm-instruct"
+from nlp_ext.instruct.view import VIEW
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    command = COMMANDS.get(words[0] if words else "", _run)
-    return guarded(
-        PROGRAM,
-        lambda: command(words[1:] if command is not _run else words),
-        smaller="--batch-size, --length or --model (or --checkpointing)",
+    """Run a command; returns the exit code."""
+    return commands.main(
+        VIEW.program, COMMANDS, arguments, smaller="--batch-size, --length or --model (or --checkpointing)"
     )
 
 
 def parser() -> Parser:
     """One flag for every field of `InstructConfig`, and those that do not change a result."""
     flags = Parser(
-        PROGRAM,
+        VIEW.program,
         description="Tune a LLaMA or a relative on instructions. Several GPUs: accelerate launch -m nlp_ext.instruct.",
-        epilog="Other commands: chat (talk to an adapter), mt-bench (answer its questions).",
+        epilog="Other commands: chat (talk to an adapter), mt-bench (answer its questions), suite (many runs), compare "
+        "(initialisations side by side), report (of finished runs).",
     )
     add_settings(flags, InstructConfig)
     add_run_options(flags)
@@ -50,7 +38,7 @@ def parser() -> Parser:
 
 
 def _talk_parser(name: str, description: str) -> Parser:
-    flags = Parser(f"{PROGRAM} {name}", description=description)
+    flags = Parser(f"{VIEW.program} {name}", description=description)
     flags.add_argument("--adapter", required=True, metavar="DIR", help="a run's folder, or the adapter's own")
     flags.add_argument("--model", help="the base model (default: as the run had it)")
     flags.add_argument("--device", default="auto", help="auto, or a torch device (default: auto)")
@@ -77,40 +65,9 @@ def mt_bench_parser() -> Parser:
     return flags
 
 
-def _run(words: list[str]) -> int:
-    options = vars(parser().parse_args(words))
-    keys = ("out", "rerun", "diagnose", "log", "json", "quiet")
-    out, rerun, diagnose, kind, as_json, quiet = (options.pop(key) for key in keys)
-    config = settings_of(options, InstructConfig)
-    quiet = quiet or as_json
-
-    from nlp_ext.instruct import run as module  # imports the trainer: `--help` and a wrong flag answer sooner
-    from nlp_ext.quiet import only_our_own_words
-    from nlp_ext.ranks import join
-
-    first = join(cpu=resolve_device(config.device).type == "cpu").is_main_process
-    if first and not quiet:
-        print_config(config)
-    note = None if quiet else say
-    with only_our_own_words(), opened(kind, Path(out) / config.run_name()) as log:
-        result = run_guarded(
-            PROGRAM, lambda: module.run(config, out, rerun=rerun, quiet=quiet, diagnose=diagnose, say=note, log=log)
-        )
-    if first:
-        print(json.dumps(result) if as_json else summary(result))
-    return 0
-
-
-def summary(result: dict[str, Any]) -> str:
-    """The run in one line, with what kind of data and model it is about, and where its files are."""
-    from nlp_ext.instruct.run import perplexity_in_words
-
-    config = result["config"]
-    tiny = ", tiny stand-in model" if result["tiny"] else ""
-    return (
-        f"instruct [{result['data']['train']['source']}{tiny}]  {perplexity_in_words(result)}  init {config['init']}  "
-        f"seed {config['seed']}  {sum(result['seconds'].values()):.0f} s  {result['folder']}"
-    )
+def run(options: argparse.Namespace) -> int:
+    """Make a run, and print its result."""
+    return make_run(options, InstructConfig, VIEW.harness)
 
 
 def _assistant(options: Any) -> Any:
@@ -122,10 +79,10 @@ def _assistant(options: Any) -> Any:
     return Assistant(options.adapter, options.model, resolve_device(options.device), options.new_tokens)
 
 
-def _chat(words: list[str]) -> int:
+def chat(options: argparse.Namespace) -> int:
+    """Read lines and print answers until there is an empty one."""
     from nlp_ext.quiet import only_our_own_words
 
-    options = chat_parser().parse_args(words)
     if not 0 <= options.temperature < math.inf:
         raise ValueError(f"temperature is {options.temperature}; it must be 0 or more, and finite")
     with only_our_own_words():
@@ -154,13 +111,13 @@ def _typed() -> str:
     return line
 
 
-def _mt_bench(words: list[str]) -> int:
-    from nlp_ext.instruct.talk import mt_bench
+def mt_bench(options: argparse.Namespace) -> int:
+    """Write answers to the questions."""
+    from nlp_ext.instruct import talk
     from nlp_ext.quiet import only_our_own_words
 
-    options = mt_bench_parser().parse_args(words)
     with only_our_own_words():
-        path = mt_bench(
+        path = talk.mt_bench(
             _assistant(options),
             Path(options.questions),
             Path(options.out),
@@ -172,7 +129,12 @@ def _mt_bench(words: list[str]) -> int:
     return 0
 
 
-COMMANDS = {"chat": _chat, "mt-bench": _mt_bench}
+COMMANDS = {
+    "": Command(parser, run),
+    "chat": Command(chat_parser, chat),
+    "mt-bench": Command(mt_bench_parser, mt_bench),
+    **commands.shared(VIEW),
+}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -13,7 +14,9 @@ from abm_vision.abm.restore import evaluate
 from abm_vision.runs.device import autocast
 from nlp_ext.batches import IGNORED, forward
 from nlp_ext.instruct.data import Conversation, end_of_turn, prompt
-from nlp_ext.instruct.setup import Setup
+
+if TYPE_CHECKING:
+    from nlp_ext.instruct.harness import InstructRun
 
 
 @torch.no_grad()
@@ -56,13 +59,13 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 @torch.no_grad()
-def perplexity(setup: Setup, model: nn.Module) -> float:
+def perplexity(run: InstructRun, model: nn.Module) -> float:
     """Compute exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
     evaluate(model)
     total, count = 0.0, 0
-    rows, size = setup.held_out.rows, setup.config.batch_size
-    for batch in (setup.batch(chunk) for chunk in _chunks(rows, size)):
-        with autocast(setup.device, setup.precision):
+    rows, size = run.held_out.rows, run.config.batch_size
+    for batch in (run.batch(chunk) for chunk in _chunks(rows, size)):
+        with autocast(run.device, run.precision):
             loss = forward(model, batch).loss
         tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += loss.item() * tokens

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from abm_vision.runs.settings import AdapterSettings, at_least, check_share, flag
-from nlp_ext import tiny
+from abm_vision.abm.settings import flag
+from abm_vision.initializers import Needs
+from abm_vision.runs.settings import AdapterSettings, at_least, check_share
 from nlp_ext.instruct.data import SYNTHETIC, WIZARD
 
 SCHEMA = "instruct-2"
@@ -63,7 +64,10 @@ class InstructConfig(AdapterSettings, _First):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     abm_tokens: str = flag(
-        "all", "tokens whose boundaries are matched: all, or the answers'", choices=("all", "answers")
+        "all",
+        "tokens whose boundaries are matched: all, or the answers'",
+        choices=("all", "answers"),
+        needs=Needs.BATCHES,
     )
     epochs: int = flag(3, "training epochs")
     batch_size: int = flag(16, "sequences that a process takes at a time")
@@ -77,8 +81,8 @@ class InstructConfig(AdapterSettings, _First):
     samples: int = flag(4, "held-out prompts that are answered")
     new_tokens: int = flag(128, "longest answer in tokens")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
+        """Raise a ValueError for a field that is out of its range."""
         at_least("accumulation held_out new_tokens".split(), self, 1)
         at_least("train_examples samples".split(), self, 0)
         at_least(["length"], self, 8)
@@ -94,6 +98,8 @@ class InstructConfig(AdapterSettings, _First):
     @property
     def data_source(self) -> str:
         """`data`, decided."""
+        from nlp_ext import tiny  # loads transformers
+
         if self.data != "auto":
             return self.data
         return SYNTHETIC if self.model in tiny.MODELS else WIZARD

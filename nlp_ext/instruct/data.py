@@ -8,14 +8,16 @@ import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerBase
 
 from nlp_ext.batches import IGNORED
 from nlp_ext.instruct import synthetic
 from nlp_ext.rows import checked_text, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 WIZARD, SYNTHETIC = "WizardLMTeam/WizardLM_evol_instruct_70k", "synthetic"
 FILES = (".json", ".jsonl", ".parquet")

@@ -70,9 +70,9 @@ def run(root: Path, tests: list[str], *options: str) -> dict[str, tuple[str, int
     # One thread in each of pytest-xdist's processes, of which there is one a core.
     alone = dict.fromkeys(("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE", "OMP_NUM_THREADS"), "1")
     paths = os.pathsep.join(map(str, (HERE, HERE.parent.parent, root)))
-    flags = "-p merged_layer -p no:cacheprovider -n auto --dist worksteal -o addopts= -q --no-header --no-summary"
-    flags = [*flags.split(), "--tb=line", "-W", "ignore"]
-    command = [sys.executable, "-m", "pytest", *flags, "--outcomes", outcomes, *options, *tests]
+    flags = "-p merged_layer -p no:cacheprovider -n auto --maxprocesses 8 --dist worksteal -o addopts="
+    quiet = "-q --no-header --no-summary --tb=line -W ignore"
+    command = [sys.executable, "-m", "pytest", *flags.split(), *quiet.split(), "--outcomes", outcomes, *options, *tests]
     environment = os.environ | alone | {"PYTHONPATH": paths}
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1):  # 1: some tests failed

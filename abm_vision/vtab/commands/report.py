@@ -1,30 +1,6 @@
-"""`abm-vtab report`: of finished runs."""
+"""`abm-vtab report`: that of every harness."""
 
-from __future__ import annotations
+from abm_vision.runs.commands import shared
+from abm_vision.vtab.view import VIEW
 
-import argparse
-
-from abm_vision.runs.cli import Parser
-
-
-def parser() -> Parser:
-    """A folder of runs."""
-    flags = Parser(
-        "abm-vtab report",
-        description="Tables, figures and statistics of the finished runs in a folder, as Markdown, CSV, "
-        "LaTeX and one HTML page.",
-    )
-    flags.add_argument("folder", metavar="DIR", help="folder of the runs: --out of a suite or of single runs")
-    flags.add_argument("--out", metavar="DIR", help="where to write report.md, .csv, .tex and .html (default: there)")
-    return flags
-
-
-def command(options: argparse.Namespace) -> int:
-    """Write the report, and print it."""
-
-    from abm_vision.vtab import collection, report
-
-    found = collection.collect(options.folder)
-    paths = report.write_report(found, options.out or options.folder)
-    print(report.to_markdown(found), *paths, sep="\n")
-    return 0
+parser, command = shared(VIEW)["report"]

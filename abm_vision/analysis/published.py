@@ -7,32 +7,14 @@ github.com/OSU-MLB/ViT_PEFT_Vision (CVPR 2025), last epoch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import vtab_tasks
+from abm_vision.analysis.view import Published
 
 _ORDER = (
     "cifar100 caltech101 dtd flowers102 pets svhn sun397 "
     "patch_camelyon eurosat resisc45 retinopathy "
     "clevr_count clevr_dist dmlab kitti_dist dsprites_loc dsprites_ori snorb_azim snorb_elev"
 ).split()
-
-
-@dataclass(frozen=True)
-class Published:
-    """One row.
-
-    Args:
-        method: as the source calls it.
-        parameters: trained ones in millions, without the head; None where it is not stated.
-        top1: task to %, all 19.
-        note: how its protocol differs from the official one.
-    """
-
-    method: str
-    parameters: float | None
-    top1: dict[str, float]
-    note: str
 
 
 _PEEKED = "evaluates the test set every ten epochs and keeps the best"

@@ -10,9 +10,11 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
@@ -21,21 +23,23 @@ from threading import Event, Thread
 
 import torch
 
-from abm_vision.runs.harness import Say
-from abm_vision.vtab.config import RunConfig
-from abm_vision.vtab.suite import Executor, Outcome, attempt
+from abm_vision.runs.harness import Harness, Session, silent
+from abm_vision.runs.settings import AdapterSettings
+from abm_vision.runs.suite import Executor, Made, Outcome, attempt
 
+Attempt = Callable[[], Outcome]
 PATIENCE = 10.0  # seconds that a process without its parent has to close what is open
 
 
-def in_this_process(say: Say | None = None) -> Executor:
-    """One run after another."""
+def in_this_process(harness: Harness, configs: Sequence[AdapterSettings], session: Session) -> Made:
+    """One run after another, with all that they say of themselves."""
+    for config in configs:
+        yield config, attempt(harness, config, session)
 
-    def execute(configs: Sequence[RunConfig], out: Path, diagnose: bool) -> Iterator[tuple[RunConfig, Outcome]]:
-        for config in configs:
-            yield config, attempt(config, out, diagnose, say)
 
-    return execute
+def _unseen(session: Session) -> Session:
+    """For runs of other processes, which show nothing."""
+    return replace(session, quiet=True, say=silent)
 
 
 def local(jobs: int) -> Executor:
@@ -50,22 +54,22 @@ def local(jobs: int) -> Executor:
     if not 1 <= jobs <= cores:
         raise ValueError(f"jobs is {jobs}; it must be 1 to {cores}, the cores of this machine")
 
-    def execute(configs: Sequence[RunConfig], out: Path, diagnose: bool) -> Iterator[tuple[RunConfig, Outcome]]:
+    def execute(harness: Harness, configs: Sequence[AdapterSettings], session: Session) -> Made:
         fixed = next((c.device for c in configs if ":" in c.device), None)
         if fixed and jobs > 1:
             raise ValueError(f"device is {fixed} for every run, but {jobs} jobs share the GPUs out: use device auto")
-        gpus = _gpus()
+        gpus, threads = _gpus(), max(1, cores // jobs)
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(jobs):
             slots.put(slot)
         children: set[Process] = set()
         stopping = Event()
 
-        def one(config: RunConfig) -> Outcome:
+        def one(config: AdapterSettings) -> Outcome:
             slot = slots.get()
             try:
                 gpu = gpus[slot % len(gpus)] if gpus else None
-                return _in_child(config, out, diagnose, max(1, cores // jobs), gpu, children, stopping)
+                return _in_child(partial(attempt, harness, config, _unseen(session)), threads, gpu, children, stopping)
             finally:
                 slots.put(slot)
 
@@ -91,19 +95,11 @@ def _gpus() -> list[str]:
     return mask.split(",")[:count] if mask else [str(k) for k in range(count)]
 
 
-def _in_child(
-    config: RunConfig,
-    out: Path,
-    diagnose: bool,
-    threads: int,
-    gpu: str | None,
-    children: set[Process],
-    stopping: Event,
-) -> Outcome:
+def _in_child(attempted: Attempt, threads: int, gpu: str | None, children: set[Process], stopping: Event) -> Outcome:
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     # No daemon: those may have no loader processes of their own.
-    process = context.Process(target=_child, args=(config, out, diagnose, threads, gpu, sender))
+    process = context.Process(target=_child, args=(attempted, threads, gpu, sender))
     with _deaf_to_interrupts():
         process.start()
     children.add(process)
@@ -122,7 +118,7 @@ def _in_child(
 
 @contextmanager
 def _deaf_to_interrupts() -> Iterator[None]:
-    """What this thread starts takes no Ctrl-C, which a terminal sends to all: the parent ends its children itself."""
+    """What this thread launches takes no Ctrl-C, which a terminal sends to all: the parent ends its children itself."""
     if not hasattr(signal, "pthread_sigmask"):  # Windows
         yield
         return
@@ -139,13 +135,13 @@ def _ending(code: int | None) -> str:
     return f"the process ended with exit code {code}"
 
 
-def _child(config: RunConfig, out: Path, diagnose: bool, threads: int, gpu: str | None, sender: Connection) -> None:
+def _child(attempted: Attempt, threads: int, gpu: str | None, sender: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # closing what is open
     Thread(target=_end_with_the_parent, daemon=True).start()
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
-    sender.send(attempt(config, out, diagnose))
+    sender.send(attempted())
 
 
 def _end_with_the_parent() -> None:
@@ -182,14 +178,15 @@ def on_ray(cpus: float = 1, gpus: float = 0, address: str | None = None) -> Exec
             f"a run is to take {cpus:g} CPU and {gpus:g} GPU, and no node of the Ray cluster has as much ({largest})"
         )
 
-    # A lost node's lock is free, and its run goes on from the last whole epoch.
+    # A lost node's lock is free, and its run is resumed after the last whole epoch.
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)
-    def remote(config: RunConfig, out: Path, diagnose: bool) -> Outcome:
+    def remote(config: AdapterSettings, harness: Harness, session: Session) -> Outcome:
         torch.set_num_threads(max(1, int(cpus)))
-        return attempt(config, out, diagnose)
+        return attempt(harness, config, session)
 
-    def execute(configs: Sequence[RunConfig], out: Path, diagnose: bool) -> Iterator[tuple[RunConfig, Outcome]]:
-        left = {remote.remote(config, out.absolute(), diagnose): config for config in configs}
+    def execute(harness: Harness, configs: Sequence[AdapterSettings], session: Session) -> Made:
+        there = replace(_unseen(session), out=Path(session.out).absolute())
+        left = {remote.remote(config, harness, there): config for config in configs}
         while left:
             ready, _ = ray.wait(list(left))
             for reference in ready:

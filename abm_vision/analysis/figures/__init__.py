@@ -1,0 +1,78 @@
+"""Figures, drawn from result records alone: here what they share, one file for each of their readers."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
+
+from abm_vision.abm.files import write_atomically
+
+# Okabe and Ito's palette: told apart by colour-blind readers too.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
+OKABE_ITO = ("#000000", ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure in the format of the path's suffix."""
+    write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
+
+
+def distinct(count: int) -> list[Any]:
+    """Okabe and Ito's seven and black while they last, then matplotlib's twenty."""
+    return list(OKABE_ITO[:count]) if count <= len(OKABE_ITO) else [colormaps["tab20"](k % 20) for k in range(count)]
+
+
+def shown(name: str) -> str:
+    """A name as it is: between two dollar signs matplotlib would read a formula."""
+    return name.replace("$", r"\$")
+
+
+def tidy(axes: Axes) -> None:
+    """No frame above and to the right, and faint lines across."""
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#E6E6E6", linewidth=0.8)
+    axes.set_axisbelow(True)
+
+
+def plain_log(axes: Axes) -> None:
+    """Ticks such as 0.5, not 5 x 10^-1."""
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4))
+    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def line_with_band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, label: str) -> None:
+    """The mean over seeds and one standard deviation; `values` is (seeds, points)."""
+    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+    axes.plot(x, mean, "o-", color=colour, markersize=3, linewidth=1.4, label=shown(label))
+    axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
+
+
+def by_depth(report: dict[str, Any], kinds: list[str], field: str) -> np.ndarray:
+    """A field of an information loss: (depth, kinds of layer); NaN where a block has no such layer."""
+    columns = [[layer[field] for layer in report["layers"] if _kind(layer["name"]) == kind] for kind in kinds]
+    values = np.full((max(map(len, columns)), len(kinds)), np.nan)
+    for column, found in enumerate(columns):
+        values[: len(found), column] = found
+    return values
+
+
+def _kind(name: str) -> str:
+    """What a layer is inside its block: `attn.qkv` of `blocks.3.attn.qkv`."""
+    return re.sub(r"^.*\d+\.", "", name)
+
+
+def heat_map(axes: Axes, values: np.ndarray, kinds: list[str], title: str) -> Any:
+    """Information loss by depth and kind of layer. Returns what a colour bar is made of."""
+    image = axes.imshow(values, vmin=0, vmax=1, cmap="cividis", aspect="auto")
+    axes.set_xticks(range(len(kinds)), kinds, rotation=45, ha="right", fontsize=8)
+    axes.set_title(shown(title), fontsize=10)
+    return image

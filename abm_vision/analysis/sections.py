@@ -1,0 +1,191 @@
+"""Scores over tasks and seeds: real data and stand-ins apart, and no average shows a part as the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from abm_vision.analysis.load import BASELINE, OTHER_DATA, facts
+from abm_vision.analysis.stats import deviation, signed_rank_p, training_loss
+from abm_vision.analysis.view import Kind, Mean, Result, View
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Scores of one method on one task, over seeds."""
+
+    runs: tuple[Result, ...]
+    view: View
+
+    @property
+    def values(self) -> np.ndarray:
+        """One a seed, in the score's unit."""
+        return np.array([*map(self.view.shown, self.runs)])
+
+    @property
+    def mean(self) -> float:
+        return float(self.values.mean())
+
+    @property
+    def std(self) -> float | None:
+        """Standard deviation over seeds, None for a single one."""
+        return deviation(self.values)
+
+    @property
+    def seeds(self) -> list[int]:
+        return [run["config"]["seed"] for run in self.runs]
+
+    @property
+    def subset(self) -> bool:
+        """Whether fewer samples than the split has were scored."""
+        return any(count < whole for count, whole in map(self.view.counted, self.runs))
+
+    @property
+    def files(self) -> list[str]:
+        """The result files, relative to the folder of the runs."""
+        return [run["file"] for run in self.runs]
+
+    def __str__(self) -> str:
+        return _in_words(self.mean, self.std, self.subset, self.view)
+
+
+def _in_words(value: float, std: float | None, subset: bool, view: View) -> str:
+    spread = "" if std is None else f" ± {std:.{view.digits}f}"
+    return f"{value:.{view.digits}f}{spread}{'†' if subset else ''}"
+
+
+@dataclass(frozen=True)
+class Average:
+    """A mean over tasks, or what there is of it.
+
+    Args:
+        mean: which.
+        text: what is shown of it.
+        value: over the tasks that are there; None where there are none, or where a part would mislead.
+        std: over seeds, of the mean of each seed.
+        there, of: numbers of tasks.
+    """
+
+    mean: Mean
+    text: str
+    value: float | None
+    std: float | None
+    there: int
+    of: int
+
+    def __str__(self) -> str:
+        return self.text if self.there == self.of else f"{self.text} ({self.there} of {self.of})"
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One method against the baseline, paired over tasks: mean difference of scores, in their unit.
+
+    `p` is of the two-sided Wilcoxon signed-rank test over tasks, None with fewer than two that differ.
+    """
+
+    method: str
+    baseline: str
+    tasks: int
+    better: int
+    worse: int
+    difference: float
+    loss_ratio: float
+    p: float | None
+
+
+@dataclass(frozen=True)
+class Section:
+    """All that was run on data of one kind."""
+
+    kind: Kind
+    view: View
+    cells: dict[tuple[str, str], Cell]
+
+    @cached_property
+    def tasks(self) -> tuple[str, ...]:
+        return tuple(name for name in self.view.tasks if any(task == name for task, _ in self.cells))
+
+    @cached_property
+    def methods(self) -> tuple[str, ...]:
+        """The baseline first."""
+        found = dict.fromkeys(method for _, method in self.cells)
+        return tuple(sorted(found, key=lambda m: (not m.startswith(BASELINE), m)))
+
+    @property
+    def title(self) -> str:
+        unit = f" in {self.view.unit}" if self.view.unit else ""
+        return f"{self.kind.title}, {self.view.title}{unit}"
+
+    def averages(self, method: str) -> list[Average]:
+        """Every mean of this kind of data."""
+        return [self._average(mean, method) for mean in self.kind.means]
+
+    def _average(self, mean: Mean, method: str) -> Average:
+        parts = [[self.cells[task, method] for task in part if (task, method) in self.cells] for part in mean.parts]
+        found = [cell for part in parts for cell in part]
+        there, of = len(found), sum(map(len, mean.parts))
+        if not found or (mean.whole and there < of):
+            return Average(mean, "–", None, None, there, of)
+        value = float(np.mean([np.mean([cell.mean for cell in part]) for part in parts]))
+        std = None
+        if all(cell.seeds == found[0].seeds for cell in found):
+            std = deviation(np.mean([np.mean([cell.values for cell in part], axis=0) for part in parts], axis=0))
+        text = _in_words(value, std, any(cell.subset for cell in found), self.view)
+        return Average(mean, text, value, std, there, of)
+
+    def missing(self, method: str) -> list[str]:
+        """Tasks that the averages lack."""
+        return [task for task in self.kind.tasks if (task, method) not in self.cells] if self.kind.means else []
+
+    def paired(self) -> list[Paired]:
+        """Every method against the baseline of the same settings, over the tasks and seeds that both have."""
+        found = ((m, self._baseline(m)) for m in self.methods if self._init(m) != BASELINE)
+        return [p for method, base in found if base is not None and (p := self._paired(method, base)) is not None]
+
+    def unpaired(self) -> list[str]:
+        """The methods that have no baseline of the same settings."""
+        return [m for m in self.methods if self._init(m) != BASELINE and self._baseline(m) is None]
+
+    def _init(self, method: str) -> str:
+        return self._run(method)["config"]["init"]
+
+    def _run(self, method: str) -> Result:
+        return next(cell.runs[0] for (_, m), cell in self.cells.items() if m == method)
+
+    def _baseline(self, method: str) -> str | None:
+        """The one baseline there is; of several that whose settings, where they differ, are the method's."""
+        known = facts(self._run(method), self.view)
+        own = {m: self._run(m)["own"] for m in self.methods if self._init(m) == BASELINE}
+        baselines = [m for m in own if own[m].get(OTHER_DATA) == known[OTHER_DATA]]
+        if len(baselines) > 1:
+            baselines = [m for m in baselines if own[m].items() <= known.items()]
+        return baselines[0] if len(baselines) == 1 else None
+
+    def _paired(self, method: str, baseline: str) -> Paired | None:
+        gains, ratios = [], []
+        for task in self.tasks:
+            pairs = self._pairs(task, method, baseline)
+            if pairs:
+                gains.append(self.view.scale * np.mean([self.view.value(a) - self.view.value(b) for a, b in pairs]))
+                ratios.append(np.mean([training_loss(a) / training_loss(b) for a, b in pairs]))
+        if not gains:
+            return None
+        gain = np.array(gains)
+        better, worse = int((gain > 0).sum()), int((gain < 0).sum())
+        if not self.view.higher:
+            better, worse = worse, better
+        p = signed_rank_p(gain)
+        return Paired(method, baseline, len(gain), better, worse, float(gain.mean()), float(np.mean(ratios)), p)
+
+    def _pairs(self, task: str, method: str, baseline: str) -> list[tuple[Any, Any]]:
+        """Runs of the same seed."""
+        found: Sequence[Cell | None] = [self.cells.get((task, name)) for name in (method, baseline)]
+        if None in found:
+            return []
+        ours, theirs = ({run["config"]["seed"]: run for run in cell.runs} for cell in found)
+        return [(ours[seed], theirs[seed]) for seed in sorted(set(ours) & set(theirs))]

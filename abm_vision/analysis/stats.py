@@ -1,0 +1,75 @@
+"""Statistics of finished runs: of one, of several seeds, and of pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 10_000
+
+
+def training_loss(result: dict[str, Any]) -> float:
+    """Training loss, mean over all steps."""
+    return float(np.mean(result["loss_per_step"]))
+
+
+def delayed_training_loss(result: dict[str, Any], epochs: float) -> float:
+    """The same when training begins so many epochs late: the first step's loss until then, and the end cut off."""
+    losses = np.array(result["loss_per_step"])
+    late = min(len(losses), epochs * len(losses) / result["config"]["epochs"])  # steps, a fraction at the end
+    whole = len(losses) - int(np.ceil(late))
+    rest = len(losses) - late - whole  # of the step that is only partly run
+    total = late * losses[0] + losses[:whole].sum() + (rest * losses[whole] if rest else 0.0)
+    return float(total / len(losses))
+
+
+def cost(result: dict[str, Any]) -> float | None:
+    """What the initialisation took, its tuned reference included, in median training epochs of the same run.
+
+    None where the cost of a given reference is not known.
+    """
+    seconds, reference = result["seconds"], result["reference"]
+    if reference and reference["seconds"] is None:
+        return None
+    return (seconds["init"] + seconds.get("reference", 0.0)) / float(np.median(result["seconds_per_epoch"]))
+
+
+def epoch_losses(runs: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Mean training loss of every epoch: (runs, epochs)."""
+    return np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
+
+
+def epochs_to(runs: Sequence[dict[str, Any]], target: float) -> float | None:
+    """Epochs until the mean over runs of an epoch's loss is at the target, linear between epochs; None if never."""
+    curve = epoch_losses(runs).mean(0)
+    below = np.flatnonzero(curve <= target)
+    if not len(below):
+        return None
+    k = int(below[0])
+    return 1.0 if k == 0 else float(k + (curve[k - 1] - target) / (curve[k - 1] - curve[k]))
+
+
+def deviation(values: Sequence[float] | np.ndarray) -> float | None:
+    """Standard deviation; None for a single value."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else None
+
+
+def standard_error(values: np.ndarray) -> float | None:
+    """Of the mean; None for a single value."""
+    return float(stats.sem(values)) if len(values) > 1 else None
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % interval of a mean: the percentiles of a seeded bootstrap; of a single value, that value twice."""
+    if len(values) == 1:
+        return float(values[0]), float(values[0])
+    found = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, method="percentile", rng=0)
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+
+
+def signed_rank_p(differences: np.ndarray) -> float | None:
+    """p of the two-sided Wilcoxon signed-rank test; None with fewer than two that are not zero."""
+    return float(stats.wilcoxon(differences).pvalue) if np.count_nonzero(differences) > 1 else None

@@ -1,0 +1,4 @@
+from .config import InstructConfig
+from .harness import HARNESS, run
+
+__all__ = ["HARNESS", "InstructConfig", "run"]

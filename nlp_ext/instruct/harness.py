@@ -1,0 +1,278 @@
+"""Instruction tuning for the spine (`abm_vision.runs.run`): conversations and models, training and perplexity."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from trl import SFTConfig, SFTTrainer
+
+from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.files import write_atomically
+from abm_vision.abm.host import Backbone
+from abm_vision.abm.lora import add_lora
+from abm_vision.abm.restore import evaluate
+from abm_vision.runs.content import Origin
+from abm_vision.runs.device import autocast
+from abm_vision.runs.harness import Checkpoint, Harness, Run, Say, Session, silent
+from abm_vision.runs.log import Log
+from abm_vision.runs.order import shuffled
+from abm_vision.runs.run import run as run_spine
+from nlp_ext import trainer
+from nlp_ext.batches import answer_tokens
+from nlp_ext.instruct import data
+from nlp_ext.instruct.answer import answer, perplexity
+from nlp_ext.instruct.config import InstructConfig
+from nlp_ext.instruct.results import Result, model_card, summary
+from nlp_ext.models import load_model
+from nlp_ext.quiet import only_our_own_words
+from nlp_ext.ranks import processes, text_device, whole_state
+from nlp_ext.textrun import TextRun, adapter_settings, text_origin, together, token_digest
+from nlp_ext.trainer import CHECKPOINTS, NOTES, Progress, training_arguments
+
+SAMPLES = "samples.jsonl"
+
+
+def run(
+    config: InstructConfig,
+    out: str | Path = "results",
+    *,
+    rerun: bool = False,
+    quiet: bool = True,
+    diagnose: bool = False,
+    say: Say | None = None,
+    log: Log | None = None,
+) -> dict[str, Any]:
+    """Tune a LLaMA (or a relative) on instructions, loss on the answers only, and write everything under `out`.
+
+    A finished run is read, not repeated; an interrupted one is resumed after its last whole epoch. Under `accelerate
+    launch` every process initialises its adapter, all train that of the first, and only that one writes.
+
+    Args:
+        config: the settings.
+        out: parent of the run's folder, which `config.run_name()` names.
+        rerun: start afresh even if the run is finished or was interrupted.
+        quiet: no progress bars.
+        diagnose: measure the adapter's information loss before and after its initialisation, as in the vision harness.
+        say: receives a line about every stage, in the first process.
+        log: receives every step's loss and learning rate, in the first process (see `abm_vision.runs.log`).
+
+    Returns:
+        The content of `result.json`, with `folder` added.
+
+    Raises:
+        Busy: another process is at this run.
+        ValueError, OSError: as the parts of the run do, each with one message.
+    """
+    return run_spine(HARNESS, config, Session(out, rerun, quiet, diagnose, say=say or silent, log=log))
+
+
+# ------------------------------------------------------------------------------------------ data, weights and adapter
+
+
+@dataclass(kw_only=True)
+class InstructRun(TextRun):
+    """A run of instruction tuning, with what it is scored on.
+
+    Args:
+        held_out: conversations for the perplexity.
+        prompts: what is to be answered: held-out conversations without their last answer.
+        before: perplexity of the pretrained model.
+        wrapped: the model as the Trainer has wrapped it, which may be spread over processes.
+    """
+
+    config: InstructConfig
+    held_out: data.Tokens
+    prompts: list[data.Conversation]
+    before: float | None = None
+    wrapped: nn.Module | None = None
+
+    @property
+    def backbone(self) -> Backbone:
+        """The model's record, with the mask that the settings ask for."""
+        found = super().backbone
+        return found if self.config.abm_tokens == "all" else replace(found, token_mask_fn=answer_tokens)
+
+
+def prepare(run: Run) -> InstructRun:
+    """Conversations, model, tokeniser and adapter.
+
+    Raises:
+        ValueError, OSError: of the data, the model, or the adapter, each with one message.
+    """
+    config, say = run.config, run.session.say
+    with run.stage("weights"):
+        model, tokenizer, weights = load_model(
+            config.model,
+            AutoModelForCausalLM,
+            "tiny-llama",
+            show_progress_bar=not run.session.quiet,
+            **_kept_as(config, run.device),
+        )
+        model = model if config.base == "4bit" else model.to(run.device)
+        tokenizer.padding_side = "right"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        _check_length(config, model)
+        say(f"weights   {weights}, {config.base}")
+    with run.stage("data"):
+        conversations = data.read(config.data_source)
+        if len(conversations) <= config.held_out:
+            raise ValueError(
+                f"{config.data_source} has {len(conversations)} conversations, of which {config.held_out} would be "
+                "held out: lower --held-out"
+            )
+        (order,) = shuffled(len(conversations), len(conversations), config.seed, 0)
+        kept, tested = order[: -config.held_out][: config.train_examples or None], order[-config.held_out :]
+        train, held_out = (
+            data.encode_all(tokenizer, [conversations[k] for k in part], config.length) for part in (kept, tested)
+        )
+        prompts = [conversations[k][:-1] for k in tested[: config.samples]]
+        say(f"data      {config.data_source}: {train.conversations} conversations, {held_out.conversations} held out")
+    with run.stage("lora"):
+        torch.manual_seed(config.seed)
+        targets = config.lora_targets()
+        adapted = add_lora(model, config.rank, config.alpha, targets=targets, dropout=config.dropout)
+        record = {
+            "train": train.record(config.data_source),
+            "held_out": held_out.record(config.data_source),
+            "sha256": data.digest(conversations),
+        }
+        tokens = token_digest([*train.rows, *held_out.rows])
+        digest = {"instruction": lambda: record["sha256"]}
+        prepared = InstructRun(
+            **vars(run),
+            model=adapted,
+            samples=len(train.rows),
+            origin={**together(text_origin(config, digest, data.encode_all)), "tokens": tokens},
+            weights_sha256=weights.sha256,
+            tokenizer=tokenizer,
+            rows=train.rows,
+            data=record,
+            weights=weights,
+            held_out=held_out,
+            prompts=prompts,
+        )
+        check_adapters(evaluate(adapted), prepared.batch(train.rows[:2]))
+    return prepared
+
+
+def origin_parts(config: InstructConfig) -> list[Callable[[], Origin]]:
+    """What gives the content that a run of this configuration would be made of now, but for its tokens."""
+    digest = {"instruction": lambda: data.digest(data.read(config.data_source))}
+    return text_origin(config, digest, data.encode_all)
+
+
+def _kept_as(config: InstructConfig, device: torch.device) -> dict[str, Any]:
+    """How `from_pretrained` is to keep the frozen weights."""
+    if config.base != "4bit":
+        return {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[config.base]}
+    if find_spec("bitsandbytes") is None:
+        raise ValueError("base 4bit needs bitsandbytes: pip install bitsandbytes, or use --base bf16")
+    quantised = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantised, "device_map": {"": device}, "dtype": torch.bfloat16}
+
+
+def _check_length(config: InstructConfig, model: torch.nn.Module) -> None:
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and config.length > longest:
+        raise ValueError(f"length is {config.length}; {config.model} reads at most {longest} tokens")
+
+
+# ---------------------------------------------------------------------------------------------------- train and score
+
+
+def measure_pretrained(run: InstructRun) -> None:
+    """Perplexity before all."""
+    with run.stage("perplexity"), run.model.disable_adapter():
+        run.before = perplexity(run, run.model)
+
+
+def train(run: InstructRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
+    """Train to the end, with trl's trainer."""
+    own = make_trainer(run)
+    progress = trainer.train(own, run, notes, checkpoint)
+    run.wrapped = own.model_wrapped
+    return progress
+
+
+def make_trainer(run: InstructRun) -> SFTTrainer:
+    """trl's trainer for a run."""
+    config = run.config
+    arguments = training_arguments(
+        SFTConfig,
+        run,
+        gradient_accumulation_steps=config.accumulation,
+        gradient_checkpointing=config.checkpointing,  # trl's own default is on
+        max_length=config.length,
+        packing=config.packing,
+    )
+    trained = {p: p.data for p in run.model.parameters() if p.requires_grad}
+    made = SFTTrainer(
+        model=run.model,
+        args=arguments,
+        train_dataset=datasets.Dataset.from_list(run.rows),
+        processing_class=run.tokenizer,
+    )
+    # trl rounds what is trained to bfloat16 on a 4-bit base, where many steps of AdamW would be lost.
+    for parameter, value in trained.items():
+        parameter.data = value
+    return made
+
+
+def score(run: InstructRun, progress: Progress) -> dict[str, Any]:
+    """Perplexity after training; some prompts are answered, into a file."""
+    with run.stage("perplexity"):
+        after = perplexity(run, run.wrapped)
+    run.session.say(f"perplexity of held-out answers {run.before:.2f} before, {after:.2f} after")
+    run.state_dict = whole_state(run.model)
+    with run.stage("samples"):  # all processes hold a part of a sharded model
+        samples = _samples(run) if run.processes.main or run.state_dict is not None else []
+    if run.processes.main:
+        lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        write_atomically(run.folder / SAMPLES, lambda path: path.write_text(lines, encoding="utf-8"))
+    found = {"before": run.before, "after": after, "conversations": run.held_out.conversations}
+    return {**run.recorded(), "perplexity": found}
+
+
+def _samples(run: InstructRun) -> list[dict[str, Any]]:
+    run.model.eval()
+    with autocast(run.device, run.precision):
+        return [
+            {"prompt": turns, "answer": answer(run.model, run.tokenizer, turns, run.config.new_tokens)}
+            for turns in run.prompts
+        ]
+
+
+HARNESS = Harness(
+    program="abm-instruct",
+    config=InstructConfig,
+    result=Result,
+    prepare=prepare,
+    origin=origin_parts,
+    resume=trainer.resume,
+    train=train,
+    score=score,
+    summary=summary,
+    card=model_card,
+    settings=partial(adapter_settings, kept=("model", "base", "init", "seed"), score="perplexity"),
+    unfinished=(NOTES, CHECKPOINTS),
+    leaves=(SAMPLES,),
+    measure_pretrained=measure_pretrained,
+    device=text_device,
+    processes=processes,
+    hushed=only_our_own_words,
+)

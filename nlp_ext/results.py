@@ -1,0 +1,72 @@
+"""What `result.json` of every run on text holds, and the model card of its adapter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from abm_vision.runs.markup import code, markdown, quoted
+from abm_vision.runs.records import Positive, Record, Result
+
+_STAND_IN = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
+
+
+class Weights(Record):
+    """A `nlp_ext.models.Weights`."""
+
+    location: str
+    revision: str | None
+    sha256: str
+    tiny: bool
+
+
+class TextResult(Result):
+    """`result.json` of a run on text; harnesses add to it."""
+
+    weights: Weights
+    tiny: bool
+    processes: Positive
+
+
+def marks(result: dict[str, Any]) -> str:
+    """What kind of data and model a result is about."""
+    return ", ".join([result["data"]["train"]["source"]] + ["tiny stand-in model"] * result["tiny"])
+
+
+def model_card(
+    result: dict[str, Any], *, tag: str, title: str, training: str, base: str = "", loader: str, more: str = ""
+) -> str:
+    """What a person needs to know of a saved adapter: what it does, how well, and how to load it.
+
+    Args:
+        result: the run's.
+        tag: of the kind of model or task.
+        title: what the model was adapted to.
+        training: on what it was trained, and how well it does.
+        base: how the frozen weights are kept.
+        loader: transformers' class of models.
+        more: what else can be done with the adapter.
+    """
+    config, weights, tiny = result["config"], result["weights"], result["tiny"]
+    hub = f"base_model: {quoted(config['model'])}\n" if weights["revision"] else ""
+    name = quoted(config["model"])
+    revision = f" at {markdown(weights['revision'])}" if weights["revision"] else ""
+    return f"""---
+library_name: peft
+{hub}tags: [lora, abm-lora, {tag}]
+---
+# {markdown(config["model"])}, {title}
+
+LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}), initialised by {code(config["init"])}.
+Trained for {config["epochs"]} epochs on {training}
+{_STAND_IN if tiny else ""}
+Base weights: {markdown(weights["location"])}{revision}{base}, sha256
+{weights["sha256"]}.
+
+```python
+from peft import PeftModel
+from transformers import {loader}
+{"from nlp_ext.tiny import tiny_folder" if tiny else ""}
+model = {loader}.from_pretrained({f"tiny_folder({name})" if tiny else name})
+model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
+```
+{more}"""
