@@ -21,7 +21,7 @@ from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Say, Session, silent
 from abm_vision.runs.log import Log
 from abm_vision.runs.run import run as run_spine
-from abm_vision.vtab.config import EVALUATIONS, RunConfig, make_config
+from abm_vision.vtab.config import EVALUATIONS, RunConfig
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
 from abm_vision.vtab.results import Result, model_card, summary
 from abm_vision.vtab.train import choose_attention, count_correct, make_optimiser
@@ -140,31 +140,18 @@ def prepare(run: Run) -> VtabRun:
     )
 
 
-def origin_parts(
-    config: RunConfig, known: dict[tuple[RunConfig, str], Origin] | None = None
-) -> list[Callable[[], Origin]]:
+def origin_parts(config: RunConfig) -> list[Callable[[], Origin]]:
     """What gives the content that a run of this configuration would be made of now, part by part.
 
     No model is built, no network asked. Each raises an OSError if its part is not there, and a ValueError if it is
     damaged.
-
-    Args:
-        config: the settings.
-        known: what was found of the data of runs, to be added to: those of a suite share theirs.
     """
-    fields = ("task", "evaluate", "source", "data_dir", "test_images")
-    key = make_config(**{name: getattr(config, name) for name in fields})
-    known = {} if known is None else known
-
-    def data(part: str) -> Origin:
-        if (key, part) not in known:
-            known[key, part] = _data_origin(part, _load(config, part)[0])
-        return known[key, part]
-
-    def weights() -> Origin:
-        return _weights_origin(find_weights(config.model, config.weights))
-
-    return [partial(data, "training"), partial(data, "test"), weights, partial(initialisation, config)]
+    data = [lambda part=part: _data_origin(part, _load(config, part)[0]) for part in ("training", "test")]
+    return [
+        *data,
+        lambda: _weights_origin(find_weights(config.model, config.weights)),
+        partial(initialisation, config),
+    ]
 
 
 def _data_origin(part: str, data: vtab_tasks.TaskData) -> Origin:
@@ -268,7 +255,6 @@ def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
 
 
 HARNESS = Harness(
-    program="abm-vtab",
     config=RunConfig,
     result=Result,
     prepare=prepare,

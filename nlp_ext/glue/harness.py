@@ -295,7 +295,6 @@ def write_predictions(run: Run) -> None:
 
 
 HARNESS = Harness(
-    program="abm-glue",
     config=GlueConfig,
     result=Result,
     prepare=prepare,

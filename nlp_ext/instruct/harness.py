@@ -258,7 +258,6 @@ def _samples(run: InstructRun) -> list[dict[str, Any]]:
 
 
 HARNESS = Harness(
-    program="abm-instruct",
     config=InstructConfig,
     result=Result,
     prepare=prepare,
