@@ -29,7 +29,10 @@ def tiny(**options):
     return timm.create_model(TINY[0], num_classes=4, img_size=TINY[1], **options)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+RARE = ("lightning_module", "timm_training", "transformers_trainer")
+
+
+@pytest.mark.parametrize("script", [pytest.param(s, marks=[pytest.mark.slow] * (s in RARE)) for s in SCRIPTS])
 def test_example(script, monkeypatch, tmp_path):
     if script == "lightning_module":
         pytest.importorskip("lightning")

@@ -130,16 +130,17 @@ def test_finished_run_is_not_run_again_unless_asked(finished, monkeypatch, tmp_p
 KILLED = [
     {},
     {"init": "kaiming", "dropout": 0.3, "drop_path": 0.2, "qkv": "qv"},
-    {"init": "pissa"},  # of these three more belongs to the start than A and B
+    {"init": "pissa"},  # of these three more belongs to the initialisation than A and B
     {"init": "eva"},
     {"init": "mica"},
     {"init": "abm_aligned"},
 ]
+QUICK = [(0, {}), *((1, changes) for changes in KILLED[:3])]
+RARE = [(stop, changes) for stop in (0, 1) for changes in KILLED if (stop, changes) not in QUICK]
 
 
 @pytest.mark.parametrize(
-    ("stop_after", "changes"),
-    [(0, {}), *((1, c) for c in KILLED), *(pytest.param(0, c, marks=pytest.mark.slow) for c in KILLED[1:])],
+    ("stop_after", "changes"), [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in RARE)]
 )
 def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch, stop_after, changes):
     config = tiny(**changes)
@@ -233,16 +234,17 @@ def test_images_of_any_size_are_resized_like_pillow(interpolation, pil):
 
 
 def test_preprocessing_is_a_recorded_option(tmp_path):
-    result = run(tiny(normalisation="none", interpolation="bilinear"), tmp_path)
+    result = run(tiny(normalisation="none", interpolation="bilinear", epochs=1), tmp_path)
     recorded = result["preprocessing"]
     assert (recorded["mean"], recorded["interpolation"]) == ([0, 0, 0], "bilinear")
     assert result["config"]["normalisation"] == "none"
 
 
 def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
-    config, lines = tiny(init="abm_tuned"), []
+    short = {**TINY, "epochs": 1}
+    config, lines = make_config(**short, init="abm_tuned"), []
     result = run(config, tmp_path, say=lines.append)
-    plain = make_config(**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, init="kaiming")
+    plain = make_config(**{k: v for k, v in short.items() if not k.startswith("abm_")}, init="kaiming")
     reference = tmp_path / plain.run_name()
     tuned = HARNESS.read(reference)
     assert result["reference"] == {"folder": str(reference), "seconds": result["seconds"]["reference"]}
@@ -252,8 +254,8 @@ def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
     assert adapter["r"] == 4 and not (tmp_path / config.run_name() / "adapter" / "reference").exists()
     assert any("reference tuned first" in line for line in lines)
     # Given by its folder, or by its adapter alone: then what it cost is not known.
-    given = run(tiny(init="abm_tuned", abm_reference=str(reference)), tmp_path / "given")
-    alone = run(tiny(init="abm_tuned", abm_reference=str(reference / "adapter")), tmp_path / "alone")
+    given = run(dataclasses.replace(config, abm_reference=str(reference)), tmp_path / "given")
+    alone = run(dataclasses.replace(config, abm_reference=str(reference / "adapter")), tmp_path / "alone")
     assert given["loss_per_step"] == alone["loss_per_step"] == result["loss_per_step"]
     assert given["seconds"]["reference"] == result["seconds"]["reference"] and "reference" not in alone["seconds"]
     assert alone["reference"] == {"folder": str(reference / "adapter"), "seconds": None}
@@ -292,8 +294,8 @@ def test_reference_tuned_on_other_weights(tmp_path):
 
 
 def test_reference_of_another_task_and_rank(tmp_path):
-    other = run(tiny(task="dsprites_ori", rank=2, init="kaiming"), tmp_path)
-    result = run(tiny(init="abm_tuned", abm_reference=other["folder"], abm_fit="local"), tmp_path)
+    other = run(tiny(task="dsprites_ori", rank=2, init="kaiming", epochs=1), tmp_path)
+    result = run(tiny(init="abm_tuned", abm_reference=other["folder"], abm_fit="local", epochs=1), tmp_path)
     assert result["abm"]["before"]["match"] < 1 and result["abm"]["after"]["loss"] < result["abm"]["before"]["loss"]
 
 
