@@ -12,6 +12,7 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "abm_vision/abm": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
     "abm_vision/runs": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
+    "abm_vision/analysis": {"torch", "peft", "timm", "torchvision", "transformers", "datasets", "nlp_ext"},
     "nlp_ext": {"timm", "torchvision", "vtab_tasks"},
     "vtab_tasks": {"abm_vision", "nlp_ext", "torch", "timm", "peft"},
 }
@@ -42,6 +43,18 @@ def test_arrows(folder):
     assert not against(ROOT, folder)
 
 
+def test_figures_alone_draw():
+    """No statistic and no table imports matplotlib."""
+    drawing = ROOT / "abm_vision" / "analysis" / "figures"
+    for path in (ROOT / "abm_vision" / "analysis").glob("*.py"):
+        code = ast.parse(path.read_text())
+        assert not {name for node in code.body if isinstance(node, ast.ImportFrom) for name in [node.module]} & {
+            "matplotlib",
+            "abm_vision.analysis.figures",
+        }
+    assert any("matplotlib" in name for path in drawing.glob("*.py") for name in imported(path))
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -68,7 +81,7 @@ def test_no_test_imports_another():
 
 def test_nothing_imports_the_harness_but_itself():
     for path in [*(ROOT / "abm_vision").rglob("*.py"), *(ROOT / "nlp_ext").rglob("*.py")]:
-        if path.parent.name != "vtab":
+        if "vtab" not in path.parts:
             assert not [name for name in imported(path) if name.startswith("abm_vision.vtab")], path
 
 

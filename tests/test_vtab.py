@@ -18,12 +18,14 @@ import torch
 from conftest import TINY, build_vit, full_disk
 from helpers import tiny
 from PIL import Image
+from pydantic import TypeAdapter
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
 from abm_vision.runs import checkpoint
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import open_folder, settle_precision
+from abm_vision.runs.records import settings_of
 from abm_vision.runs.settings import read_config
 from abm_vision.vtab import HARNESS, PRESETS, RunConfig, data, harness, make_config, run, train
 from abm_vision.vtab.predict import predict
@@ -567,6 +569,13 @@ def test_different_settings_never_share_a_folder():
     other = {"lr": 3e-3, "seed": 1, "init": "kaiming", "abm_margin": 0.1, "epochs": 3, "qkv": "qv"}
     names = {make_config(**{**base, key: value}).run_name() for key, value in other.items()}
     assert len(names | {RunConfig().run_name()}) == len(other) + 1
+
+
+def test_files_with_settings_of_other_initialisations_are_read():
+    """Files of before hold those of every initialisation, which a run has no use for."""
+    before = {**tiny(init="kaiming").to_dict(), "abm_steps": 7, "align_norm": 3.0}
+    assert TypeAdapter(settings_of(RunConfig)).validate_python(before) == before
+    assert make_config(**before) == tiny(init="kaiming")
 
 
 def test_config_file_of_another_schema_or_none(tmp_path):

@@ -18,7 +18,7 @@ OTHER_DATA = "other data"
 _CODE = "initialisation"
 _IDENTITY = ("task", "init", "seed")
 # What was asked for; what came of it stands beside it.
-_ASKED = ("weights", "precision", "device", "abm_reference")
+_ASKED = ("weights", "precision", "device", "abm_reference", "plugin")
 # May differ between runs of one method.
 _CIRCUMSTANCES = ("device", "commit")
 Unfinished = list[tuple[str, str]]  # run folder, why it has no result
@@ -87,7 +87,7 @@ def _with_data(runs: Sequence[Result], view: View) -> list[Result]:
     """
     groups: dict[tuple[Any, ...], Counter[str]] = {}
     digests = [hashlib.sha256(repr(data_content(run, view)).encode()).hexdigest()[:8] for run in runs]
-    keys = [(view.task_of(run), view.kind(run), view.counted(run)[0]) for run in runs]
+    keys = [(view.data_of(run), view.kind(run), view.counted(run)[0]) for run in runs]
     for key, digest in zip(keys, digests, strict=True):
         groups.setdefault(key, Counter()).update([digest])
     most = {key: found.most_common(1)[0][0] for key, found in groups.items()}
@@ -196,8 +196,8 @@ def common_settings(results: Sequence[Result], view: View) -> dict[str, Any]:
     """
     if not results:
         raise ValueError("there is nothing to compare: no run has finished")
-    for task in dict.fromkeys(map(view.task_of, results)):
-        _equal([{**view.sources(r), **data_content(r, view)} for r in results if view.task_of(r) == task])
+    for same in dict.fromkeys(map(view.data_of, results)):
+        _equal([{**view.sources(r), **data_content(r, view)} for r in results if view.data_of(r) == same])
     for init in dict.fromkeys(result["config"]["init"] for result in results):
         _equal([_code(result) for result in results if result["config"]["init"] == init])
     return _equal([_shared(result, view) for result in results])

@@ -99,6 +99,7 @@ class View:
         kind: name of a result's kind.
         sources: part of the data to where it is from; that of the scored part last.
         content: name to hash of the data's content; empty for records made before results had any.
+        seeded: whether the seed draws the data, too, so that their content is that of other runs of one seed alone.
         circumstances: what else must be equal for two results to be comparable, by name.
         asked: settings for which a result says in another field what came of them, or that decide nothing.
         task: name of the task in a configuration.
@@ -136,6 +137,7 @@ class View:
     selection: Mapping[str, Any] = field(default_factory=dict)
     selection_split: str = ""
     task: Callable[[Mapping[str, Any]], str] = lambda config: config["task"]
+    seeded: bool = False
     circumstances: Callable[[Result], Mapping[str, Any]] = lambda result: {}
     groups: Mapping[str, str] = field(default_factory=dict)
     model: Callable[[Mapping[str, Any]], str] = lambda settings: settings["model"]
@@ -195,6 +197,10 @@ class View:
     def task_of(self, result: Result) -> str:
         """The task of a result."""
         return self.task(result["config"])
+
+    def data_of(self, result: Result) -> tuple[Any, ...]:
+        """What runs must have in common to be on the same data."""
+        return self.task_of(result), result["config"]["seed"] if self.seeded else None
 
     def source(self, result: Result) -> str:
         """Where the data are from that a result's score is of."""

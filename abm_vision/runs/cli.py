@@ -32,6 +32,8 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **options)
+        text = "module of initialisations of your own, which Python must find; it is imported first"
+        self.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=text)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         """The flags' values. What `--plugin`, or the file after `--config`, names is imported first.
@@ -39,20 +41,25 @@ class Parser(argparse.ArgumentParser):
         Raises:
             ValueError, FileNotFoundError: as `load_plugin` and `read_config`.
         """
+        first = Parser(self.prog, add_help=False)
+        first.add_argument("--config")
+        early, _ = first.parse_known_args(args)
+        before = set(INITIALIZERS)
+        if self.settings and early.config:
+            recorded = read_config(early.config, self.settings[0].schema).get(PLUGIN)
+            if recorded is not None:
+                load_plugin(recorded)
+        if PLUGIN in early:
+            load_plugin(early.plugin)
         if self.settings:
-            config, without = self.settings
-            first = Parser(self.prog, add_help=False)
-            first.add_argument("--plugin")
-            first.add_argument("--config")
-            early, _ = first.parse_known_args(args)
-            recorded = read_config(early.config, config.schema).get(PLUGIN) if early.config else None
-            for module in filter(None, (recorded, early.plugin)):
-                before = set(INITIALIZERS)
-                load_plugin(module)
-                for row in (row for name, row in INITIALIZERS.items() if name not in before):
-                    group = self.add_argument_group(f"--init {row.name}", f"{row.summary} ({row.source})")
-                    _add_flags(group, row.settings, without)
+            self._add_own(set(INITIALIZERS) - before)
         return super().parse_args(args, namespace)
+
+    def _add_own(self, inits: Collection[str]) -> None:
+        """The flags of initialisations that were registered after this parser was made."""
+        for row in (row for name, row in INITIALIZERS.items() if name in inits):
+            group = self.add_argument_group(f"--init {row.name}", f"{row.summary} ({row.source})")
+            _add_flags(group, row.settings, self.settings[1])
 
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
@@ -69,7 +76,7 @@ def _add_flags(
     parser: argparse._ActionsContainer, settings: Mapping[str, Field[Any]], without: Collection[str]
 ) -> None:
     for setting, field in settings.items():
-        if setting in without:
+        if setting in without or setting == PLUGIN:  # which every parser has
             continue
         name = f"--{setting.replace('_', '-')}"
         default = "none" if field.default is None or field.default is MISSING else field.default

@@ -264,18 +264,3 @@ class Harness:
             ValueError: it is damaged, of another schema, or a field is missing or out of its range.
         """
         return files.read_result(folder, self.result, self.config.schema)
-
-    def read_finished(self, folder: str | Path) -> dict[str, Any]:
-        """The result of a run that must be finished.
-
-        Raises:
-            FileNotFoundError: it is not, or there is none.
-        """
-        result = self.read(Path(folder))
-        if result is None:
-            raise FileNotFoundError(f"no {files.RESULT} in {folder}: pass the folder of a finished run")
-        return result
-
-    def interrupted(self, folder: Path) -> bool:
-        """Whether a run has begun and is not finished."""
-        return any((folder / name).exists() for name in self.unfinished)

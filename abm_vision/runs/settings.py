@@ -41,7 +41,7 @@ class AdapterSettings:
     targets: str = flag("all", f"{', '.join(KINDS)}, or module names with commas between, e.g. attn.qkv,fc1")
     dropout: float = flag(0.0, "LoRA dropout")
     init: str = flag("abm", "; ".join(f"{name}: {row.summary}" for name, row in INITIALIZERS.items()))
-    plugin: str | None = flag(None, "module that registers initialisations of your own; Python must find it")
+    plugin: str | None = flag(None, "module that registers the initialisation, if it is none of this package's")
     own: tuple[tuple[str, Any], ...] = field(default=())
     abm_samples: int = flag(128, "calibration samples, the first of the shuffled training set", needs=Needs.BATCHES)
     abm_reference: str | None = flag(

@@ -70,6 +70,7 @@ VIEW = View(
         "validation data": result["data"]["validation"][0]["source"],
     },
     content=textview.content,
+    seeded=True,
     circumstances=textview.circumstances,
     asked=textview.ASKED,
     groups={task: group for group, tasks in _GROUPS.items() for task in tasks},

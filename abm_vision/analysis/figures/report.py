@@ -46,7 +46,9 @@ def draw_convergence(section: Section) -> Figure:
     for axes in panels.flat[len(tasks) :]:
         axes.set_visible(False)
     found = {label: h for axes in panels.flat for h, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found)), frameon=False)
+    figure.legend(
+        found.values(), found.keys(), loc="outside lower center", ncols=min(5, len(found), 2 * columns), frameon=False
+    )
     figure.suptitle(section.kind.title)
     return figure
 

@@ -9,9 +9,9 @@ from abm_vision.vtab.commands import PROGRAM
 from abm_vision.vtab.config import RunConfig
 
 EPILOG = (
-    "Other commands: suite (many tasks, initialisations and seeds), report (of finished runs), compare (initialisations "
-    "side by side), prepare (fetch datasets, or write them as image folders), list (the tasks and where their data is), "
-    "predict (classify image files)."
+    "Other commands: suite (many tasks, initialisations and seeds), report (of finished runs), compare "
+    "(initialisations side by side), prepare (fetch datasets, or write them as image folders), list (the tasks and "
+    "where their data is), predict (classify image files)."
 )
 
 
