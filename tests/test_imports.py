@@ -43,18 +43,6 @@ def test_arrows(folder):
     assert not against(ROOT, folder)
 
 
-def test_figures_alone_draw():
-    """No statistic and no table imports matplotlib."""
-    drawing = ROOT / "abm_vision" / "analysis" / "figures"
-    for path in (ROOT / "abm_vision" / "analysis").glob("*.py"):
-        code = ast.parse(path.read_text())
-        assert not {name for node in code.body if isinstance(node, ast.ImportFrom) for name in [node.module]} & {
-            "matplotlib",
-            "abm_vision.analysis.figures",
-        }
-    assert any("matplotlib" in name for path in drawing.glob("*.py") for name in imported(path))
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -122,6 +110,30 @@ def test_help_and_a_wrong_flag_or_task_load_no_heavy_library(program):
         "    assert not heavy, (line, heavy)\n"
     )
     done = subprocess.run([sys.executable, "-c", code, program, *ANSWERED[program]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_settings_are_made_without_torch():
+    """So that a command's help and a wrong setting are answered at once."""
+    code = (
+        "import sys, abm_vision.initializers, abm_vision.abm.settings\n"
+        "from abm_vision.vtab.config import RunConfig\n"
+        "from nlp_ext.glue.config import GlueConfig\n"
+        "from nlp_ext.instruct.config import InstructConfig\n"
+        "made = [kind.make(device='cpu').run_name() for kind in (RunConfig, GlueConfig, InstructConfig)]\n"
+        "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib', 'datasets'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_analysis_loads_no_torch_and_draws_only_figures():
+    code = (
+        "import sys, abm_vision.analysis.compare, abm_vision.analysis.report, abm_vision.vtab.view, nlp_ext.glue.view\n"
+        "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
 
