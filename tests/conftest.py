@@ -33,6 +33,7 @@ TINY = {  # settings of a run that takes seconds
     "abm_samples": 16,
 }
 
+pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")

@@ -86,6 +86,21 @@ def test_importing_loads_nothing_heavy_until_it_is_used():
     assert done.returncode == 0, done.stderr
 
 
+def test_settings_are_made_without_torch():
+    """So that a command's help and a wrong setting are answered at once."""
+    code = (
+        "import sys, abm_vision.initializers, abm_vision.abm.settings\n"
+        "from abm_vision.vtab.config import RunConfig\n"
+        "from nlp_ext.glue.config import GlueConfig\n"
+        "from nlp_ext.instruct.config import InstructConfig\n"
+        "made = [kind.make(device='cpu').run_name() for kind in (RunConfig, GlueConfig, InstructConfig)]\n"
+        "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib', 'datasets'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_an_analysis_loads_no_torch_and_draws_only_figures():
     code = (
         "import sys, abm_vision.analysis.compare, abm_vision.analysis.report, abm_vision.vtab.view, nlp_ext.glue.view\n"

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 from conftest import TINY
@@ -16,35 +17,7 @@ from abm_vision.runs.settings import AdapterSettings
 from abm_vision.vtab import make_config
 from abm_vision.vtab.__main__ import main
 
-PLUGIN = '''"""B at random, with a strength of its own."""
-from dataclasses import dataclass
-
-import torch
-
-from abm_vision.initializers import InitConfig, Initializer, Needs, flag, register_initializer
-
-
-@dataclass(frozen=True)
-class NoiseConfig(InitConfig):
-    strength: float = flag(0.01, "standard deviation of B")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.strength > 0:
-            raise ValueError(f"strength is {self.strength}; it must be positive")
-
-
-def noise(given):
-    assert len(given.batches) == 1
-    with torch.no_grad():
-        for layer in given.layers.values():
-            layer.lora_B[given.adapter_name].weight.normal_(std=given.config.strength)
-
-
-register_initializer(
-    Initializer("noise", "B at random", "a test", Needs.BATCHES, noise, config=NoiseConfig)
-)
-'''
+PLUGIN = (Path(__file__).parent.parent / "examples" / "noise.py").read_text()  # as docs/pipelines.md shows it
 OPTIONS = {**TINY, "epochs": 1, "test_images": 20, "abm_samples": 8}
 WORDS = [f"--{k.replace('_', '-')}={v}" for k, v in OPTIONS.items() if k != "abm_steps"]
 OWN = ["--plugin", "my_noise", "--noise-strength", "0.5"]

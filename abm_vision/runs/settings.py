@@ -62,7 +62,8 @@ class AdapterSettings:
         self._settle_own()
         self._check_values()
         if self.abm_reference is not None and Needs.REFERENCE not in self.initializer.needs:
-            raise ValueError(f"abm_reference is given, but init {self.init} uses no reference: use init abm_tuned")
+            others = " or ".join(name for name, row in INITIALIZERS.items() if Needs.REFERENCE in row.needs)
+            raise ValueError(f"abm_reference is given, but init {self.init} uses no reference: use init {others}")
         at_least("epochs batch_size rank".split(), self, 1)
         at_least("seed weight_decay".split(), self, 0)
         check_share("dropout", self.dropout)
