@@ -3,12 +3,15 @@
 import copy
 import csv
 import json
+import pickle
+from pkgutil import resolve_name
 
 import pytest
 from helpers import GLUE, answer
 
 from abm_vision.analysis.compare import compare, records, to_text
 from abm_vision.analysis.report import collect, notes, to_csv, to_html, to_latex, to_markdown
+from abm_vision.vtab.view import VIEW as VTAB
 from nlp_ext.glue.__main__ import main as glue
 from nlp_ext.glue.tasks import TASKS
 from nlp_ext.glue.view import VIEW as GLUE_VIEW
@@ -94,6 +97,14 @@ def test_refusals(tmp_path, monkeypatch, capsys, command, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = answer(words, capsys, command)
     assert code == 2 and message in err and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("view", [GLUE_VIEW, VIEW, VTAB])
+def test_a_harness_can_be_sent_to_another_process(view):
+    harness = resolve_name(view.harness)
+    assert pickle.loads(pickle.dumps(harness)).program == harness.program == view.program
+    assert (harness.config, harness.result) == (view.config, view.result)
+    assert set(harness.unfinished) == set(view.unfinished)
 
 
 def test_every_task_of_glue_is_in_one_group():
