@@ -86,6 +86,33 @@ def test_importing_loads_nothing_heavy_until_it_is_used():
     assert done.returncode == 0, done.stderr
 
 
+ANSWERED = {  # program to what it answers at once, in a process for each
+    "abm_vision.vtab": [
+        *("--help", "--bogus", "--task nothing", "--epochs none"),
+        *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "prepare", "list")),
+        *("suite --bogus", "compare --lr"),
+    ],
+    "nlp_ext.glue": ["--help", "--bogus", "--task nothing", "suite --help", "compare --help", "report --help"],
+    "nlp_ext.instruct": ["--help", "--bogus", "--base none", "chat --help", "mt-bench --bogus", "suite --help"],
+}
+
+
+@pytest.mark.parametrize("program", ANSWERED)
+def test_help_and_a_wrong_flag_or_task_load_no_heavy_library(program):
+    code = (
+        "import importlib, sys\n"
+        "main = importlib.import_module(sys.argv[1] + '.__main__').main\n"
+        "for line in sys.argv[2:]:\n"
+        "    try: code = main(line.split())\n"
+        "    except SystemExit as stop: code = stop.code\n"
+        "    assert code == (0 if '--help' in line else 2), (line, code)\n"
+        "    heavy = {'torch', 'peft', 'timm', 'transformers', 'datasets', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "    assert not heavy, (line, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, program, *ANSWERED[program]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_settings_are_made_without_torch():
     """So that a command's help and a wrong setting are answered at once."""
     code = (

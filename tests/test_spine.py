@@ -115,7 +115,6 @@ def write_notice(run):
 
 
 HARNESS = Harness(
-    program="table",
     config=TableConfig,
     result=TableResult,
     prepare=prepare,

@@ -185,7 +185,6 @@ class Harness:
     """What differs between modalities. Functions of a module, so that a harness can be sent to another process.
 
     Args:
-        program: name of the command.
         config: the settings of a run, `model` among them.
         result: the schema of `result.json`.
         prepare: loads data and pretrained weights and adds the adapter.
@@ -230,11 +229,10 @@ class Harness:
                 checkpoints.save(run, optimiser, progress, notes)
             return progress
 
-        HARNESS = Harness("tables", TableConfig, TableResult, prepare, origin, checkpoints.load, train, score, ...)
+        HARNESS = Harness(TableConfig, TableResult, prepare, origin, checkpoints.load, train, score, ...)
         run(HARNESS, TableConfig(lr=1e-3), Session(out="results"))
     """
 
-    program: str
     config: type[AdapterSettings]
     result: type[Result]
     prepare: Callable[[Run], Prepared]
