@@ -26,7 +26,7 @@ def runs(t5, tmp_path_factory):
     """Four real runs, made by the command, and what it printed."""
     out = tmp_path_factory.mktemp("glue")
     settings = {k: v for k, v in GLUE.items() if k not in ("task", "abm_samples", "abm_steps")}
-    settings |= {"model": t5, "epochs": 1, "targets": "q"}
+    settings |= {"model": t5, "epochs": 1, "targets": "q", "batch_size": 64}
     settings["train_examples"] = 200  # diagnosing needs some that the initialisation would not see
     flags = [str(word) for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", v)]
     return out, flags
