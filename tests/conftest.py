@@ -33,6 +33,7 @@ TINY = {  # settings of a run that takes seconds
     "abm_samples": 16,
 }
 
+pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -118,4 +119,4 @@ def glue_run(t5, tmp_path_factory):
     from nlp_ext.glue import run
 
     out, lines = tmp_path_factory.mktemp("glue_run"), []
-    return run(small_glue(t5), out, diagnose=True, test=True, say=lines.append), lines, out
+    return run(small_glue(t5), out, diagnose=True, extras=("server",), say=lines.append), lines, out

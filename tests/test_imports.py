@@ -43,18 +43,6 @@ def test_arrows(folder):
     assert not against(ROOT, folder)
 
 
-def test_figures_alone_draw():
-    """No statistic and no table imports matplotlib."""
-    drawing = ROOT / "abm_vision" / "analysis" / "figures"
-    for path in (ROOT / "abm_vision" / "analysis").glob("*.py"):
-        code = ast.parse(path.read_text())
-        assert not {name for node in code.body if isinstance(node, ast.ImportFrom) for name in [node.module]} & {
-            "matplotlib",
-            "abm_vision.analysis.figures",
-        }
-    assert any("matplotlib" in name for path in drawing.glob("*.py") for name in imported(path))
-
-
 @pytest.mark.parametrize(
     "line",
     [
@@ -98,6 +86,33 @@ def test_importing_loads_nothing_heavy_until_it_is_used():
     assert done.returncode == 0, done.stderr
 
 
+ANSWERED = {  # program to what it answers at once, in a process for each
+    "abm_vision.vtab": [
+        *("--help", "--bogus", "--task nothing", "--epochs none"),
+        *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "prepare", "list")),
+        *("suite --bogus", "compare --lr"),
+    ],
+    "nlp_ext.glue": ["--help", "--bogus", "--task nothing", "suite --help", "compare --help", "report --help"],
+    "nlp_ext.instruct": ["--help", "--bogus", "--base none", "chat --help", "mt-bench --bogus", "suite --help"],
+}
+
+
+@pytest.mark.parametrize("program", ANSWERED)
+def test_help_and_a_wrong_flag_or_task_load_no_heavy_library(program):
+    code = (
+        "import importlib, sys\n"
+        "main = importlib.import_module(sys.argv[1] + '.__main__').main\n"
+        "for line in sys.argv[2:]:\n"
+        "    try: code = main(line.split())\n"
+        "    except SystemExit as stop: code = stop.code\n"
+        "    assert code == (0 if '--help' in line else 2), (line, code)\n"
+        "    heavy = {'torch', 'peft', 'timm', 'transformers', 'datasets', 'matplotlib', 'scipy'} & set(sys.modules)\n"
+        "    assert not heavy, (line, heavy)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, program, *ANSWERED[program]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_settings_are_made_without_torch():
     """So that a command's help and a wrong setting are answered at once."""
     code = (
@@ -108,6 +123,15 @@ def test_settings_are_made_without_torch():
         "made = [kind.make(device='cpu').run_name() for kind in (RunConfig, GlueConfig, InstructConfig)]\n"
         "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib', 'datasets'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_an_analysis_loads_no_torch_and_draws_only_figures():
+    code = (
+        "import sys, abm_vision.analysis.compare, abm_vision.analysis.report, abm_vision.vtab.view, nlp_ext.glue.view\n"
+        "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

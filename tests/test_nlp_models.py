@@ -428,6 +428,7 @@ def test_device_map(tmp_path):
     assert match(dispatched, causal_batch()).loss_per_step == match(plain, causal_batch()).loss_per_step
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_compiled_afterwards(make, batch):
     model = add_lora(make(), 4, 4)

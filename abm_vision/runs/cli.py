@@ -17,12 +17,15 @@ from contextlib import contextmanager
 from dataclasses import MISSING, Field
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from abm_vision.initializers import INITIALIZERS, load_plugin
 from abm_vision.initializers.registry import kind_of
 from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.settings import PLUGIN, AdapterSettings, Settings, read_config
+
+if TYPE_CHECKING:
+    from abm_vision.analysis.view import View
 
 
 class Parser(argparse.ArgumentParser):
@@ -122,31 +125,30 @@ def settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
     return made
 
 
-def make_run(parsed: argparse.Namespace, config: type[AdapterSettings], harness: str) -> int:
+def make_run(view: View, parsed: argparse.Namespace) -> int:
     """The body of every command that makes one run.
 
     Args:
+        view: of the harness, which is loaded when the settings are known to be good, for that takes seconds.
         parsed: the flags of `add_settings` and `add_run_options`, and perhaps `extras`.
-        config: the class of the settings.
-        harness: where it is, as `module:name`; loaded when the settings are known to be good, for that takes seconds.
     """
     options = vars(parsed)
     kind, as_json = options.pop("log"), options.pop("json")
     quiet = options.pop("quiet") or as_json
     how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
-    settings = settings_of(options, config)
+    settings = settings_of(options, view.config)
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes the first
         print_config(settings)
 
     from abm_vision.runs.harness import Session, silent
     from abm_vision.runs.run import run
 
-    found = pkgutil.resolve_name(harness)
-    with found.hushed(), opened(kind, Path(how["out"]) / settings.run_name()) as log:
+    harness = pkgutil.resolve_name(view.harness)
+    with harness.hushed(), opened(kind, Path(how["out"]) / settings.run_name()) as log:
         session = Session(**how, quiet=quiet, say=silent if quiet else say, log=log)
-        result = run_guarded(found.program, lambda: run(found, settings, session))
-    if found.processes(settings).main:
-        print(json.dumps(result) if as_json else in_one_line(found.summary(result), result))
+        result = run_guarded(view.program, lambda: run(harness, settings, session))
+    if harness.processes(settings).main:
+        print(json.dumps(result) if as_json else in_one_line(harness.summary(result), result))
     return 0
 
 

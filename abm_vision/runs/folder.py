@@ -9,17 +9,17 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
-from peft import PeftModel
 
 from abm_vision.abm.files import write_json, writing
-from abm_vision.abm.saving import save_adapter
 from abm_vision.runs import records
-from abm_vision.runs.device import choose_precision, resolve_device
 from abm_vision.runs.records import read_record
 from abm_vision.runs.settings import AdapterSettings
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CONFIG, RESULT, ADAPTER = "config.json", "result.json", "adapter"
 CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
@@ -103,6 +103,8 @@ def settle_precision(folder: Path, config: AdapterSettings) -> str:
             "folder away to run again"
         )
     if "precision" not in content:
+        from abm_vision.runs.device import choose_precision, resolve_device  # loads torch, which a report does not need
+
         content["precision"] = choose_precision(config.precision, resolve_device(config.device))
         write_json(folder / CONFIG, content)
     return content["precision"]
@@ -149,6 +151,8 @@ def _sweep(folder: Path) -> None:
 
 def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
     """The adapter in peft's format with `abm.json` and a model card, as a folder that appears whole."""
+    from abm_vision.abm.saving import save_adapter  # loads torch
+
     beside = folder / f".{ADAPTER}.{os.getpid()}.part"
     with writing(folder / ADAPTER):
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -21,9 +21,6 @@ from abm_vision.runs.log import Log
 from abm_vision.runs.order import diagnosis_batches, shuffled
 from abm_vision.runs.records import Result
 from abm_vision.runs.settings import AdapterSettings
-
-if TYPE_CHECKING:
-    pass
 
 Say = Callable[[str], None]
 
@@ -188,8 +185,7 @@ class Harness:
     """What differs between modalities. Functions of a module, so that a harness can be sent to another process.
 
     Args:
-        program: name of the command.
-        config: the settings of a run.
+        config: the settings of a run, `model` among them.
         result: the schema of `result.json`.
         prepare: loads data and pretrained weights and adds the adapter.
         origin: what gives the content that a run of these settings would be made of now, part by part, without a model
@@ -197,7 +193,7 @@ class Harness:
         resume: what an interrupted run left, None if it left nothing.
         train: trains to the end, from the checkpoint if there is one. What it saves on its way holds the notes, which
             `resume` gives back.
-        score: the fields of the result that are this harness's own.
+        score: the fields of the result that are this harness's own, `data.train.source` among them.
         summary: what was scored, on which data, and how well, in one line.
         card: the adapter's model card.
         settings: what `abm.json` says of the adapter besides.
@@ -222,23 +218,21 @@ class Harness:
             with run.stage("data"):
                 table = load(run.config.data)
             with run.stage("weights"):
-                model = add_lora(pretrained(), run.config.rank, run.config.alpha, backbone=TABLES)
+                model = add_lora(pretrained(), run.config.rank, run.config.alpha)  # its Backbone is registered
             return TableRun(**vars(run), model=model, table=table, samples=len(table), origin=..., weights_sha256=None)
 
         def train(run, notes, checkpoint):
-            progress, optimiser = Steps(), AdamW(...)
-            if checkpoint:
-                progress = checkpoints.restore(run, optimiser, checkpoint)
+            optimiser = AdamW(...)
+            progress = checkpoints.restore(run, optimiser, checkpoint)
             while progress.epoch < run.config.epochs:
                 ...
                 checkpoints.save(run, optimiser, progress, notes)
             return progress
 
-        HARNESS = Harness("tables", TableConfig, TableResult, prepare, origin, checkpoints.load, train, score, ...)
+        HARNESS = Harness(TableConfig, TableResult, prepare, origin, checkpoints.load, train, score, ...)
         run(HARNESS, TableConfig(lr=1e-3), Session(out="results"))
     """
 
-    program: str
     config: type[AdapterSettings]
     result: type[Result]
     prepare: Callable[[Run], Prepared]

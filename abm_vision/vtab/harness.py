@@ -18,10 +18,9 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.checkpoint import CHECKPOINT, Progress
 from abm_vision.runs.content import Origin, initialisation, remembered
-from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Say, Session, silent
-from abm_vision.runs.log import Log
+from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session
 from abm_vision.runs.run import run as run_spine
-from abm_vision.vtab.config import EVALUATIONS, RunConfig, make_config
+from abm_vision.vtab.config import EVALUATIONS, RunConfig
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
 from abm_vision.vtab.results import Result, model_card, summary
 from abm_vision.vtab.train import choose_attention, count_correct, make_optimiser
@@ -32,44 +31,25 @@ from vtab_tasks.content import content
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
 
 
-def run(
-    config: RunConfig,
-    out: str | Path = "results",
-    *,
-    rerun: bool = False,
-    quiet: bool = True,
-    diagnose: bool = False,
-    reference_only: bool = False,
-    say: Say | None = None,
-    log: Log | None = None,
-) -> dict[str, Any]:
+def run(config: RunConfig, out: str | Path = "results", **session: Any) -> dict[str, Any]:
     """Adapt a pretrained ViT to one task, test it once, and write everything under `out`.
 
-    A finished run is read, not repeated; an interrupted one is resumed after its last whole epoch with the same result,
-    bit for bit on CPU. The test split is opened after the last epoch (earlier only with `eval_epochs`, which decides
-    nothing).
+    An interrupted run is resumed with the same result, bit for bit on CPU. The test split is opened after the last
+    epoch (earlier only with `eval_epochs`, which decides nothing).
 
     Args:
         config: the settings.
         out: parent of the run's folder, which `config.run_name()` names.
-        rerun: start afresh even if the run is finished or was interrupted.
-        quiet: no progress bars.
-        diagnose: measure the adapter's information loss before and after its initialisation, on training images that
-            the initialisation does not see, and after it on some that it does; a finished run that lacks it gets it
-            added.
-        reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
-            until the same run is asked for in its own right.
-        say: receives a line about every stage.
-        log: receives every step's loss and learning rate, and top-1 where it is followed (see `runs.log`).
+        session: how it is run: the fields of `abm_vision.runs.harness.Session`, such as rerun, diagnose, say and log.
 
     Returns:
-        The content of `result.json`, with `folder` added.
+        The content of `result.json`, with `folder` added, of a finished run as it was.
 
     Raises:
         Busy: another process is at this run.
-        ValueError, OSError, WeightsNotFound: as the parts of the run do, each with one message.
+        ValueError, OSError: as the parts of the run do, each with one message.
     """
-    return run_spine(HARNESS, config, Session(out, rerun, quiet, diagnose, reference_only, say=say or silent, log=log))
+    return run_spine(HARNESS, config, Session(out, **session))
 
 
 # ------------------------------------------------------------------------------------------ data, weights and adapter
@@ -140,31 +120,18 @@ def prepare(run: Run) -> VtabRun:
     )
 
 
-def origin_parts(
-    config: RunConfig, known: dict[tuple[RunConfig, str], Origin] | None = None
-) -> list[Callable[[], Origin]]:
+def origin_parts(config: RunConfig) -> list[Callable[[], Origin]]:
     """What gives the content that a run of this configuration would be made of now, part by part.
 
     No model is built, no network asked. Each raises an OSError if its part is not there, and a ValueError if it is
     damaged.
-
-    Args:
-        config: the settings.
-        known: what was found of the data of runs, to be added to: those of a suite share theirs.
     """
-    fields = ("task", "evaluate", "source", "data_dir", "test_images")
-    key = make_config(**{name: getattr(config, name) for name in fields})
-    known = {} if known is None else known
-
-    def data(part: str) -> Origin:
-        if (key, part) not in known:
-            known[key, part] = _data_origin(part, _load(config, part)[0])
-        return known[key, part]
-
-    def weights() -> Origin:
-        return _weights_origin(find_weights(config.model, config.weights))
-
-    return [partial(data, "training"), partial(data, "test"), weights, partial(initialisation, config)]
+    data = [lambda part=part: _data_origin(part, _load(config, part)[0]) for part in ("training", "test")]
+    return [
+        *data,
+        lambda: _weights_origin(find_weights(config.model, config.weights)),
+        partial(initialisation, config),
+    ]
 
 
 def _data_origin(part: str, data: vtab_tasks.TaskData) -> Origin:
@@ -268,7 +235,6 @@ def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
 
 
 HARNESS = Harness(
-    program="abm-vtab",
     config=RunConfig,
     result=Result,
     prepare=prepare,

@@ -39,7 +39,7 @@ def parser() -> Parser:
 
 def run(options: argparse.Namespace) -> int:
     """Make a run, and print its result."""
-    return make_run(options, GlueConfig, VIEW.harness)
+    return make_run(VIEW, options)
 
 
 COMMANDS = {"": commands.Command(parser, run), **commands.shared(VIEW)}

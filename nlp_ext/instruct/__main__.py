@@ -12,7 +12,6 @@ from typing import Any
 from abm_vision.runs import commands
 from abm_vision.runs.cli import Parser, add_run_options, add_settings, make_run, say
 from abm_vision.runs.commands import Command
-from abm_vision.runs.device import resolve_device
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.view import VIEW
 
@@ -67,13 +66,14 @@ def mt_bench_parser() -> Parser:
 
 def run(options: argparse.Namespace) -> int:
     """Make a run, and print its result."""
-    return make_run(options, InstructConfig, VIEW.harness)
+    return make_run(VIEW, options)
 
 
 def _assistant(options: Any) -> Any:
     if options.new_tokens < 1:
         raise ValueError(f"new_tokens is {options.new_tokens}; it must be 1 or more")
 
+    from abm_vision.runs.device import resolve_device
     from nlp_ext.instruct.talk import Assistant
 
     return Assistant(options.adapter, options.model, resolve_device(options.device), options.new_tokens)

@@ -6,7 +6,6 @@ import argparse
 import json
 
 from abm_vision.runs.cli import Parser
-from abm_vision.runs.device import resolve_device
 
 
 def parser() -> Parser:
@@ -22,7 +21,7 @@ def parser() -> Parser:
 
 def command(options: argparse.Namespace) -> int:
     """Print a line for every image."""
-
+    from abm_vision.runs.device import resolve_device
     from abm_vision.vtab.predict import predict
 
     device = resolve_device(options.device)

@@ -7,6 +7,7 @@ import argparse
 from abm_vision.runs.cli import Parser, add_run_options, add_settings, make_run
 from abm_vision.vtab.commands import PROGRAM
 from abm_vision.vtab.config import RunConfig
+from abm_vision.vtab.view import VIEW
 
 EPILOG = (
     "Other commands: suite (many tasks, initialisations and seeds), report (of finished runs), compare "
@@ -25,4 +26,4 @@ def parser() -> Parser:
 
 def command(options: argparse.Namespace) -> int:
     """Make a run, and print its result."""
-    return make_run(options, RunConfig, "abm_vision.vtab.harness:HARNESS")
+    return make_run(VIEW, options)
