@@ -27,7 +27,7 @@ def test_the_real_command(tmp_path, capsys):
     assert err == ""  # no progress bars where there is no terminal, no warnings
     lines = out.splitlines()
     assert lines[0].split() == ["task", "dsprites_loc"] and lines[2].split() == ["*", "model", "test_vit"]
-    stages = [line.split()[0] for line in lines[len(vars(tiny())) :]]
+    stages = [line.split()[0] for line in lines[len(tiny().to_dict()) :]]
     assert stages == ["device", "data", "weights", "abm", "epoch", "epoch", "dsprites_loc"]
     assert "rendered" in lines[-1] and re.search(r"top-1 \d+\.\d\d % of 60 test images", lines[-1])
     (folder,) = (tmp_path / "results").iterdir()
@@ -83,7 +83,7 @@ def test_settings_from_a_file_and_flags_win(tmp_path, capsys):
 
 def test_every_setting_is_a_flag_with_help():
     text = run_parser().format_help()
-    for name in vars(tiny()):
+    for name in tiny().to_dict():
         assert f"--{name.replace('_', '-')} " in text
     for flag in ("--out", "--json", "--quiet", "--rerun", "--config", "list", "predict"):
         assert flag in text

@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 
 from abm_vision import (
+    INITIALIZERS,
     ABMConfig,
     AlignConfig,
     Backbone,
@@ -24,6 +25,7 @@ from abm_vision import (
     load_adapter,
     save_adapter,
 )
+from abm_vision.initializers import InitConfig
 
 X = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
 SCALE = 2.0  # alpha / r of every adapter here
@@ -71,6 +73,9 @@ def bare():
 def products(layer, name):
     """B A of an adapter, float64."""
     return layer.lora_B[name].weight.detach().double() @ layer.lora_A[name].weight.detach().double()
+
+
+SETTINGS = {ABMConfig: ABMConfig(steps=2, samples=20), AlignConfig: AlignConfig(samples=20, match=0.5)}
 
 
 class Adapters(RuleBasedStateMachine):
@@ -187,8 +192,7 @@ class Adapters(RuleBasedStateMachine):
 
     def attempt_to_initialise(self, name, init):
         options = {
-            "config": ABMConfig(steps=2, samples=20),
-            "align": AlignConfig(samples=20, match=0.5),
+            "config": SETTINGS.get(INITIALIZERS[init].config, InitConfig(samples=20)),
             "adapter_name": name,
             "backbone": RECORD,
             "show_progress_bar": False,

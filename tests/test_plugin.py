@@ -18,8 +18,8 @@ from abm_vision.vtab import make_config
 from abm_vision.vtab.__main__ import main
 
 PLUGIN = (Path(__file__).parent.parent / "examples" / "noise.py").read_text()  # as docs/pipelines.md shows it
-OPTIONS = {**TINY, "epochs": 1, "test_images": 20, "abm_samples": 8}
-WORDS = [f"--{k.replace('_', '-')}={v}" for k, v in OPTIONS.items() if k != "abm_steps"]
+OPTIONS = {**TINY, "epochs": 1, "test_images": 20}
+WORDS = [f"--{k.replace('_', '-')}={v}" for k, v in OPTIONS.items() if not k.startswith("abm_")]
 OWN = ["--plugin", "my_noise", "--noise-strength", "0.5"]
 
 
@@ -90,7 +90,7 @@ def test_suite_on_ray(plugin, tmp_path):
 @pytest.mark.slow
 def test_text(plugin, tmp_path):
     own = ["--init", "noise", *OWN, "--epochs", "1", "--train-examples", "64", "--validation-examples", "16"]
-    done = command(tmp_path, *own, "--abm-samples", "8", "--batch-size", "8", "--json", module="nlp_ext.glue")
+    done = command(tmp_path, *own, "--batch-size", "8", "--json", module="nlp_ext.glue")
     assert done.returncode == 0, done.stderr
     assert results(tmp_path)["noise"]["noise_strength"] == 0.5
 

@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
         first.add_argument("--config")
         early, _ = first.parse_known_args(args)
         before = set(INITIALIZERS)
-        if self.settings and early.config:
+        if self.settings and early.config and Path(early.config).is_file():  # else it is reported in its turn
             recorded = read_config(early.config, self.settings[0].schema).get(PLUGIN)
             if recorded is not None:
                 load_plugin(recorded)
