@@ -19,13 +19,12 @@ from ledger import RESULTS, Ledger
 from abm_vision.analysis.compare import compare
 from abm_vision.analysis.stats import training_loss
 from abm_vision.initializers import INITIALIZERS, Properties
-from abm_vision.vtab import RunConfig
+from abm_vision.vtab import RunConfig, make_config
 from abm_vision.vtab.view import VIEW
 
 README = Path(__file__).parent.parent / "README.md"
 BENCHMARKS = Path(__file__).parent / "README.md"
 TASKS = ("dsprites_loc", "dsprites_ori")
-PLAIN = RunConfig().to_dict()
 VARIANTS = {"floor": "frozen floor", "ours": "LoRA, ours", "peft": "LoRA, stock peft", "full": "full fine-tuning"}
 
 
@@ -388,7 +387,8 @@ def _epoch(record: dict[str, Any]) -> float:
 def _changed(config: dict[str, Any]) -> str:
     """The settings of an initialisation that differ from today's defaults."""
     own = {k: v for k, v in config.items() if RunConfig.uses(config["init"], k) and k not in RunConfig.shared()}
-    given = {k: v for k, v in own.items() if v != PLAIN[k] and v is not None}
+    defaults = RunConfig.make(init=config["init"]).to_dict()
+    given = {k: v for k, v in own.items() if v != defaults[k] and v is not None}
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())
 
 

@@ -119,4 +119,4 @@ def glue_run(t5, tmp_path_factory):
     from nlp_ext.glue import run
 
     out, lines = tmp_path_factory.mktemp("glue_run"), []
-    return run(small_glue(t5), out, diagnose=True, test=True, say=lines.append), lines, out
+    return run(small_glue(t5), out, diagnose=True, extras=("server",), say=lines.append), lines, out

@@ -146,7 +146,7 @@ def test_predict(capsys, tmp_path):
             ["--init", "orthogonal"],
             "abm_samples, abm_steps is given, but init orthogonal has no use for it: leave it out",
         ),
-        (["--align-match", "2"], r"match is 2\.0; it must lie in"),
+        (["--init", "abm_aligned", "--align-match", "2"], r"match is 2\.0; it must lie in"),
         (["--abm-fit", "block"], "invalid choice: 'block'"),
         (["--image-size", "33"], r"does not run at 33 px .* divisible by patch size \(16\)"),
         (["--source", "folder"], 'source="folder" needs data_dir'),

@@ -64,7 +64,7 @@ def test_result_says_everything(finished, base):
 def test_a_finished_run_is_read(finished, base, monkeypatch):
     result, _, out = finished
     monkeypatch.setattr(harness, "HARNESS", replace(harness.HARNESS, prepare=None))
-    assert run(small(base), out, diagnose=True, test=True) == result
+    assert run(small(base), out, diagnose=True, extras=("server",)) == result
 
 
 def test_stock_peft_gives_the_same_predictions(finished, base):
@@ -88,7 +88,7 @@ def test_seeds_repeat_and_predictions_may_come_later(finished, base, tmp_path):
     result, _, _ = finished
     again, other = run(small(base), tmp_path), run(small(base, seed=1), tmp_path)
     assert result["loss_per_step"] == again["loss_per_step"] != other["loss_per_step"]
-    later = run(small(base), tmp_path, test=True)
+    later = run(small(base), tmp_path, extras=("server",))
     files = [(Path(r["folder"]) / "server" / "RTE.tsv").read_text() for r in (result, later)]
     assert files[0] == files[1]
 

@@ -19,7 +19,7 @@ from nlp_ext.glue import __main__ as glue
 from nlp_ext.instruct import __main__ as instruct
 
 VTAB = {name: import_module(f"abm_vision.vtab.commands.{name or 'run'}").parser for name in ("", *NAMES)}
-INSTRUCT = {"": instruct.parser, "chat": instruct.chat_parser, "mt-bench": instruct.mt_bench_parser}
+TEXTS = {m.__name__.split(".")[1]: {n: c.parser for n, c in m.COMMANDS.items()} for m in (glue, instruct)}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -46,14 +46,13 @@ def test_every_command_has_flags_that_exist():
     for words in (shlex.split(call, comments=True) for call in calls):
         command = words[0] if words[0] in VTAB else ""
         VTAB[command]().parse_args(words[1:] if command else words)
-    texts = {"glue": {"": glue.parser}, "instruct": INSTRUCT}
     calls = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python -m nlp_ext")]
-    assert len(calls) == 8
+    assert len(calls) == 9
     for module, *words in calls:
-        parsers = texts[module.removeprefix("nlp_ext.")]
+        parsers = TEXTS[module.removeprefix("nlp_ext.")]
         command = words[0] if words and words[0] in parsers else ""
         parsers[command]().parse_args(words[1:] if command else words)
-    makers = [*VTAB.values(), *texts["glue"].values(), *texts["instruct"].values()]
+    makers = [*VTAB.values(), *TEXTS["glue"].values(), *TEXTS["instruct"].values()]
     known = {flag for make in makers for a in make()._actions for flag in a.option_strings}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 

@@ -104,6 +104,7 @@ def test_projection_by_hand():
 # ---- scenes --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_clevr_has_the_shares_of_the_original_geometry():
     data = vtab_tasks.load("clevr_dist", "test", source="rendered").subset(800, 0)
     shares = np.bincount(data.labels, minlength=6) / 800
@@ -151,6 +152,7 @@ def test_norb_toys_turn_and_differ():
     assert all(np.abs(a - norb.picture(view)).mean() > 1 for view in others)
 
 
+@pytest.mark.slow
 def test_the_nearest_vehicle_of_a_road_is_seen():
     hidden, labels = 0, []
     for seed in range(80):
@@ -170,6 +172,7 @@ def test_the_nearest_vehicle_of_a_road_is_seen():
     assert np.bincount(labels).min() > 5
 
 
+@pytest.mark.slow
 def test_an_object_in_the_maze_is_seen_and_smaller_far_away():
     sizes = {0: [], 1: [], 2: []}
     for seed in range(90):

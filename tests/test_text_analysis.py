@@ -3,12 +3,15 @@
 import copy
 import csv
 import json
+import pickle
+from pkgutil import resolve_name
 
 import pytest
 from helpers import GLUE, answer
 
 from abm_vision.analysis.compare import compare, records, to_text
 from abm_vision.analysis.report import collect, notes, to_csv, to_html, to_latex, to_markdown
+from abm_vision.vtab.view import VIEW as VTAB
 from nlp_ext.glue.__main__ import main as glue
 from nlp_ext.glue.tasks import TASKS
 from nlp_ext.glue.view import VIEW as GLUE_VIEW
@@ -23,7 +26,7 @@ def runs(t5, tmp_path_factory):
     """Four real runs, made by the command, and what it printed."""
     out = tmp_path_factory.mktemp("glue")
     settings = {k: v for k, v in GLUE.items() if k not in ("task", "abm_samples", "abm_steps")}
-    settings |= {"model": t5, "epochs": 1, "targets": "q"}
+    settings |= {"model": t5, "epochs": 1, "targets": "q", "batch_size": 64}
     settings["train_examples"] = 200  # diagnosing needs some that the initialisation would not see
     flags = [str(word) for k, v in settings.items() for word in (f"--{k.replace('_', '-')}", v)]
     return out, flags
@@ -94,6 +97,14 @@ def test_refusals(tmp_path, monkeypatch, capsys, command, words, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = answer(words, capsys, command)
     assert code == 2 and message in err and "Traceback" not in err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("view", [GLUE_VIEW, VIEW, VTAB])
+def test_a_harness_can_be_sent_to_another_process(view):
+    harness = resolve_name(view.harness)
+    assert pickle.loads(pickle.dumps(harness)).program == harness.program == view.program
+    assert (harness.config, harness.result) == (view.config, view.result)
+    assert set(harness.unfinished) == set(view.unfinished)
 
 
 def test_every_task_of_glue_is_in_one_group():

@@ -10,16 +10,8 @@ from typing import Any
 import numpy as np
 
 from abm_vision.abm.files import write_atomically
+from abm_vision.analysis import stats
 from abm_vision.analysis.load import BASELINE, check_seeds, common_settings
-from abm_vision.analysis.stats import (
-    cost,
-    delayed_training_loss,
-    epoch_losses,
-    epochs_to,
-    interval,
-    standard_error,
-    training_loss,
-)
 from abm_vision.analysis.tables import csv_table, markdown_table, plain_table
 from abm_vision.analysis.view import Result, View
 from abm_vision.runs.markup import markdown
@@ -138,18 +130,20 @@ def compare(results: Sequence[Result], view: View, diverged: Sequence[AdapterSet
 
 
 def _means(runs: Sequence[Result], view: View) -> tuple[float, float]:
-    return float(np.mean([*map(training_loss, runs)])), float(np.mean([*map(view.value, runs)]))
+    return float(np.mean([*map(stats.training_loss, runs)])), float(np.mean([*map(view.value, runs)]))
 
 
 def _row(task: str, runs: Sequence[Result], baseline: Sequence[Result], view: View) -> Row:
     losses, other_losses, scores, other_scores = (
-        np.array([figure(run) for run in found]) for figure in (training_loss, view.value) for found in (runs, baseline)
+        np.array([figure(run) for run in found])
+        for figure in (stats.training_loss, view.value)
+        for found in (runs, baseline)
     )
-    costs = [cost(run) for run in runs]
+    costs = [stats.cost(run) for run in runs]
     mean_cost = None if None in costs else float(np.mean(costs))
-    reached = epochs_to(runs, epoch_losses(baseline).mean(0)[-1])
-    loss_low, loss_high = interval(losses / other_losses)
-    score_low, score_high = interval(scores - other_scores)
+    reached = stats.epochs_to(runs, stats.epoch_losses(baseline).mean(0)[-1])
+    loss_low, loss_high = stats.interval(losses / other_losses)
+    score_low, score_high = stats.interval(scores - other_scores)
     return Row(
         task=task,
         source=next(iter(view.sources(runs[0]).values())),
@@ -157,13 +151,13 @@ def _row(task: str, runs: Sequence[Result], baseline: Sequence[Result], view: Vi
         lr=runs[0]["config"]["lr"],
         seeds=len(runs),
         loss=float(losses.mean()),
-        loss_error=standard_error(losses),
+        loss_error=stats.standard_error(losses),
         loss_ratio=float((losses / other_losses).mean()),
         loss_low=loss_low,
         loss_high=loss_high,
         timed_ratio=None if mean_cost is None else float((_timed(runs) / _timed(baseline)).mean()),
         score=float(scores.mean()),
-        score_error=standard_error(scores),
+        score_error=stats.standard_error(scores),
         score_gain=float((scores - other_scores).mean()),
         score_low=score_low,
         score_high=score_high,
@@ -176,7 +170,7 @@ def _row(task: str, runs: Sequence[Result], baseline: Sequence[Result], view: Vi
 
 
 def _timed(runs: Sequence[Result]) -> np.ndarray:
-    return np.array([delayed_training_loss(run, cost(run)) for run in runs])
+    return np.array([stats.delayed_training_loss(run, stats.cost(run)) for run in runs])
 
 
 def _mean_loss(runs: Sequence[Result], moment: str) -> float | None:

@@ -102,16 +102,8 @@ def mean_rows(section: Section) -> list[list[str]]:
 
 def paired_head(view: View) -> list[str]:
     """The columns of `paired_rows`."""
-    return [
-        "initialisation",
-        "against",
-        "tasks",
-        "better",
-        "worse",
-        f"mean difference{view.points}",
-        "training loss (ratio)",
-        "p",
-    ]
+    counts = "initialisation against tasks better worse".split()
+    return [*counts, f"mean difference{view.points}", "training loss (ratio)", "p"]
 
 
 def paired_rows(section: Section) -> list[list[str]]:

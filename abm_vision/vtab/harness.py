@@ -18,8 +18,7 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.checkpoint import CHECKPOINT, Progress
 from abm_vision.runs.content import Origin, initialisation, remembered
-from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Say, Session, silent
-from abm_vision.runs.log import Log
+from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session
 from abm_vision.runs.run import run as run_spine
 from abm_vision.vtab.config import EVALUATIONS, RunConfig
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
@@ -32,44 +31,25 @@ from vtab_tasks.content import content
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
 
 
-def run(
-    config: RunConfig,
-    out: str | Path = "results",
-    *,
-    rerun: bool = False,
-    quiet: bool = True,
-    diagnose: bool = False,
-    reference_only: bool = False,
-    say: Say | None = None,
-    log: Log | None = None,
-) -> dict[str, Any]:
+def run(config: RunConfig, out: str | Path = "results", **session: Any) -> dict[str, Any]:
     """Adapt a pretrained ViT to one task, test it once, and write everything under `out`.
 
-    A finished run is read, not repeated; an interrupted one is resumed after its last whole epoch with the same result,
-    bit for bit on CPU. The test split is opened after the last epoch (earlier only with `eval_epochs`, which decides
-    nothing).
+    An interrupted run is resumed with the same result, bit for bit on CPU. The test split is opened after the last
+    epoch (earlier only with `eval_epochs`, which decides nothing).
 
     Args:
         config: the settings.
         out: parent of the run's folder, which `config.run_name()` names.
-        rerun: start afresh even if the run is finished or was interrupted.
-        quiet: no progress bars.
-        diagnose: measure the adapter's information loss before and after its initialisation, on training images that
-            the initialisation does not see, and after it on some that it does; a finished run that lacks it gets it
-            added.
-        reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
-            until the same run is asked for in its own right.
-        say: receives a line about every stage.
-        log: receives every step's loss and learning rate, and top-1 where it is followed (see `runs.log`).
+        session: how it is run: the fields of `abm_vision.runs.harness.Session`, such as rerun, diagnose, say and log.
 
     Returns:
-        The content of `result.json`, with `folder` added.
+        The content of `result.json`, with `folder` added, of a finished run as it was.
 
     Raises:
         Busy: another process is at this run.
-        ValueError, OSError, WeightsNotFound: as the parts of the run do, each with one message.
+        ValueError, OSError: as the parts of the run do, each with one message.
     """
-    return run_spine(HARNESS, config, Session(out, rerun, quiet, diagnose, reference_only, say=say or silent, log=log))
+    return run_spine(HARNESS, config, Session(out, **session))
 
 
 # ------------------------------------------------------------------------------------------ data, weights and adapter

@@ -27,8 +27,7 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.runs.content import Origin
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER
-from abm_vision.runs.harness import Checkpoint, Harness, Run, Say, Session, silent
-from abm_vision.runs.log import Log
+from abm_vision.runs.harness import Checkpoint, Harness, Run, Session, silent
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.run import run as run_spine
 from nlp_ext import trainer
@@ -51,41 +50,24 @@ SERVER = "server"
 SHOWN = 5  # texts that are no label, kept in a result
 
 
-def run(
-    config: GlueConfig,
-    out: str | Path = "results",
-    *,
-    rerun: bool = False,
-    quiet: bool = True,
-    diagnose: bool = False,
-    test: bool = False,
-    say: Say | None = None,
-    log: Log | None = None,
-) -> dict[str, Any]:
+def run(config: GlueConfig, out: str | Path = "results", **session: Any) -> dict[str, Any]:
     """Adapt a T5 to one task of GLUE, score its validation set, and write everything under `out`.
 
-    A finished run is read, not repeated; an interrupted one is resumed after its last whole epoch.
+    With `extras=("server",)` predictions for the test splits are written in the format of the GLUE server.
 
     Args:
         config: the settings.
         out: parent of the run's folder, which `config.run_name()` names.
-        rerun: start afresh even if the run is finished or was interrupted.
-        quiet: no progress bars.
-        diagnose: measure the adapter's information loss before and after its initialisation, as in the vision harness.
-        test: write predictions for the test splits in the format of the GLUE server, into the folder `server`; a
-            finished run gets them added.
-        say: receives a line about every stage.
-        log: receives every step's loss and learning rate (see `abm_vision.runs.log`).
+        session: how it is run: the fields of `abm_vision.runs.harness.Session`, such as rerun, diagnose, say and log.
 
     Returns:
-        The content of `result.json`, with `folder` added.
+        The content of `result.json`, with `folder` added, of a finished run as it was.
 
     Raises:
         Busy: another process is at this run.
         ValueError, OSError: as the parts of the run do, each with one message.
     """
-    extras = (SERVER,) if test else ()
-    return run_spine(HARNESS, config, Session(out, rerun, quiet, diagnose, extras=extras, say=say or silent, log=log))
+    return run_spine(HARNESS, config, Session(out, **session))
 
 
 # ------------------------------------------------------------------------------------------ data, weights and adapter

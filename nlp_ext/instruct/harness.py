@@ -23,8 +23,7 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.abm.restore import evaluate
 from abm_vision.runs.content import Origin
 from abm_vision.runs.device import autocast
-from abm_vision.runs.harness import Checkpoint, Harness, Run, Say, Session, silent
-from abm_vision.runs.log import Log
+from abm_vision.runs.harness import Checkpoint, Harness, Run, Session
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.run import run as run_spine
 from nlp_ext import trainer
@@ -42,38 +41,25 @@ from nlp_ext.trainer import CHECKPOINTS, NOTES, Progress, training_arguments
 SAMPLES = "samples.jsonl"
 
 
-def run(
-    config: InstructConfig,
-    out: str | Path = "results",
-    *,
-    rerun: bool = False,
-    quiet: bool = True,
-    diagnose: bool = False,
-    say: Say | None = None,
-    log: Log | None = None,
-) -> dict[str, Any]:
+def run(config: InstructConfig, out: str | Path = "results", **session: Any) -> dict[str, Any]:
     """Tune a LLaMA (or a relative) on instructions, loss on the answers only, and write everything under `out`.
 
-    A finished run is read, not repeated; an interrupted one is resumed after its last whole epoch. Under `accelerate
-    launch` every process initialises its adapter, all train that of the first, and only that one writes.
+    Under `accelerate launch` every process applies the initialisation, all train the adapter of the first, and only
+    that one writes.
 
     Args:
         config: the settings.
         out: parent of the run's folder, which `config.run_name()` names.
-        rerun: start afresh even if the run is finished or was interrupted.
-        quiet: no progress bars.
-        diagnose: measure the adapter's information loss before and after its initialisation, as in the vision harness.
-        say: receives a line about every stage, in the first process.
-        log: receives every step's loss and learning rate, in the first process (see `abm_vision.runs.log`).
+        session: how it is run: the fields of `abm_vision.runs.harness.Session`, such as rerun, diagnose, say and log.
 
     Returns:
-        The content of `result.json`, with `folder` added.
+        The content of `result.json`, with `folder` added, of a finished run as it was.
 
     Raises:
         Busy: another process is at this run.
         ValueError, OSError: as the parts of the run do, each with one message.
     """
-    return run_spine(HARNESS, config, Session(out, rerun, quiet, diagnose, say=say or silent, log=log))
+    return run_spine(HARNESS, config, Session(out, **session))
 
 
 # ------------------------------------------------------------------------------------------ data, weights and adapter
