@@ -19,7 +19,7 @@ from ledger import RESULTS, Ledger
 from abm_vision.analysis.compare import compare
 from abm_vision.analysis.stats import training_loss
 from abm_vision.initializers import INITIALIZERS, Properties
-from abm_vision.vtab import RunConfig, make_config
+from abm_vision.vtab import RunConfig
 from abm_vision.vtab.view import VIEW
 
 README = Path(__file__).parent.parent / "README.md"

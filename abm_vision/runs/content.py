@@ -101,7 +101,10 @@ def initialisation(config: AdapterSettings) -> Origin:
         folder = Path(config.abm_reference)
         places = (folder / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
         weights = next((p for p in places if p.is_file()), places[1])
-        found["reference"] = f"sha256 {sha256_of([weights, weights.with_name(ADAPTER_CONFIG)])}"
+        files = [weights, weights.with_name(ADAPTER_CONFIG)]
+        if absent := [path.name for path in sorted(files) if not path.is_file()]:
+            raise FileNotFoundError(f"no {absent[0]} in {weights.parent}: give the folder of a run, or of an adapter")
+        found["reference"] = f"sha256 {sha256_of(files)}"
     return found
 
 
