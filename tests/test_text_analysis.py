@@ -102,7 +102,7 @@ def test_refusals(tmp_path, monkeypatch, capsys, command, words, message):
 @pytest.mark.parametrize("view", [GLUE_VIEW, VIEW, VTAB])
 def test_a_harness_can_be_sent_to_another_process(view):
     harness = resolve_name(view.harness)
-    assert pickle.loads(pickle.dumps(harness)).program == harness.program == view.program
+    assert pickle.loads(pickle.dumps(harness)).config is harness.config
     assert (harness.config, harness.result) == (view.config, view.result)
     assert set(harness.unfinished) == set(view.unfinished)
 

@@ -95,15 +95,20 @@ def _hash(value: Any) -> str:
 
 
 def initialisation(config: AdapterSettings) -> Origin:
-    """Return the version of a run's initialisation, and the content of its reference."""
+    """Return the version of a run's initialisation, and the content of its reference.
+
+    Raises:
+        FileNotFoundError: the reference is no adapter's folder.
+    """
     found: Origin = {"initialisation": version_of(config.initializer)}
     if config.abm_reference is not None:
         folder = Path(config.abm_reference)
         places = (folder / "adapter" / ADAPTER_WEIGHTS, folder / ADAPTER_WEIGHTS)
         weights = next((p for p in places if p.is_file()), places[1])
         files = [weights, weights.with_name(ADAPTER_CONFIG)]
-        if absent := [path.name for path in sorted(files) if not path.is_file()]:
-            raise FileNotFoundError(f"no {absent[0]} in {weights.parent}: give the folder of a run, or of an adapter")
+        for file in reversed(files):
+            if not file.is_file():
+                raise FileNotFoundError(f"no {file.name} in {file.parent}: pass a folder that save_adapter wrote")
         found["reference"] = f"sha256 {sha256_of(files)}"
     return found
 
