@@ -157,6 +157,7 @@ def weights_file(path, shift=0.0):
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_changed_weights_file(tmp_path, monkeypatch):
     path = tmp_path / "test_vit.pth"
     finished, broken = (make_config(**{**PLAIN, "epochs": n, "weights": weights_file(path)}) for n in (1, 2))
