@@ -1,4 +1,4 @@
-"""What a run was made of - data, weights, code - is checked when it is resumed, handed back, compared and reported."""
+"""What a run was made of - data, weights, code - is checked when it is resumed, read again, compared and reported."""
 
 import dataclasses
 import json
