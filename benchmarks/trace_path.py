@@ -13,6 +13,7 @@ import io
 import sys
 import tempfile
 from collections.abc import Callable
+from inspect import CO_OPTIMIZED
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,7 +27,8 @@ def passed(call: Callable[[], object]) -> list[tuple[str, str]]:
     def note(frame: object, event: str, _: object) -> None:
         if event == "call":
             code = frame.f_code
-            if code.co_filename.startswith(str(ROOT)) and not code.co_name.startswith("<"):
+            # Bodies of modules and classes, which run at the import, are not optimised code.
+            if code.co_filename.startswith(str(ROOT)) and code.co_flags & CO_OPTIMIZED and code.co_name[0] != "<":
                 found.setdefault((code.co_filename.removeprefix(f"{ROOT}/"), code.co_qualname))
 
     sys.setprofile(note)
