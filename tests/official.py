@@ -1,4 +1,4 @@
-"""Small data sets written by TFDS's official builder classes, for the tests."""
+"""Small datasets written by TFDS's official builder classes, for the tests."""
 
 import io
 from collections.abc import Iterator
@@ -75,7 +75,7 @@ def make_examples(features, size: int, seed: int) -> list[dict]:
 
 
 def _value(feature, tfds, random, colour):
-    """A random value of any feature that the 16 data sets have; images are of one colour."""
+    """A random value of any feature that the 16 datasets have; images are of one colour."""
     kinds = tfds.features
     if isinstance(feature, kinds.Image):
         return _encoded(feature, random, colour)

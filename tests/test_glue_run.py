@@ -322,7 +322,7 @@ def test_wrong_models(tmp_path, base, capsys):
 
 
 def test_weights_that_are_not_whole(tmp_path, base, capsys):
-    """An encoder alone would get a random decoder; a file cut short is told, too."""
+    """An encoder alone would get a random decoder; a file cut short is an error, too."""
     part, cut = tmp_path / "part", tmp_path / "cut"
     T5EncoderModel.from_pretrained(base).save_pretrained(part)
     ByT5Tokenizer().save_pretrained(part)

@@ -42,7 +42,7 @@ def small_vit():
 
 
 def started(name, base=None, batches=BATCHES, **options):
-    """A fresh adapter with a start of the table, in evaluation mode."""
+    """An adapter initialised by a row of the table, in evaluation mode."""
     torch.manual_seed(1)
     model = add_lora(copy.deepcopy(base) if base else small_vit(), **{"rank": 4, "alpha": 6, **options}).eval()
     reference = None

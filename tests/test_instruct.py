@@ -197,7 +197,7 @@ def test_a_template_that_rewrites_answers_gives_each_a_row():
 
 
 def test_an_answer_ends_where_the_template_ends_it(base):
-    """What `generate` is told to stop at: the end of text and that of a turn."""
+    """What `generate` stops at: the end of text and that of a turn."""
     tokenizer = ByT5Tokenizer()
     assert data.end_of_turn(tokenizer) == 1  # the template for models that have none ends with the end of text
     tokenizer.chat_template = THINKING

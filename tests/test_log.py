@@ -17,13 +17,13 @@ from nlp_ext.glue import run as run_glue
 
 
 class Kept:
-    """A log that keeps what it is told: name to (steps, values)."""
+    """A log that keeps what it receives: name to (steps, values)."""
 
     def __init__(self):
-        self.told = {}
+        self.kept = {}
 
     def __call__(self, name, value, step):
-        steps, values = self.told.setdefault(name, ([], []))
+        steps, values = self.kept.setdefault(name, ([], []))
         steps.append(step)
         values.append(value)
 
@@ -32,18 +32,18 @@ def test_harness_tells_every_step(tmp_path):
     log = Kept()
     result = run(tiny(eval_epochs=1, warmup_epochs=0, schedule="constant"), tmp_path, log=log)
     steps = list(range(1, len(result["loss_per_step"]) + 1))
-    assert log.told["train/loss"] == (steps, result["loss_per_step"])
-    assert log.told["train/lr"] == (steps, [result["config"]["lr"]] * len(steps))
+    assert log.kept["train/loss"] == (steps, result["loss_per_step"])
+    assert log.kept["train/lr"] == (steps, [result["config"]["lr"]] * len(steps))
     half = len(steps) // 2
-    assert log.told["test/top1"] == ([half, 2 * half], list(result["top1_per_epoch"].values()))
+    assert log.kept["test/top1"] == ([half, 2 * half], list(result["top1_per_epoch"].values()))
 
 
 def test_glue_tells_every_step(t5, tmp_path):
     log = Kept()
     result = run_glue(small_glue(t5, epochs=1), tmp_path, log=log)
     steps = list(range(1, len(result["loss_per_step"]) + 1))
-    assert log.told["train/loss"] == (steps, result["loss_per_step"])
-    assert log.told["train/lr"][0] == steps and max(log.told["train/lr"][1]) <= result["config"]["lr"]
+    assert log.kept["train/loss"] == (steps, result["loss_per_step"])
+    assert log.kept["train/lr"][0] == steps and max(log.kept["train/lr"][1]) <= result["config"]["lr"]
 
 
 def test_tensorboard_reads_what_the_command_writes(tmp_path, capsys):

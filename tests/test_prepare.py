@@ -1,4 +1,4 @@
-"""Preparing data sets with the official builders, and exporting any source to image folders.
+"""Preparing datasets with the official builders, and exporting any source to image folders.
 
 Nothing but the download and the parsing of raw files is replaced: the builders get generated examples.
 """

@@ -1,4 +1,4 @@
-"""Local files of rows: what is accepted, and the line that every mistake is told with."""
+"""Local files of rows: what is accepted, and the line in every message."""
 
 import json
 

@@ -140,7 +140,7 @@ def same(a, b):
 
 
 def heard(**options):
-    """A session, and what it is told."""
+    """A session, and the lines it is given."""
     lines = []
     return Session(**options, say=lines.append), lines
 

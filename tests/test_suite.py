@@ -570,7 +570,7 @@ def test_ray_is_not_installed(monkeypatch):
 
 @pytest.mark.slow
 def test_all_19_tasks_from_official_data(tmp_path, monkeypatch):
-    """The whole suite on small data sets that the official builders have written, 16 of them."""
+    """The whole suite on small datasets that the official builders have written, 16 of them."""
     for name, task in list(vtab_tasks.TASKS.items()):
         monkeypatch.setitem(vtab_tasks.TASKS, name, small_edition(task))
     for name in BUILDERS:

@@ -187,7 +187,7 @@ def test_diagnosis_of_a_new_a_resumed_and_a_finished_run_is_the_same(tmp_path, m
 
 
 def test_diagnosis_by_hand(tmp_path):
-    """The start's information loss on the last 64 images of the shuffled training set, in one batch."""
+    """The information loss of the initialisation on the last 64 images of the shuffled training set, in one batch."""
     config = tiny(init="gaussian", epochs=1)
     found = run(config, tmp_path, diagnose=True)["information_loss"]["after"]["overall"]["loss"]
     torch.manual_seed(config.seed)

@@ -1,6 +1,6 @@
 """All 19 tasks: the table against published figures, labels against plain loops, and the 16 TFDS data sets.
 
-The table below is written from the VTAB paper's code and TFDS, not from `vtab_tasks.tasks`. The data sets are written
+The table below is written from the VTAB paper's code and TFDS, not from `vtab_tasks.tasks`. The datasets are written
 by the official builder classes in their own schema, only smaller: nothing but the download and the parsing of raw
 files is replaced.
 """
@@ -171,7 +171,7 @@ def plain_label(name, example):
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory):
-    """All 16 data sets, small; {TFDS name: {split: examples in stored order}}."""
+    """All 16 datasets, small; {TFDS name: {split: examples in stored order}}."""
     data_dir = tmp_path_factory.mktemp("official")
     return data_dir, {name: write_official(name, data_dir) for name in BUILDERS}
 

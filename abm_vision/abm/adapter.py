@@ -250,10 +250,10 @@ _TAKEN_NAMES = {"weight", "bias", "base_layer", "modules_to_save", "original_mod
 
 
 def check_some_adapter(model: PeftModel) -> None:
-    """Raise a ValueError if the last adapter was deleted: peft then no longer knows what the model is."""
+    """Raise a ValueError if the last adapter was deleted: peft then has no configuration to go by."""
     if not model.peft_config:
         check_base(model)
-        raise ValueError("the model has no adapter any more: begin with the bare model, model.unload()")
+        raise ValueError("the model has no adapter: take the bare model, model.unload()")
 
 
 def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, but: str | None = None) -> None:

@@ -24,12 +24,12 @@ def collect(dataloader: Iterable[Any], device: torch.device, samples: int | None
     """Whole batches on `device` until there are `samples` samples, or the loader ends.
 
     Raises:
-        ValueError: a data set was given in place of a loader, the loader yields nothing, or a batch holds no tensor, no
+        ValueError: a dataset was given in place of a loader, the loader yields nothing, or a batch holds no tensor, no
             sample, or a NaN.
     """
     if isinstance(dataloader, Dataset) and not isinstance(dataloader, IterableDataset):
         raise ValueError(
-            f"{type(dataloader).__name__} is a data set, whose samples are no batches: pass "
+            f"{type(dataloader).__name__} is a dataset, whose samples are no batches: pass "
             "torch.utils.data.DataLoader(dataset, batch_size=...)"
         )
     if not isinstance(dataloader, Iterable):

@@ -12,7 +12,7 @@ All of them are mappings by the boundary's name (masks: by its stack). Every fig
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -68,11 +68,11 @@ def boundary_figures(
     """
     figures = []
     for b in boundaries:
-        distance = counted(signed(z[b.name], sign[b.name]), mask[b.stack])
-        same_side = counted((z[b.name] > 0) == sign[b.name], mask[b.stack])
-        alone = Boundary(b.name, b.stack, 1.0, b.margin)
-        loss = boundary_loss([alone], z, sign, mask)
-        figures.append(torch.stack([loss, _share(same_side), _share(distance < b.margin)]))
+        on_reference_side = sign[b.name]  # unpacked once
+        same_side = counted((z[b.name] > 0) == on_reference_side, mask[b.stack])
+        inside = counted(signed(z[b.name], on_reference_side), mask[b.stack]) < b.margin
+        loss = boundary_loss([replace(b, weight=1.0)], z, {b.name: on_reference_side}, mask)
+        figures.append(torch.stack([loss, _share(same_side), _share(inside)]))
     return torch.stack([figure.to(figures[0].device) for figure in figures])
 
 

@@ -48,7 +48,7 @@ def fit_locally(adapter: Adapter, calibration: Calibration) -> list[float]:
     def fit(name: str, args: Args) -> None:
         found = _fit_layer(layers[name], adapter.name, args[0], fed[name], part)
         losses.append(fed[name].weight * found / len(calibration.boundaries))
-        torch.clear_autocast_cache()  # autocast would go on with the B that it cast before
+        torch.clear_autocast_cache()  # autocast would keep using the B that it cast before
 
     with hooked(layers, before=fit):
         calibration.preactivations(adapter.model, part)

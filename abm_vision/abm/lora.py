@@ -251,7 +251,7 @@ UNFIT = (ValueError, RuntimeError, TypeError, AttributeError, LookupError, Safet
 def settle_modes(model: PeftModel, adapter_name: str) -> None:
     """Training or evaluation mode of what peft has made, which is always in training mode: that of what it is around.
 
-    LoRA dropout would go on in an evaluated model.
+    LoRA dropout would stay on in an evaluated model.
     """
     bare = model.get_base_model()
     model.training = model.base_model.training = bare.training

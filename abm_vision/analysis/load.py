@@ -17,7 +17,7 @@ BASELINE = "kaiming"
 OTHER_DATA = "other data"
 _CODE = "initialisation"
 _IDENTITY = ("task", "init", "seed")
-# What was asked for; what came of it stands beside it.
+# Settings as they were asked for; the result records what was used.
 _ASKED = ("weights", "precision", "device", "abm_reference", "plugin")
 # May differ between runs of one method.
 _CIRCUMSTANCES = ("device", "commit")
@@ -77,7 +77,7 @@ def _why(folder: Path, view: View) -> str:
             return read_record(folder / FAILURE, Failure)["reason"]
         except ValueError as error:
             return f"failed; why is not readable: {error}"
-    return "half done" if view.is_interrupted(folder) else "not begun"
+    return "interrupted" if view.is_interrupted(folder) else "not begun"
 
 
 def _with_data(runs: Sequence[Result], view: View) -> list[Result]:
@@ -126,7 +126,7 @@ def _named(runs: Sequence[Result], view: View) -> list[Result]:
 
 
 def _once(runs: Sequence[Result], view: View) -> tuple[list[Result], Unfinished]:
-    """The runs without those that are another one again, and what is to be said of these."""
+    """Leave out runs that repeat another one; returns the rest, and why each was left out."""
     found: dict[tuple[Any, ...], Result] = {}
     again = []
     for run in runs:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Flag, auto
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from abm_vision.abm.arguments import nearest
 from abm_vision.abm.settings import InitConfig
 
 if TYPE_CHECKING:
@@ -174,9 +174,7 @@ def get_initializer(name: str) -> Initializer:
         ValueError: there is none; the message has the nearest names.
     """
     if not isinstance(name, str) or name not in INITIALIZERS:
-        near = difflib.get_close_matches(str(name), INITIALIZERS, n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"init is {name!r}; allowed are {', '.join(INITIALIZERS)}{hint}")
+        raise ValueError(f"init is {name!r}; allowed are {', '.join(INITIALIZERS)}{nearest(str(name), INITIALIZERS)}")
     return INITIALIZERS[name]
 
 

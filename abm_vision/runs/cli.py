@@ -101,7 +101,9 @@ def add_run_options(parser: Parser) -> None:
     """What does not change a result."""
     parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
     parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
-    parser.add_argument("--rerun", action="store_true", help="start afresh even if the run is finished or half done")
+    parser.add_argument(
+        "--rerun", action="store_true", help="make the run afresh even if it is finished or was interrupted"
+    )
     parser.add_argument(
         "--diagnose", action="store_true", help="measure the information loss of the initialisation, and draw it"
     )
@@ -166,7 +168,7 @@ def print_config(config: AdapterSettings) -> None:
         print(f"{'*' if value != defaults.get(name) else ' '} {name:<18} {value}")
 
 
-UNREAD = 141  # 128 + SIGPIPE, which a shell reports of a Unix tool: that its output is not whole can be told
+UNREAD = 141  # 128 + SIGPIPE, which a shell reports of a Unix tool: so that output cut short is recognised
 
 
 def say(line: str) -> None:

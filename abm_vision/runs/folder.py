@@ -91,7 +91,7 @@ def _take(lock: FileLock) -> bool:
 def settle_precision(folder: Path, config: AdapterSettings) -> str:
     """The precision of this run: what was settled before, else what the device says now, kept in the folder.
 
-    A run that is resumed, perhaps by a machine with other hardware, must go on as it began.
+    A run that is resumed, perhaps by a machine with other hardware, must keep the precision that it began with.
 
     Raises:
         ValueError: the folder's configuration is damaged, or of another schema.

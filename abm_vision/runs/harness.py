@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import torch
 from peft import PeftModel
@@ -58,6 +58,18 @@ class Session:
     extras: tuple[str, ...] = ()
     say: Say = silent
     log: Log | None = None
+
+
+class SessionOptions(TypedDict, total=False):
+    """The fields of `Session` but `out`, as keywords of a harness's `run`."""
+
+    rerun: bool
+    quiet: bool
+    diagnose: bool
+    reference_only: bool
+    extras: tuple[str, ...]
+    say: Say
+    log: Log | None
 
 
 @dataclass(frozen=True)

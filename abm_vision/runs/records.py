@@ -155,7 +155,7 @@ class Losses(Record):
 
 
 class Notes(Record):
-    """What an interrupted run knows of its initialisation."""
+    """What is kept of the initialisation of an interrupted run."""
 
     origin: dict[str, str | int]
     information_loss: Losses | None

@@ -184,7 +184,7 @@ def _complete(harness: Harness, run: Run, result: dict[str, Any]) -> None:
     """Add what is asked for now and was not then."""
     if result.get("reference_only") and not run.session.reference_only:
         result = {**result, "reference_only": False}
-        _write(harness, run, result)
+        write_json(run.folder / RESULT, result)
     if run.session.diagnose and not result["information_loss"]:
         run = _prepare(harness, run)
         check_origin(result["origin"], run.origin, run.folder)

@@ -298,6 +298,6 @@ def plan(suite: Suite, out: str | Path) -> list[Planned]:
         if state == "to run" and (folder / files.FAILURE).is_file():
             state = "failed before"
         elif state == "to run" and suite.view.is_interrupted(folder):
-            state = "half done"
+            state = "interrupted"
         planned.append(Planned(config, state, reason))
     return planned

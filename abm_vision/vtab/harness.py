@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -18,7 +18,7 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.checkpoint import CHECKPOINT, Progress
 from abm_vision.runs.content import Origin, initialisation, remembered
-from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session
+from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session, SessionOptions
 from abm_vision.runs.run import run as run_spine
 from abm_vision.vtab.config import EVALUATIONS, RunConfig
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
@@ -28,10 +28,13 @@ from abm_vision.vtab.train import train as train_epochs
 from abm_vision.weights import WeightSource, create_backbone, find_weights
 from vtab_tasks.content import content
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
 
 
-def run(config: RunConfig, out: str | Path = "results", **session: Any) -> dict[str, Any]:
+def run(config: RunConfig, out: str | Path = "results", **session: Unpack[SessionOptions]) -> dict[str, Any]:
     """Adapt a pretrained ViT to one task, test it once, and write everything under `out`.
 
     An interrupted run is resumed with the same result, bit for bit on CPU. The test split is opened after the last

@@ -27,7 +27,7 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.runs.content import Origin
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER
-from abm_vision.runs.harness import Checkpoint, Harness, Run, Session, silent
+from abm_vision.runs.harness import Checkpoint, Harness, Run, Session, SessionOptions, silent
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.run import run as run_spine
 from nlp_ext import trainer
@@ -45,12 +45,13 @@ from nlp_ext.trainer import CHECKPOINTS, NOTES, Progress, training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from typing_extensions import Unpack
 
 SERVER = "server"
 SHOWN = 5  # texts that are no label, kept in a result
 
 
-def run(config: GlueConfig, out: str | Path = "results", **session: Any) -> dict[str, Any]:
+def run(config: GlueConfig, out: str | Path = "results", **session: Unpack[SessionOptions]) -> dict[str, Any]:
     """Adapt a T5 to one task of GLUE, score its validation set, and write everything under `out`.
 
     With `extras=("server",)` predictions for the test splits are written in the format of the GLUE server.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
@@ -23,7 +23,7 @@ from abm_vision.abm.lora import add_lora
 from abm_vision.abm.restore import evaluate
 from abm_vision.runs.content import Origin
 from abm_vision.runs.device import autocast
-from abm_vision.runs.harness import Checkpoint, Harness, Run, Session
+from abm_vision.runs.harness import Checkpoint, Harness, Run, Session, SessionOptions
 from abm_vision.runs.order import shuffled
 from abm_vision.runs.run import run as run_spine
 from nlp_ext import trainer
@@ -38,10 +38,13 @@ from nlp_ext.ranks import processes, text_device, whole_state
 from nlp_ext.textrun import TextRun, adapter_settings, text_origin, together, token_digest
 from nlp_ext.trainer import CHECKPOINTS, NOTES, Progress, training_arguments
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 SAMPLES = "samples.jsonl"
 
 
-def run(config: InstructConfig, out: str | Path = "results", **session: Any) -> dict[str, Any]:
+def run(config: InstructConfig, out: str | Path = "results", **session: Unpack[SessionOptions]) -> dict[str, Any]:
     """Tune a LLaMA (or a relative) on instructions, loss on the answers only, and write everything under `out`.
 
     Under `accelerate launch` every process applies the initialisation, all train the adapter of the first, and only

@@ -1,4 +1,4 @@
-"""`abm-vtab prepare`: data sets, or folders of images."""
+"""`abm-vtab prepare`: datasets, or folders of images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from abm_vision.vtab.config import SOURCES
 
 
 def parser() -> Parser:
-    """Data sets to prepare, or to write as image folders."""
+    """Datasets to prepare, or to write as image folders."""
     flags = Parser(
         "abm-vtab prepare",
-        description="Download and prepare official data sets with tensorflow-datasets (this alone needs TensorFlow: "
+        description="Download and prepare official datasets with tensorflow-datasets (this alone needs TensorFlow: "
         'pip install -e ".[prepare]"). Or, with --to folder, write images in the community\'s layout, as PNG.',
     )
     flags.add_argument("--task", required=True, help="tasks with commas between, or all")
