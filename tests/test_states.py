@@ -22,13 +22,15 @@ from safetensors.torch import load_file
 from torch.func import functional_call
 
 import abm_vision
-from abm_vision import ABMConfig, AlignConfig, add_lora, initialize_lora, load_adapter, save_adapter
+from abm_vision import INITIALIZERS, ABMConfig, AlignConfig, add_lora, initialize_lora, load_adapter, save_adapter
+from abm_vision.initializers import InitConfig
 
 PAGE = Path(__file__).parent.parent / "docs" / "states.md"
 TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 X, Y = images(8), torch.arange(8) % 5
 SCALE = 2.0  # alpha / r of every adapter here
 ABM, ALIGN = ABMConfig(steps=3, samples=8, batch_size=4), AlignConfig(samples=8, match=0.9)
+SETTINGS = {ABMConfig: ABM, AlignConfig: ALIGN, InitConfig: InitConfig(samples=8)}
 CHANGES_BASE = ("pissa", "lora_ga")
 
 
@@ -376,7 +378,7 @@ def call(verb, init, state, folder, saved):
     if verb == "load_adapter":
         return load_adapter(model, saved[0], adapter_name="new")
     if verb == "initialize_lora":
-        options = {"config": ABM, "align": ALIGN, "show_progress_bar": False}
+        options = {"config": SETTINGS[INITIALIZERS[init].config], "show_progress_bar": False}
         return initialize_lora(model, init, batches(state), **options)
     if verb == "initialize_lora_abm_weights":
         return abm_vision.initialize_lora_abm_weights(model, batches(state), ABM, show_progress_bar=False)
