@@ -7,6 +7,7 @@ from typing import Any
 from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.records import Positive, Record, Result
 
+CHECKPOINTS, NOTES = "checkpoints", "notes.json"
 _STAND_IN = "\nThe base model is a tiny stand-in: it shows that the pipeline works, and nothing more.\n"
 
 

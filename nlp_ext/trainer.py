@@ -16,9 +16,10 @@ from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Checkpoint, Prepared
 from abm_vision.runs.records import Notes, Record, Seconds, read_record
+from nlp_ext.results import CHECKPOINTS, NOTES
 from nlp_ext.textrun import TextRun
 
-CHECKPOINTS, PROGRESS, NOTES = "checkpoints", "progress.json", "notes.json"
+PROGRESS = "progress.json"
 AFRESH = "--rerun, or deleting its folder, starts afresh"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 

@@ -15,7 +15,7 @@ from torch import nn
 from abm_vision import Backbone, add_lora, register_backbone
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.content import initialisation
-from abm_vision.runs.folder import Busy, locked
+from abm_vision.runs.folder import CHECKPOINT, Busy, Kept, locked
 from abm_vision.runs.harness import Harness, Prepared, Processes, Session
 from abm_vision.runs.records import Positive, Result, Share
 from abm_vision.runs.run import run
@@ -115,8 +115,7 @@ def write_notice(run):
 
 
 HARNESS = Harness(
-    config=TableConfig,
-    result=TableResult,
+    kept=Kept(TableConfig, TableResult, unfinished=(CHECKPOINT,)),
     prepare=prepare,
     origin=origin_parts,
     resume=checkpoints.load,
@@ -125,7 +124,6 @@ HARNESS = Harness(
     summary=lambda result: f"accuracy {result['accuracy']:.2f}",
     card=lambda result: "A table.",
     settings=lambda result: {"accuracy": result["accuracy"]},
-    unfinished=(checkpoints.CHECKPOINT,),
     extras={"notice.txt": write_notice},
 )
 
@@ -213,7 +211,7 @@ def test_a_reference_is_tuned_first_and_is_then_a_run_of_its_own(tmp_path):
     session, lines = heard(out=tmp_path)
     result = run(HARNESS, TableConfig(init="abm_tuned"), session)
     assert "reference tuned first, by the same run with init kaiming" in lines
-    tuned = HARNESS.read(Path(result["reference"]["folder"]))
+    tuned = HARNESS.kept.read(Path(result["reference"]["folder"]))
     assert tuned["config"]["init"] == "kaiming" and tuned["reference_only"]
     seconds = tuned["seconds"]
     assert result["seconds"]["reference"] == pytest.approx(seconds["init"] + seconds["train"])

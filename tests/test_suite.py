@@ -112,13 +112,13 @@ def test_a_suite_gives_what_its_runs_give(finished, tmp_path):
     suite, out, outcomes, _ = finished
     assert len(outcomes) == 4 + 4 and {o.state for o in outcomes.values()} == {"done"}
     for config, outcome in outcomes.items():
-        result = HARNESS.read(out / config.run_name())
+        result = HARNESS.kept.read(out / config.run_name())
         assert result["test"]["top1"] == outcome.score
         assert result["test"]["split"] == ("val200" if config.evaluate == "val" else "test")
         assert result["test"]["count"] == 60
     config = next(c for c in outcomes if c.evaluate == "test")
     alone = run(config, tmp_path)
-    assert alone["loss_per_step"] == HARNESS.read(out / config.run_name())["loss_per_step"]
+    assert alone["loss_per_step"] == HARNESS.kept.read(out / config.run_name())["loss_per_step"]
 
 
 def test_the_best_of_the_validation_images_is_trained_again(finished):
@@ -400,7 +400,7 @@ def test_plan_counts_what_is_left(finished):
 def test_time_is_estimated_from_finished_runs(finished, tmp_path):
     (_, out, outcomes, _), config = finished, make_config(**TINY, task="dsprites_loc")
     seconds, origin = estimate(config, out)
-    found = [HARNESS.read(out / c.run_name()) for c in outcomes]
+    found = [HARNESS.kept.read(out / c.run_name()) for c in outcomes]
     train, test = (statistics.median(r["images_per_second"][k] for r in found) for k in ("train", "test"))
     before = statistics.median(sum(r["seconds"][k] for k in ("data", "weights", "lora", "init")) for r in found)
     assert seconds(config) == pytest.approx(before + 1000 / train + 60 / test) and f"finished runs in {out}" in origin
@@ -580,6 +580,6 @@ def test_all_19_tasks_from_official_data(tmp_path, monkeypatch):
     outcomes = run_suite(suite, tmp_path / "out")
     assert len(outcomes) == 19 and {o.state for o in outcomes.values()} == {"done"}, outcomes
     for config in outcomes:
-        result = HARNESS.read(tmp_path / "out" / config.run_name())
+        result = HARNESS.kept.read(tmp_path / "out" / config.run_name())
         assert result["data"]["test"]["source"] == "tfds" and result["test"]["count"] == 9
         assert result["num_classes"] == vtab_tasks.get_task(config.task).num_classes

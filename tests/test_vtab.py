@@ -246,7 +246,7 @@ def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
     result = run(config, tmp_path, say=lines.append)
     plain = make_config(**{k: v for k, v in short.items() if not k.startswith("abm_")}, init="kaiming")
     reference = tmp_path / plain.run_name()
-    tuned = HARNESS.read(reference)
+    tuned = HARNESS.kept.read(reference)
     assert result["reference"] == {"folder": str(reference), "seconds": result["seconds"]["reference"]}
     assert result["seconds"]["reference"] == tuned["seconds"]["init"] + tuned["seconds"]["train"]
     assert result["abm"]["reference"] == "adapter 'reference'" and result["abm"]["before"]["match"] < 1
@@ -556,7 +556,7 @@ def test_a_field_that_is_missing_or_of_another_type_or_range_is_named(one_epoch,
         inner[place[-1]] = value
     (tmp_path / "result.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=rf"result\.json: .*{message}.*; move its folder away"):
-        HARNESS.read(tmp_path)
+        HARNESS.kept.read(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -601,7 +601,7 @@ def test_result_of_another_schema_is_not_taken(tmp_path):
         run(tiny(), tmp_path)
     (folder / "result.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
-        HARNESS.read(folder)
+        HARNESS.kept.read(folder)
 
 
 def test_output_that_cannot_be_written(tmp_path):

@@ -31,7 +31,7 @@ def read_finished(folder: str | Path, view: View) -> Result:
         FileNotFoundError: it is not, or there is none.
         ValueError: it is damaged.
     """
-    result = view.read(Path(folder))
+    result = view.kept.read(Path(folder))
     if result is None:
         raise FileNotFoundError(f"no {RESULT} in {folder}: pass the folder of a finished run")
     return result
@@ -50,7 +50,7 @@ def find(folder: Path, view: View) -> tuple[list[Result], Unfinished]:
     runs, unfinished, selections = [], [], 0
     for path in sorted(folder.glob(f"*/{CONFIG}")):
         try:
-            result = view.read(path.parent)
+            result = view.kept.read(path.parent)
         except ValueError as error:
             unfinished.append((path.parent.name, f"not readable: {error}"))
             continue
@@ -77,7 +77,7 @@ def _why(folder: Path, view: View) -> str:
             return read_record(folder / FAILURE, Failure)["reason"]
         except ValueError as error:
             return f"failed; why is not readable: {error}"
-    return "interrupted" if view.is_interrupted(folder) else "not begun"
+    return "interrupted" if view.kept.is_interrupted(folder) else "not begun"
 
 
 def _with_data(runs: Sequence[Result], view: View) -> list[Result]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
+from abm_vision.runs.folder import Kept
 from abm_vision.runs.settings import AdapterSettings
 
 Result = dict[str, Any]  # the content of a result.json
@@ -77,10 +75,8 @@ class View:
     Args:
         program: name of the command.
         name: of the benchmark, as the title of a report.
-        config: class of its configurations.
-        result: schema of its `result.json`.
+        kept: what its runs keep in their folders.
         harness: the `runs.harness.Harness`, which loads a model library, as `module:name`.
-        unfinished: names, in a run's folder, of what an interrupted run has left.
         key, score, unit: of the score: in CSV and JSON (`top1`), in words (`top-1`), and its unit.
         split: what is scored, in a word (`test`).
         value: a result's score, as it is recorded.
@@ -112,10 +108,8 @@ class View:
 
     program: str
     name: str
-    config: type[AdapterSettings]
-    result: type[BaseModel]
+    kept: Kept
     harness: str
-    unfinished: tuple[str, ...]
     key: str
     score: str
     split: str
@@ -176,19 +170,10 @@ class View:
         """The settings that a suite sets itself."""
         return ("task", "init", "seed", *self.selection)
 
-    def read(self, folder: Path) -> Result | None:
-        """The result of a finished run, None for one that is not.
-
-        Raises:
-            ValueError: it is damaged, of another schema, or a field is missing or out of its range.
-        """
-        from abm_vision.runs.folder import read_result
-
-        return read_result(folder, self.result, self.config.schema)
-
-    def is_interrupted(self, folder: Path) -> bool:
-        """Whether a run has begun and is not finished."""
-        return any((folder / name).exists() for name in self.unfinished)
+    @property
+    def config(self) -> type[AdapterSettings]:
+        """Class of its configurations."""
+        return self.kept.config
 
     def is_selection(self, config: Mapping[str, Any]) -> bool:
         """Whether a run of these settings is made to choose others."""

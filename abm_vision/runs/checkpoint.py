@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from abm_vision.abm.files import write_atomically
+from abm_vision.runs.folder import CHECKPOINT
 from abm_vision.runs.harness import Checkpoint, Prepared
 from abm_vision.runs.records import Notes, Positive, Record, Seconds, Share, checked
 
-CHECKPOINT = "checkpoint.pt"
 _AFRESH = "--rerun, or deleting its folder, starts afresh"
 
 

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,9 +23,36 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG, RESULT, ADAPTER = "config.json", "result.json", "adapter"
-CURVES, INFORMATION_LOSS = "curves.png", "information_loss.png"
+CURVES, INFORMATION_LOSS, CHECKPOINT = "curves.png", "information_loss.png", "checkpoint.pt"
 LOCK, FAILURE = ".lock", "failure.json"
 ABANDONED = 60.0  # seconds after which nobody is at a configuration half written
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the runs of a harness keep in their folders.
+
+    Args:
+        config: class of their settings.
+        result: schema of `result.json`.
+        unfinished: names of what an interrupted run is resumed from; a finished run has none of them.
+    """
+
+    config: type[AdapterSettings]
+    result: type[records.Result]
+    unfinished: tuple[str, ...]
+
+    def read(self, folder: Path) -> dict[str, Any] | None:
+        """Read the result of a finished run; None for one that is not finished.
+
+        Raises:
+            ValueError: it is damaged, of another schema, or a field is missing or out of its range.
+        """
+        return read_record(folder / RESULT, self.result, self.config.schema) if (folder / RESULT).is_file() else None
+
+    def is_interrupted(self, folder: Path) -> bool:
+        """Whether a run has begun and is not finished."""
+        return any((folder / name).exists() for name in self.unfinished)
 
 
 def open_folder(out: str | Path, config: AdapterSettings) -> Path:
@@ -108,15 +136,6 @@ def settle_precision(folder: Path, config: AdapterSettings) -> str:
         content["precision"] = choose_precision(config.precision, resolve_device(config.device))
         write_json(folder / CONFIG, content)
     return content["precision"]
-
-
-def read_result(folder: Path, kind: type[records.Result], schema: int | str) -> dict[str, Any] | None:
-    """The result of a finished run, None for one that is not.
-
-    Raises:
-        ValueError: it is damaged, of another schema, or a field is missing or out of its range.
-    """
-    return read_record(folder / RESULT, kind, schema) if (folder / RESULT).is_file() else None
 
 
 def check_same_run(result: dict[str, Any], config: AdapterSettings, folder: Path) -> None:

@@ -14,12 +14,11 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from abm_vision.abm.host import Backbone, find_backbone
-from abm_vision.runs import folder as files
 from abm_vision.runs.content import Origin
 from abm_vision.runs.device import resolve_device
+from abm_vision.runs.folder import Kept
 from abm_vision.runs.log import Log
 from abm_vision.runs.order import diagnosis_batches, shuffled
-from abm_vision.runs.records import Result
 from abm_vision.runs.settings import AdapterSettings
 
 Say = Callable[[str], None]
@@ -197,8 +196,7 @@ class Harness:
     """What differs between modalities. Functions of a module, so that a harness can be sent to another process.
 
     Args:
-        config: the settings of a run, `model` among them.
-        result: the schema of `result.json`.
+        kept: the class of a run's settings, `model` among them, the schema of its result, the files of its checkpoints.
         prepare: loads data and pretrained weights and adds the adapter.
         origin: what gives the content that a run of these settings would be made of now, part by part, without a model
             and without the network. A part raises an OSError if it is not there, a ValueError if it is damaged.
@@ -209,7 +207,6 @@ class Harness:
         summary: what was scored, on which data, and how well, in one line.
         card: the adapter's model card.
         settings: what `abm.json` says of the adapter besides.
-        unfinished: files that `resume` needs; a finished run has none of them.
         leaves: other files that a run leaves.
         extras: file or folder to what makes it of a finished run (see `Session.extras`).
         measure_pretrained: measures the pretrained model, before the adapter is initialised.
@@ -241,12 +238,12 @@ class Harness:
                 checkpoints.save(run, optimiser, progress, notes)
             return progress
 
-        HARNESS = Harness(TableConfig, TableResult, prepare, origin, checkpoints.load, train, score, ...)
+        kept = Kept(TableConfig, TableResult, unfinished=(CHECKPOINT,))
+        HARNESS = Harness(kept, prepare, origin, checkpoints.load, train, score, ...)
         run(HARNESS, TableConfig(lr=1e-3), Session(out="results"))
     """
 
-    config: type[AdapterSettings]
-    result: type[Result]
+    kept: Kept
     prepare: Callable[[Run], Prepared]
     origin: Callable[[AdapterSettings], list[Callable[[], Origin]]]
     resume: Callable[[Prepared], Checkpoint | None]
@@ -255,18 +252,9 @@ class Harness:
     summary: Callable[[dict[str, Any]], str]
     card: Callable[[dict[str, Any]], str]
     settings: Callable[[dict[str, Any]], dict[str, Any]]
-    unfinished: tuple[str, ...]
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
     measure_pretrained: Callable[[Prepared], None] = _nothing
     device: Callable[[str], torch.device] = resolve_device
     processes: Callable[[AdapterSettings], Processes] = _alone
     hushed: Callable[[], AbstractContextManager[None]] = nullcontext
-
-    def read(self, folder: Path) -> dict[str, Any] | None:
-        """The result of a finished run, None for one that is not.
-
-        Raises:
-            ValueError: it is damaged, of another schema, or a field is missing or out of its range.
-        """
-        return files.read_result(folder, self.result, self.config.schema)

@@ -52,7 +52,7 @@ def run(harness: Harness, config: AdapterSettings, session: Session) -> dict[str
             files.open_folder(session.out, config)
             stack.enter_context(files.locked(folder))
         processes.wait()
-        finished = None if session.rerun else harness.read(folder)
+        finished = None if session.rerun else harness.kept.read(folder)
         if finished is None:
             _write(harness, run, _make(harness, run))
         else:
@@ -61,7 +61,7 @@ def run(harness: Harness, config: AdapterSettings, session: Session) -> dict[str
         if session.extras:
             _add_extras(harness, run)
         processes.wait()
-        return {**harness.read(folder), "folder": str(folder)}
+        return {**harness.kept.read(folder), "folder": str(folder)}
 
 
 # ------------------------------------------------------------------------------------------------- a run that is made
@@ -123,7 +123,7 @@ def _clear(harness: Harness, run: Run) -> None:
     """Remove whatever the run has left in its folder but the configuration."""
     if run.processes.main:
         common = (RESULT, FAILURE, ADAPTER, CURVES, INFORMATION_LOSS, *LOGS)
-        files.remove(run.folder, (*common, *harness.unfinished, *harness.leaves, *harness.extras))
+        files.remove(run.folder, (*common, *harness.kept.unfinished, *harness.leaves, *harness.extras))
     run.processes.wait()
 
 
@@ -159,7 +159,7 @@ def _write(harness: Harness, run: Run, result: dict[str, Any]) -> None:
         if result["information_loss"]:
             save_figure(draw_information_loss(result), run.folder / INFORMATION_LOSS)
         write_json(run.folder / RESULT, result)
-        files.remove(run.folder, (FAILURE, *harness.unfinished))
+        files.remove(run.folder, (FAILURE, *harness.kept.unfinished))
 
 
 # -------------------------------------------------------------------------------------------- a run that is finished
@@ -169,7 +169,7 @@ def _check(harness: Harness, run: Run, result: dict[str, Any]) -> None:
     """Raise a ValueError if a result is not that of this run."""
     run.session.say(f"finished before; --rerun repeats it ({run.folder})")
     if run.processes.main:
-        files.remove(run.folder, (FAILURE, *harness.unfinished))
+        files.remove(run.folder, (FAILURE, *harness.kept.unfinished))
     made_by, now = result.get("processes", 1), run.processes.count
     if made_by != now:
         raise ValueError(

@@ -229,7 +229,7 @@ def _run_all(
         if outcome.state == "unwritable":
             raise CannotWrite(outcome.reason)
         if outcome.state == "done":
-            outcome = replace(outcome, score=view.value(view.read(folders[config])))
+            outcome = replace(outcome, score=view.value(view.kept.read(folders[config])))
         else:
             files.write_failure(folders[config], config.schema, outcome.reason)
         outcomes[config] = outcome
@@ -254,7 +254,7 @@ def _run_all(
 def _is_finished(suite: Suite, config: AdapterSettings, folder: Path, diagnose: bool) -> bool:
     """Whether a run has nothing left to do; not so if its result cannot be taken."""
     try:
-        result = suite.view.read(folder)
+        result = suite.view.kept.read(folder)
         if result is None or result.get("reference_only") or (diagnose and not result["information_loss"]):
             return False
         files.check_same_run(result, config, folder)
@@ -292,12 +292,12 @@ def plan(suite: Suite, out: str | Path) -> list[Planned]:
     for config in (*suite.selection(), *suite.final()):
         folder = Path(out) / config.run_name()
         try:
-            state, reason = "finished" if suite.view.read(folder) else "to run", ""
+            state, reason = "finished" if suite.view.kept.read(folder) else "to run", ""
         except ValueError as error:
             state, reason = "not readable", str(error)
         if state == "to run" and (folder / files.FAILURE).is_file():
             state = "failed before"
-        elif state == "to run" and suite.view.is_interrupted(folder):
+        elif state == "to run" and suite.view.kept.is_interrupted(folder):
             state = "interrupted"
         planned.append(Planned(config, state, reason))
     return planned

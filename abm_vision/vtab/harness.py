@@ -16,13 +16,13 @@ import vtab_tasks
 from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.lora import add_lora
 from abm_vision.runs import checkpoint as checkpoints
-from abm_vision.runs.checkpoint import CHECKPOINT, Progress
+from abm_vision.runs.checkpoint import Progress
 from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session, SessionOptions
 from abm_vision.runs.run import run as run_spine
 from abm_vision.vtab.config import EVALUATIONS, RunConfig
 from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
-from abm_vision.vtab.results import Result, model_card, summary
+from abm_vision.vtab.results import KEPT, model_card, summary
 from abm_vision.vtab.train import choose_attention, count_correct, make_optimiser
 from abm_vision.vtab.train import train as train_epochs
 from abm_vision.weights import WeightSource, create_backbone, find_weights
@@ -238,8 +238,7 @@ def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
 
 
 HARNESS = Harness(
-    config=RunConfig,
-    result=Result,
+    kept=KEPT,
     prepare=prepare,
     origin=origin_parts,
     resume=checkpoints.load,
@@ -248,5 +247,4 @@ HARNESS = Harness(
     summary=summary,
     card=model_card,
     settings=adapter_settings,
-    unfinished=(CHECKPOINT,),
 )

@@ -47,7 +47,7 @@ def _throughput(out: str | Path, like: RunConfig) -> dict[str, float] | None:
     finished = []
     for folder in Path(out).glob("*/"):
         with suppress(ValueError):  # a plan and a report name what cannot be read; here others will do
-            finished.append(HARNESS.read(folder))
+            finished.append(HARNESS.kept.read(folder))
     found = [r for r in finished if r and all(r["config"][k] == getattr(like, k) for k in alike)]
     if not found:
         return None

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from abm_vision.runs import records
+from abm_vision.runs.folder import CHECKPOINT, Kept
 from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.records import Count, Positive, Record, Share, settings_of
 from abm_vision.vtab.config import RunConfig
@@ -103,6 +104,9 @@ class Result(records.Result):
         if absent:
             raise ValueError(f"it lacks seconds.{', seconds.'.join(absent)}")
         return self
+
+
+KEPT = Kept(RunConfig, Result, unfinished=(CHECKPOINT,))
 
 
 def summary(result: dict[str, Any]) -> str:

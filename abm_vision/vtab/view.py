@@ -7,8 +7,7 @@ from typing import Any
 import vtab_tasks
 from abm_vision.analysis.published import PUBLISHED
 from abm_vision.analysis.view import Kind, Mean, View
-from abm_vision.vtab.config import RunConfig
-from abm_vision.vtab.results import Result
+from abm_vision.vtab.results import KEPT
 
 _ALL = tuple(vtab_tasks.TASKS)
 _GROUPS = {
@@ -43,10 +42,9 @@ def _sources(result: dict[str, Any]) -> dict[str, str]:
 VIEW = View(
     program="abm-vtab",
     name="VTAB-1K",
-    result=Result,
+    kept=KEPT,
     harness="abm_vision.vtab.harness:HARNESS",
     estimate="abm_vision.vtab.planning:estimate",
-    config=RunConfig,
     key="top1",
     score="top-1",
     split="test",
@@ -58,7 +56,6 @@ VIEW = View(
     counted=lambda result: (result["test"]["count"], result["test"]["split_size"]),
     samples="images",
     subset="fewer images than the test split has, drawn with a fixed seed",
-    unfinished=("checkpoint.pt",),
     selection={"evaluate": "val"},
     selection_split="val200",
     kinds=(_REAL, _RENDERED),

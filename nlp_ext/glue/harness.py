@@ -33,7 +33,7 @@ from abm_vision.runs.run import run as run_spine
 from nlp_ext import trainer
 from nlp_ext.glue import data
 from nlp_ext.glue.config import GlueConfig
-from nlp_ext.glue.results import Result, model_card, summary
+from nlp_ext.glue.results import KEPT, model_card, summary
 from nlp_ext.glue.scores import score as metrics
 from nlp_ext.glue.server import server_file
 from nlp_ext.glue.tasks import INVALID, GlueTask, get_task
@@ -41,7 +41,7 @@ from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import text_device
 from nlp_ext.textrun import Row, TextRun, adapter_settings, text_origin, together, token_digest
-from nlp_ext.trainer import CHECKPOINTS, NOTES, Progress, training_arguments
+from nlp_ext.trainer import Progress, training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -278,8 +278,7 @@ def write_predictions(run: Run) -> None:
 
 
 HARNESS = Harness(
-    config=GlueConfig,
-    result=Result,
+    kept=KEPT,
     prepare=prepare,
     origin=origin_parts,
     resume=trainer.resume,
@@ -288,7 +287,6 @@ HARNESS = Harness(
     summary=summary,
     card=model_card,
     settings=partial(adapter_settings, kept=("task", "model", "init", "seed"), score="scores"),
-    unfinished=(NOTES, CHECKPOINTS),
     extras={SERVER: write_predictions},
     device=text_device,
     hushed=only_our_own_words,

@@ -6,11 +6,12 @@ from typing import Any
 
 from pydantic import ConfigDict
 
+from abm_vision.runs.folder import Kept
 from abm_vision.runs.markup import markdown
 from abm_vision.runs.records import Count, Positive, Record, settings_of
 from nlp_ext import results
 from nlp_ext.glue.config import GlueConfig
-from nlp_ext.results import TextResult, marks
+from nlp_ext.results import CHECKPOINTS, NOTES, TextResult, marks
 
 
 class Examples(Record):
@@ -46,6 +47,9 @@ class Result(TextResult):
     config: settings_of(GlueConfig)
     data: Data
     scores: dict[str, Scores]
+
+
+KEPT = Kept(GlueConfig, Result, unfinished=(NOTES, CHECKPOINTS))
 
 
 def summary(result: dict[str, Any]) -> str:

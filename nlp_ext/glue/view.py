@@ -7,9 +7,8 @@ from typing import Any
 
 from abm_vision.analysis.view import Mean, View
 from nlp_ext import textview
-from nlp_ext.glue.config import GlueConfig
 from nlp_ext.glue.data import SYNTHETIC
-from nlp_ext.glue.results import Result
+from nlp_ext.glue.results import KEPT
 from nlp_ext.glue.synthetic import SIZES
 from nlp_ext.glue.tasks import TASKS, get_task
 
@@ -47,10 +46,8 @@ def _details(result: dict[str, Any]) -> dict[str, Any]:
 VIEW = View(
     program="abm-glue",
     name="GLUE",
-    config=GlueConfig,
-    result=Result,
+    kept=KEPT,
     harness="nlp_ext.glue.harness:HARNESS",
-    unfinished=("checkpoints", "notes.json"),
     key="score",
     score="score",
     split="validation",

@@ -31,12 +31,12 @@ from nlp_ext.batches import answer_tokens
 from nlp_ext.instruct import data
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.instruct.results import Result, model_card, summary
+from nlp_ext.instruct.results import KEPT, model_card, summary
 from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import processes, text_device, whole_state
 from nlp_ext.textrun import TextRun, adapter_settings, text_origin, together, token_digest
-from nlp_ext.trainer import CHECKPOINTS, NOTES, Progress, training_arguments
+from nlp_ext.trainer import Progress, training_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -247,8 +247,7 @@ def _samples(run: InstructRun) -> list[dict[str, Any]]:
 
 
 HARNESS = Harness(
-    config=InstructConfig,
-    result=Result,
+    kept=KEPT,
     prepare=prepare,
     origin=origin_parts,
     resume=trainer.resume,
@@ -257,7 +256,6 @@ HARNESS = Harness(
     summary=summary,
     card=model_card,
     settings=partial(adapter_settings, kept=("model", "base", "init", "seed"), score="perplexity"),
-    unfinished=(NOTES, CHECKPOINTS),
     leaves=(SAMPLES,),
     measure_pretrained=measure_pretrained,
     device=text_device,

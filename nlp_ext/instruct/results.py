@@ -6,11 +6,12 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from abm_vision.runs.folder import Kept
 from abm_vision.runs.markup import markdown
 from abm_vision.runs.records import Count, Positive, Record, settings_of
 from nlp_ext import results
 from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.results import TextResult, marks
+from nlp_ext.results import CHECKPOINTS, NOTES, TextResult, marks
 
 _TALK = "\n`python -m nlp_ext.instruct chat --adapter path/to/this/folder` talks to it.\n"
 
@@ -47,6 +48,9 @@ class Result(TextResult):
     config: settings_of(InstructConfig)
     data: Data
     perplexity: Perplexity
+
+
+KEPT = Kept(InstructConfig, Result, unfinished=(NOTES, CHECKPOINTS))
 
 
 def summary(result: dict[str, Any]) -> str:

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from abm_vision.analysis.view import View
 from nlp_ext import textview
-from nlp_ext.instruct.config import InstructConfig
-from nlp_ext.instruct.results import Result
+from nlp_ext.instruct.results import KEPT
 
 SUBJECT = "instruct"  # there is one task
 
 VIEW = View(
     program="abm-instruct",
     name="Instruction tuning",
-    config=InstructConfig,
-    result=Result,
+    kept=KEPT,
     harness="nlp_ext.instruct.harness:HARNESS",
-    unfinished=("checkpoints", "notes.json"),
     key="perplexity",
     score="perplexity",
     split="held-out",
