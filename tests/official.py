@@ -32,7 +32,7 @@ def small_edition(task: Task) -> Task:
 
 
 def write_official(name: str, data_dir, size: int = SIZE) -> dict[str, list[dict]]:
-    """Prepare data set `name` from generated examples. Returns them by split, in the order in which TFDS stores them.
+    """Prepare dataset `name` from generated examples. Returns them by split, in the order in which TFDS stores them.
 
     Images are handed over encoded, because TFDS encodes arrays with TensorFlow.
     """

@@ -421,6 +421,7 @@ def test_compile_comes_afterwards():
         match(model)
 
 
+@pytest.mark.slow
 def test_compiled_afterwards_it_computes_the_same():
     model = add_lora(build_vit()).eval()
     match(model)

@@ -67,6 +67,7 @@ def stock_outputs(saved, tmp_path_factory):
     return torch.load(folder / "out.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("choice", range(len(CHOICES)), ids=[str(c) for c in CHOICES])
 def test_stock_peft_loads_it_in_a_process_without_this_package(saved, stock_outputs, choice):
     for output in stock_outputs[choice]:

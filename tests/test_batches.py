@@ -50,7 +50,7 @@ LOADERS = {
     "no batch dimension": ([(X[0], Y[0])], r"cannot take a batch \(tuple with float32 \(., 32, 32\)"),
     "one channel": ([(X[:, :1], Y)], r"cannot take a batch \(tuple with float32 \(., 1, 32, 32\)"),
     "foreign mapping": ([{"pictures": X, "labels": Y}], "cannot take a batch .*no images among the batch"),
-    "data set": (TensorDataset(X, Y), "TensorDataset is a data set.*DataLoader"),
+    "dataset": (TensorDataset(X, Y), "TensorDataset is a dataset.*DataLoader"),
     "empty batch": ([(X[:0], Y[:0])], "batch 1 of the loader .* holds no sample"),
     "empty loader": ([], "the dataloader is empty"),
     "strings": (["a.png", "b.png"], "of type str holds no tensor"),

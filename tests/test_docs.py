@@ -86,6 +86,7 @@ def test_every_field_of_a_result_is_explained(vit_run):
         assert set(json.loads(path.read_text())) <= named
 
 
+@pytest.mark.slow
 def test_fields_of_text_results_are_explained(glue_run):
     named = set(re.findall(r"`(\w+)`", RESULTS))
     result = glue_run[0]

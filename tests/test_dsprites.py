@@ -22,7 +22,7 @@ def latents(*rows: tuple[int, int, int, int, int]) -> dsprites.Latents:
 
 
 def heart_on_canvas(scale: int, orientation: int, x: int, y: int) -> list[tuple[float, float]]:
-    """The 240 corners in pixels, by the inverse of the rotation given in the data set's description."""
+    """The 240 corners in pixels, by the inverse of the rotation given in the dataset's description."""
     s, phi = 0.5 + scale / 10, math.tau * orientation / 39
     corners = []
     for k in range(240):

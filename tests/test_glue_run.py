@@ -354,7 +354,7 @@ class Hub(BaseHTTPRequestHandler):
     [
         ("some/gated", "some/gated is gated: accept its licence at https://huggingface.co/some/gated"),
         ("some/missing", "there is no model some/missing on the hub"),
-        ("", "cannot be read from the hub"),
+        pytest.param("", "cannot be read from the hub", marks=pytest.mark.slow),  # it is asked again and again
     ],
 )
 def test_hub_errors_are_one_message(name, message, tmp_path, monkeypatch, capsys):

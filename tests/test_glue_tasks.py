@@ -7,7 +7,7 @@ import pytest
 from nlp_ext.glue.scores import score
 from nlp_ext.glue.tasks import TASKS, get_task
 
-# Sizes of the splits as the paper of GLUE and its data set card give them: train, validation, test.
+# Sizes of the splits as the paper of GLUE and its dataset card give them: train, validation, test.
 SIZES = {
     "cola": (8551, 1043, 1063),
     "mnli": (392702, 9815, 9832, 9796, 9847, 1104),  # the last: AX

@@ -189,6 +189,7 @@ def test_a_changed_initialisation_is_not_answered_from_an_old_run(tmp_path, monk
         run(config, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_reference_that_was_tuned_again(tmp_path):
     tuned = run(make_config(**{**PLAIN, "epochs": 1}), tmp_path)["folder"]
     config = make_config(**{**TINY, "task": TASK, "epochs": 1, "init": "abm_tuned", "abm_reference": tuned})

@@ -32,7 +32,7 @@ def against(root, folder):
     assert files
     found = {}
     for path in files:
-        # The data set for PyTorch is the one file that is made for it, and is imported only when it is asked for.
+        # The dataset for PyTorch is the one file that is made for it, and is imported only when it is asked for.
         allowed = {"torch"} if path == root / "vtab_tasks" / "torch.py" else set()
         found[path] = {name.partition(".")[0] for name in imported(path)} & (FORBIDDEN[folder] - allowed)
     return {path: names for path, names in found.items() if names}

@@ -170,7 +170,7 @@ def test_both_stacks_have_a_ramp_of_their_own():
         lambda: torch.nn.Linear(3, 3),
     ],
 )
-def test_other_models_are_told(model):
+def test_other_models_are_an_error(model):
     with pytest.raises(ValueError, match=r"no supported model \(those are: T5, LLaMA, timm vision trans"):
         add_lora(model())
 
@@ -260,6 +260,7 @@ def test_what_is_missing_in_a_batch_is_told():
         answer_tokens({**batch, "labels": torch.full_like(labels, -100)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_padding_gives_eva_no_directions(make, batch):
     """Whatever the padded tokens are, the start is the same; it would be another one if they counted."""
@@ -280,6 +281,7 @@ def test_padding_gives_eva_no_directions(make, batch):
     assert not all(first[n].shape == third[n].shape and torch.allclose(first[n], third[n], atol=1e-2) for n in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_padding_gives_corda_no_covariance(make, batch):
     """Against the sentences one by one, cut to their own length: B A is the same whatever the padding is."""
@@ -345,6 +347,7 @@ def factors(model):
     return torch.cat([p.detach().float().flatten() for n, p in model.named_parameters() if "lora_" in n])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_gradient_checkpointing_changes_nothing(make, batch):
     plain, checkpointed = (add_lora(copy.deepcopy(make()), 4, 4) for _ in range(2))
@@ -355,6 +358,7 @@ def test_gradient_checkpointing_changes_nothing(make, batch):
     assert first.loss_per_step == second.loss_per_step and torch.equal(factors(plain), factors(checkpointed))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_bf16_models(make, batch):
     model = add_lora(make().to(torch.bfloat16), 4, 4)
@@ -429,6 +433,7 @@ def test_device_map(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_compiled_afterwards(make, batch):
     model = add_lora(make(), 4, 4)
@@ -440,6 +445,7 @@ def test_compiled_afterwards(make, batch):
         match(compiled, batch())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_tied_embeddings_stay_tied_and_stock_peft_reads_the_file(make, batch, tmp_path):
     base = make(tie_word_embeddings=True)

@@ -46,6 +46,7 @@ def results(tmp_path):
     return {result["config"]["init"]: result["config"] for result in found}
 
 
+@pytest.mark.slow
 def test_a_run_its_identity_and_its_files(plugin, tmp_path):
     done = command(tmp_path, *WORDS, *OWN, "--init", "noise", "--json")
     assert done.returncode == 0, done.stderr
@@ -65,6 +66,7 @@ def test_a_run_its_identity_and_its_files(plugin, tmp_path):
     assert gone.returncode == 2 and "plugin is 'my_noise': no module named 'my_noise'" in gone.stderr
 
 
+@pytest.mark.slow
 def test_suite_of_several_processes(plugin, tmp_path):
     suite = ["suite", "--tasks", "dsprites_loc", "--init", "noise,kaiming", *WORDS, *OWN]
     done = command(tmp_path, *suite, "--jobs", "2")

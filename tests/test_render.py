@@ -189,6 +189,7 @@ def test_an_object_in_the_maze_is_seen_and_smaller_far_away():
 # ---- as data -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SURROGATES)
 def test_surrogates_as_data(name):
     data = vtab_tasks.load(name, "train800val200", source="rendered")

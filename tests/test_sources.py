@@ -466,7 +466,7 @@ def test_images_may_differ_in_size(community, tmp_path):
 
 
 def png(i: int) -> io.BytesIO:
-    """Image i of the small data set, in the official encoding: one channel of 0 and 1. Pixel i is on."""
+    """Image i of the small dataset, in the official encoding: one channel of 0 and 1. Pixel i is on."""
     image = np.zeros(64 * 64, dtype=np.uint8)
     image[i] = 1
     stream = io.BytesIO()

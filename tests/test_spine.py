@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from abm_vision import Backbone, add_lora, register_backbone
+from abm_vision.abm import host
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.content import initialisation
 from abm_vision.runs.folder import CHECKPOINT, Busy, Kept, locked
@@ -35,7 +36,13 @@ HOST = Backbone(
     forward_fn=lambda model, batch: model(batch[0]),
     loss_fn=lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]),
 )
-register_backbone(HOST)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    register_backbone(HOST)
+    yield
+    host._registered.remove(HOST)
 
 
 @dataclass(frozen=True)

@@ -495,6 +495,7 @@ def test_one_gpu_for_all_jobs_is_refused(tmp_path):
         list(executors.local(2)(HARNESS, [SimpleNamespace(device="cuda:1")], Session(tmp_path)))
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_a_failed_run(tmp_path):
     suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "epochs": 5000})
     execute = executors.local(1)

@@ -1,7 +1,7 @@
 """The task table, the label bins, and the TFDS order with its cache.
 
 Expected values: the official VTAB code (sizes, bins), TFDS's own hasher and shuffler, and facts published
-with the data set.
+with the dataset.
 """
 
 import hashlib

@@ -40,6 +40,7 @@ def compared(runs):
     return out
 
 
+@pytest.mark.slow
 def test_glue_is_compared(compared):
     results = [json.loads(path.read_text()) for path in sorted(compared.glob("*/result.json"))]
     assert len(results) == 4 and all(r["information_loss"] for r in results)
@@ -55,6 +56,7 @@ def test_glue_is_compared(compared):
     assert (compared / "compare.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_glue_is_reported(compared, tmp_path, capsys):
     code, out, _ = answer(["report", compared, "--out", tmp_path], capsys, glue)
     assert code == 0 and "## Stand-ins (not GLUE), validation score in %" in out and "mean of the 9 tasks" in out
@@ -70,6 +72,7 @@ def test_glue_is_reported(compared, tmp_path, capsys):
     )
 
 
+@pytest.mark.slow
 def test_a_suite_goes_with_the_comparison(runs, compared, capsys):
     """Its runs are those of the comparison, and one more."""
     out, flags = runs

@@ -12,6 +12,7 @@ from nlp_ext.corpus import documentation
 from nlp_ext.glue import synthetic
 
 
+@pytest.mark.slow
 def test_the_corpus_is_the_documentation():
     texts = list(documentation())
     assert len(texts) > 5000 and min(map(len, texts)) >= 40
@@ -47,6 +48,7 @@ def test_gaps_hide_a_share_of_the_bytes():
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", tiny.MODELS)
 def test_pretraining_is_reproducible_and_learns(name, monkeypatch):
     monkeypatch.setattr(tiny, "documentation", lambda: synthetic.sentences(300))

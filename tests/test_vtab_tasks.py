@@ -1,4 +1,4 @@
-"""All 19 tasks: the table against published figures, labels against plain loops, and the 16 TFDS data sets.
+"""All 19 tasks: the table against published figures, labels against plain loops, and the 16 TFDS datasets.
 
 The table below is written from the VTAB paper's code and TFDS, not from `vtab_tasks.tasks`. The datasets are written
 by the official builder classes in their own schema, only smaller: nothing but the download and the parsing of raw

@@ -69,8 +69,8 @@ def boundary_figures(
     figures = []
     for b in boundaries:
         on_reference_side = sign[b.name]  # unpacked once
-        same_side = counted((z[b.name] > 0) == on_reference_side, mask[b.stack])
         inside = counted(signed(z[b.name], on_reference_side), mask[b.stack]) < b.margin
+        same_side = counted((z[b.name] > 0) == on_reference_side, mask[b.stack])
         loss = boundary_loss([replace(b, weight=1.0)], z, {b.name: on_reference_side}, mask)
         figures.append(torch.stack([loss, _share(same_side), _share(inside)]))
     return torch.stack([figure.to(figures[0].device) for figure in figures])
