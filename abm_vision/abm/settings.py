@@ -66,7 +66,8 @@ class ABMConfig(InitConfig):
         fit: "end_to_end" (AdamW on all factors before the last boundary) or "local" (every boundary on its own, in
             closed form, on the first batch: B of the projection in front of it alone; steps, learning_rate and
             batch_size do not apply).
-        samples, seed: as in `InitConfig`.
+
+    `samples` and `seed` are as in `InitConfig`.
     """
 
     margin: float = flag(0.5, "margin of the boundary loss")
@@ -113,7 +114,8 @@ class AlignConfig(InitConfig):
         size: length of every column of B, if the boundaries allow it.
         match: the least share of hidden units that must stay on the pretrained model's side, in (0, 1]; B is
             halved until they do.
-        samples, seed: as in `InitConfig`.
+
+    `samples` and `seed` are as in `InitConfig`.
     """
 
     norm: float = flag(2.0, "for init abm_aligned: length of the rows of A")
