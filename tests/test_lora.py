@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from abm_vision import Backbone, add_lora, check_adapters, find_backbone
+from abm_vision import Backbone, add_lora, check_adapters, find_backbone, register_backbone
 from abm_vision.abm.merged_linear import MergedLinear
 
 LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
@@ -335,6 +335,11 @@ def test_unknown_model_says_what_to_pass():
         ValueError, match=r"Sequential is no supported model .*timm vision transformer.*Pass backbone=Backbone"
     ):
         add_lora(nn.Sequential(nn.Linear(2, 2)))
+
+
+def test_a_record_that_is_none():
+    with pytest.raises(ValueError, match="the backbone is None; it must be a Backbone"):
+        register_backbone(None)
 
 
 def test_convolutional_model_is_refused_by_name():

@@ -112,6 +112,7 @@ def findable(plugin, monkeypatch):
         (["--init", "kaiming", *OWN], "noise_strength is given, but init kaiming has no use for it"),
         (["--init", "noise", "--plugin", "nowhere"], "plugin is 'nowhere': no module named 'nowhere'; put its folder"),
         (["--plugin", "lib/my_noise.py"], "give the name of a module, such as my_module, not of a file"),
+        (["--plugin", "my_noise.py"], "give the name of a module, such as my_module, not of a file"),
         (["suite", "--plugin", "nowhere"], "plugin is 'nowhere'"),
         (["compare", "--plugin", "nowhere"], "plugin is 'nowhere'"),
         (["report", "--plugin", "nowhere", "results"], "plugin is 'nowhere'"),
@@ -198,3 +199,20 @@ def test_settings_that_clash():
             AdapterSettings.settings()
     finally:
         del INITIALIZERS["mine"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", "it cannot be imported: ZeroDivisionError: division by zero"),
+        ("def", "it cannot be imported: SyntaxError"),
+        ("import nowhere", "it cannot be imported: ModuleNotFoundError: No module named 'nowhere'"),
+        ("raise SystemExit(5)", "it cannot be imported: SystemExit: 5"),
+    ],
+)
+def test_a_plugin_that_cannot_be_imported(text, message, tmp_path, monkeypatch, capsys):
+    (tmp_path / "my_broken.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["--plugin", "my_broken", "--init", "noise"]) == 2
+    err = capsys.readouterr().err
+    assert f"plugin is 'my_broken': {message}" in err and "Traceback" not in err

@@ -261,8 +261,8 @@ def test_tuned_reference_is_made_once_counted_and_left_out(tmp_path):
     assert alone["reference"] == {"folder": str(reference / "adapter"), "seconds": None}
 
 
-def test_diagnosis_needs_images_that_the_start_does_not_see(tmp_path):
-    with pytest.raises(ValueError, match="diagnose needs 64 training samples.*abm_samples 950 leaves 50"):
+def test_diagnosis_needs_images_besides_those_of_the_calibration(tmp_path):
+    with pytest.raises(ValueError, match="needs 64 training samples besides.*abm_samples 950 of 1000: lower it"):
         run(tiny(abm_samples=950), tmp_path, diagnose=True)
 
 

@@ -108,7 +108,13 @@ _registered: list[Backbone] = []
 
 
 def register_backbone(backbone: Backbone) -> None:
-    """Make a family known to `find_backbone`; later records are asked first, the shipped ones last."""
+    """Make a family known to `find_backbone`; later records are asked first, the shipped ones last.
+
+    Raises:
+        ValueError: it is no `Backbone`.
+    """
+    if not isinstance(backbone, Backbone):
+        raise ValueError(f"the backbone is {backbone!r}; it must be a Backbone: its docstring has a worked example")
     _registered.insert(0, backbone)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from enum import Flag, auto
@@ -249,12 +250,21 @@ def load_plugin(module: str) -> None:
     """Import a module that registers initialisations.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is none of that name, or it cannot be imported; the message says why.
     """
-    if not isinstance(module, str) or not all(part.isidentifier() for part in module.split(".")):
+    names = isinstance(module, str) and all(part.isidentifier() for part in module.split("."))
+    if not names or module.endswith(".py"):
         raise ValueError(f"plugin is {module!r}; give the name of a module, such as my_module, not of a file")
     try:
         import_module(module)
-    except ModuleNotFoundError as error:
-        why = str(error).replace("No", "no", 1)
-        raise ValueError(f"plugin is {module!r}: {why}; put its folder on PYTHONPATH, or install it") from None
+    except ValueError:  # of `register_initializer`
+        raise
+    except (Exception, SystemExit) as error:  # a module of the user's may raise anything
+        raise ValueError(f"plugin is {module!r}: {_why(module, error)}") from error
+
+
+def _why(module: str, error: BaseException) -> str:
+    if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+        return f"no module named {error.name!r}; put its folder on PYTHONPATH, or install it"
+    *_, last = traceback.extract_tb(error.__traceback__)
+    return f"it cannot be imported: {type(error).__name__}: {error} ({last.filename}, line {last.lineno})"

@@ -226,7 +226,7 @@ def run_guarded(program: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except KeyboardInterrupt as stop:
-        code = _stopped(program, stop, "; the same command (without --rerun) resumes from the last whole epoch")
+        code = _stopped(program, stop, "; the same command resumes after the last whole epoch")
         raise SystemExit(code) from None
 
 

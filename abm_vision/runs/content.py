@@ -241,7 +241,7 @@ def check_origin(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path
         )
         raise ValueError(
             f"the run in {folder} was made with other content: {words}. Restore it, choose another --out, or make the "
-            "run afresh with --rerun"
+            "run afresh (--rerun, or delete its folder)"
         )
 
 

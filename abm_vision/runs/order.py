@@ -26,8 +26,8 @@ def diagnosis_batches(count: int, calibration: int, seed: int, seen: bool) -> li
     free = count - calibration
     if free < DIAGNOSIS_SAMPLES:
         raise ValueError(
-            f"diagnose needs {DIAGNOSIS_SAMPLES} training samples that the initialisation does not see; abm_samples "
-            f"{calibration} leaves {max(0, free)}"
+            f"information loss needs {DIAGNOSIS_SAMPLES} training samples besides those of the calibration, "
+            f"abm_samples {calibration} of {count}: lower it, or take {calibration + DIAGNOSIS_SAMPLES} training samples"
         )
     (order,) = shuffled(count, count, seed, 0)
     chosen = order[:calibration] if seen else order[-DIAGNOSIS_SAMPLES:]

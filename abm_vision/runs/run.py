@@ -167,9 +167,6 @@ def _write(harness: Harness, run: Run, result: dict[str, Any]) -> None:
 
 def _check(harness: Harness, run: Run, result: dict[str, Any]) -> None:
     """Raise a ValueError if a result is not that of this run."""
-    run.session.say(f"finished before; --rerun repeats it ({run.folder})")
-    if run.processes.main:
-        files.remove(run.folder, (FAILURE, *harness.kept.unfinished))
     made_by, now = result.get("processes", 1), run.processes.count
     if made_by != now:
         raise ValueError(
@@ -178,6 +175,9 @@ def _check(harness: Harness, run: Run, result: dict[str, Any]) -> None:
         )
     files.check_same_run(result, run.config, run.folder)
     check_finished(result["origin"], harness.origin(run.config), run.folder)
+    run.session.say(f"finished before; --rerun repeats it ({run.folder})")
+    if run.processes.main:
+        files.remove(run.folder, (FAILURE, *harness.kept.unfinished))
 
 
 def _complete(harness: Harness, run: Run, result: dict[str, Any]) -> None:

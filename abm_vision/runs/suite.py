@@ -261,6 +261,7 @@ def _is_finished(suite: Suite, config: AdapterSettings, folder: Path, diagnose: 
         check_finished(result["origin"], suite.harness.origin(config), folder)
     except ValueError:
         return False  # the run itself says what is wrong with it
+    files.remove(folder, (files.FAILURE,))  # of an earlier try
     return True
 
 
