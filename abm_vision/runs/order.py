@@ -27,7 +27,7 @@ def diagnosis_batches(count: int, calibration: int, seed: int, seen: bool) -> li
     if free < DIAGNOSIS_SAMPLES:
         raise ValueError(
             f"information loss needs {DIAGNOSIS_SAMPLES} training samples besides those of the calibration, "
-            f"abm_samples {calibration} of {count}: lower it, or take {calibration + DIAGNOSIS_SAMPLES} training samples"
+            f"abm_samples {calibration} of {count}: lower it, or take {calibration + DIAGNOSIS_SAMPLES} samples"
         )
     (order,) = shuffled(count, count, seed, 0)
     chosen = order[:calibration] if seen else order[-DIAGNOSIS_SAMPLES:]
