@@ -166,7 +166,7 @@ def test_instructions_are_reported(tmp_path, monkeypatch):
     for name in results:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
-    monkeypatch.setattr(type(VIEW), "read", lambda view, folder: copy.deepcopy(results[folder.name]))
+    monkeypatch.setattr(type(VIEW.kept), "read", lambda kept, folder: copy.deepcopy(results[folder.name]))
     report = collect(tmp_path, VIEW)
     assert {p.method: (p.better, p.worse) for p in report.sections[0].paired()} == {"abm": (1, 0), "eva": (0, 1)}
     text = to_markdown(report)
