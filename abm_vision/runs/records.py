@@ -159,7 +159,7 @@ class Notes(Record):
 
     origin: dict[str, str | int]
     information_loss: Losses | None
-    seconds: Times
+    seconds: Times = {}
     report: dict[str, Any] | None = None
     reference: Reference | None = None
     start: str | None = None
