@@ -28,7 +28,7 @@ from abm_vision.runs import suite as module
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Session
 from abm_vision.runs.suite import Outcome, attempt, parse_tasks, plan
-from abm_vision.vtab import HARNESS, make_config, run
+from abm_vision.vtab import HARNESS, harness, make_config, run
 from abm_vision.vtab.__main__ import main
 from abm_vision.vtab.planning import estimate
 from abm_vision.vtab.view import VIEW
@@ -119,6 +119,17 @@ def test_a_suite_gives_what_its_runs_give(finished, tmp_path):
     config = next(c for c in outcomes if c.evaluate == "test")
     alone = run(config, tmp_path)
     assert alone["loss_per_step"] == HARNESS.kept.read(out / config.run_name())["loss_per_step"]
+
+
+def test_what_data_hold_is_found_once_for_all_finished_runs(finished, monkeypatch):
+    suite, out, outcomes, _ = finished
+    found = []
+    monkeypatch.setattr(
+        harness, "_data_origin", lambda part, data, real=harness._data_origin: found.append(part) or real(part, data)
+    )
+    again = run_suite(suite, out)
+    assert {c: o.score for c, o in again.items()} == {c: o.score for c, o in outcomes.items()}
+    assert len(found) == 2 * 2 * 2  # training and test data, of two tasks, for selection and final runs
 
 
 def test_the_best_of_the_validation_images_is_trained_again(finished):

@@ -11,7 +11,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 from abm_vision.abm.files import CannotWrite
 from abm_vision.analysis.view import View
 from abm_vision.runs import folder as files
-from abm_vision.runs.content import check_finished
+from abm_vision.runs.content import Origin, check_finished
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Harness, Session
 from abm_vision.runs.run import run
@@ -222,6 +222,7 @@ def _run_all(
     say, view = session.say, suite.view
     folders = {config: files.open_folder(session.out, config) for config in configs}
     outcomes: dict[AdapterSettings, Outcome] = {}
+    known: dict[Any, Origin] = {}  # content that runs share
 
     def note(config: AdapterSettings, outcome: Outcome) -> None:
         if outcome.state == "busy":
@@ -239,7 +240,7 @@ def _run_all(
     while left := [config for config in configs if config not in outcomes]:
         free = []
         for config in left:
-            if _is_finished(suite, config, folders[config], session.diagnose):
+            if _is_finished(suite, config, folders[config], session.diagnose, known):
                 note(config, Outcome("done"))
             elif not files.is_locked(folders[config]):
                 free.append(config)
@@ -251,18 +252,30 @@ def _run_all(
     return outcomes
 
 
-def _is_finished(suite: Suite, config: AdapterSettings, folder: Path, diagnose: bool) -> bool:
+def _is_finished(suite: Suite, config: AdapterSettings, folder: Path, diagnose: bool, known: dict[Any, Origin]) -> bool:
     """Whether a run has nothing left to do; not so if its result cannot be taken."""
     try:
         result = suite.view.kept.read(folder)
         if result is None or result.get("reference_only") or (diagnose and not result["information_loss"]):
             return False
         files.check_same_run(result, config, folder)
-        check_finished(result["origin"], suite.harness.origin(config), folder)
+        check_finished(result["origin"], _once(suite.harness.origin(config), known), folder)
     except ValueError:
         return False  # the run itself says what is wrong with it
     files.remove(folder, (files.FAILURE,))  # of an earlier try
     return True
+
+
+def _once(parts: Iterable[Callable[[], Origin]], known: dict[Any, Origin]) -> Iterator[Callable[[], Origin]]:
+    """Find content that several runs share, their data, once: equal calls, as `functools.partial` keeps them."""
+
+    def find(part: Callable[[], Origin]) -> Origin:
+        key = (part.func, part.args) if isinstance(part, partial) else part
+        if key not in known:
+            known[key] = part()
+        return known[key]
+
+    return (partial(find, part) for part in parts)
 
 
 def _name(config: AdapterSettings, view: View) -> str:

@@ -40,17 +40,8 @@ def run(config: RunConfig, out: str | Path = "results", **session: Unpack[Sessio
     An interrupted run is resumed with the same result, bit for bit on CPU. The test split is opened after the last
     epoch (earlier only with `eval_epochs`, which decides nothing).
 
-    Args:
-        config: the settings.
-        out: parent of the run's folder, which `config.run_name()` names.
-        session: how it is run: the fields of `abm_vision.runs.harness.Session`, such as rerun, diagnose, say and log.
-
-    Returns:
-        The content of `result.json`, with `folder` added, of a finished run as it was.
-
-    Raises:
-        Busy: another process is at this run.
-        ValueError, OSError: as the parts of the run do, each with one message.
+    `out` is the parent of the run's folder; `session` are the other fields of `abm_vision.runs.harness.Session`, such
+    as rerun, diagnose, say and log. What is returned and raised is that of `abm_vision.runs.run.run`.
     """
     return run_spine(HARNESS, config, Session(out, **session))
 
@@ -129,12 +120,18 @@ def origin_parts(config: RunConfig) -> list[Callable[[], Origin]]:
     No model is built, no network asked. Each raises an OSError if its part is not there, and a ValueError if it is
     damaged.
     """
-    data = [lambda part=part: _data_origin(part, _load(config, part)[0]) for part in ("training", "test")]
+    fields = ("task", "evaluate", "source", "data_dir", "test_images")
+    data = RunConfig.make(**{name: getattr(config, name) for name in fields})  # equal for all runs on the same data
     return [
-        *data,
+        partial(_found_data, "training", data),
+        partial(_found_data, "test", data),
         lambda: _weights_origin(find_weights(config.model, config.weights)),
         partial(initialisation, config),
     ]
+
+
+def _found_data(part: str, config: RunConfig) -> Origin:
+    return _data_origin(part, _load(config, part)[0])
 
 
 def _data_origin(part: str, data: vtab_tasks.TaskData) -> Origin:

@@ -56,17 +56,8 @@ def run(config: GlueConfig, out: str | Path = "results", **session: Unpack[Sessi
 
     With `extras=("server",)` predictions for the test splits are written in the format of the GLUE server.
 
-    Args:
-        config: the settings.
-        out: parent of the run's folder, which `config.run_name()` names.
-        session: how it is run: the fields of `abm_vision.runs.harness.Session`, such as rerun, diagnose, say and log.
-
-    Returns:
-        The content of `result.json`, with `folder` added, of a finished run as it was.
-
-    Raises:
-        Busy: another process is at this run.
-        ValueError, OSError: as the parts of the run do, each with one message.
+    `out` is the parent of the run's folder; `session` are the other fields of `abm_vision.runs.harness.Session`, such
+    as rerun, diagnose, say and log. What is returned and raised is that of `abm_vision.runs.run.run`.
     """
     return run_spine(HARNESS, config, Session(out, **session))
 
