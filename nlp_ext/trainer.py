@@ -15,12 +15,11 @@ from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Checkpoint, Prepared
-from abm_vision.runs.records import Notes, Record, Seconds, read_record
+from abm_vision.runs.records import AFRESH, Notes, Record, Seconds, read_record
 from nlp_ext.results import CHECKPOINTS, NOTES
 from nlp_ext.textrun import TextRun
 
 PROGRESS = "progress.json"
-AFRESH = "--rerun, or deleting its folder, starts afresh"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 

@@ -162,20 +162,19 @@ class Adapter:
         if self.config.init_lora_weights is not True or not self.is_zero:
             raise ValueError(f"adapter {self.name!r} is not fresh, it was initialised or trained: begin with add_lora")
 
-    def check_weights(self, what: str) -> None:
+    def check_weights(self, what: str, remedy: str) -> None:
         """Raise a ValueError unless the base weights can be computed with: plain, finite, floating-point numbers."""
         for name, layer in self.layers.items():
             weight = layer.get_base_layer().weight
             if weight.device.type == "meta":
                 raise ValueError(
                     f"{what} computes with the base weights, and those of {name} are offloaded: initialise the adapter "
-                    "before, or take an initialisation that runs the model alone, such as abm, abm_aligned or eva"
+                    f"before, or {remedy}"
                 )
             if not is_plain(weight):
                 kind = weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
                 raise ValueError(
-                    f"{what} computes with the base weights, and those of {name} are quantised ({kind}): take an "
-                    "initialisation that runs the model alone, such as abm, abm_aligned or eva"
+                    f"{what} computes with the base weights, and those of {name} are quantised ({kind}): {remedy}"
                 )
             if not weight.isfinite().all():
                 raise ValueError(f"the base weight of {name} is NaN or infinite: load the pretrained weights again")
