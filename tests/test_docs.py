@@ -61,7 +61,8 @@ def code(page):
     ("program", "command"), [(vtab, ""), (vtab, "suite"), (glue, ""), (instruct, ""), (instruct, "mt-bench")]
 )
 def test_every_option_is_there(site, program, command):
-    flags = {flag for action in program.COMMANDS[command].parser()._actions for flag in action.option_strings} - {"-h", "--help"}
+    actions = program.COMMANDS[command].parser()._actions
+    flags = {flag for action in actions for flag in action.option_strings} - {"-h", "--help"}
     assert flags <= code(site / "commands" / "index.html")
 
 

@@ -1,7 +1,7 @@
 """Every initialisation of a LoRA adapter, peft's and ours: one table, and one verb that applies a row of it.
 
-`record.py` says what an initialisation is, `registry.py` has the table and how to add to it, `peft_own.py` and `ours.py`
-a function and a row for each; `verb.py` applies one. No torch is loaded until one is applied.
+`record.py` says what an initialisation is, `registry.py` has the table and how to add to it, `peft_own.py` and
+`ours.py` a function and a row for each; `verb.py` applies one. No torch is loaded until one is applied.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The table of initialisations, and how to add to it. No torch is loaded: a command's flags are made from this table."""
+"""The table of initialisations, which makes a command's flags, and how to add to it. No torch is loaded."""
 
 from __future__ import annotations
 
