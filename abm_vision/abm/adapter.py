@@ -5,7 +5,6 @@ Every verb asks here, once, at its public edge, so that a question has one answe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -17,15 +16,7 @@ from torch import nn
 
 from abm_vision.abm.base_change import base_changes, changes_base, is_still_changed, keep_base_changes, lora_layers
 from abm_vision.abm.merged_linear import is_plain
-
-# What torch puts into the names of modules that it wraps.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPED = re.compile(rf"\b(?:{'|'.join(_WRAPPERS)})\.")
-
-
-def plain_name(name: str) -> str:
-    """A module's or tensor's name without the names of torch's wrappers (`torch.compile` and others)."""
-    return _WRAPPED.sub("", name)
+from abm_vision.abm.names import WRAPPERS, plain_name
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -266,7 +257,7 @@ def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, b
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """A module without torch's wrappers around it."""
-    inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
+    inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
     return module if inner is None else _unwrapped(inner)
 
 
