@@ -518,7 +518,7 @@ def test_rerun_keeps_the_result_of_a_run_that_cannot_begin(tmp_path, monkeypatch
         (("config",), {}, "it lacks abm_batch_size, .*, workers"),
         (("config",), None, "config is None"),
         (("config", "task"), "dsprites_lok", "unknown task 'dsprites_lok'"),
-        (("config", "init"), "mine", "init is 'mine'; allowed are kaiming"),
+        (("config", "init"), 5, "init is 5; allowed are kaiming"),
         (("config", "rank"), "8", "rank is '8'; it must be of type int"),
         (("seconds",), ..., "it lacks seconds"),
         (("seconds", "init"), ..., "it lacks seconds.init"),

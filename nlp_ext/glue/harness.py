@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset as TorchDataset
+from datasets import Dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -41,7 +41,6 @@ from nlp_ext.textrun import Row, TextRun, adapt, adapter_settings, split_content
 from nlp_ext.trainer import Trained, training_arguments
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from typing_extensions import Unpack
 
 SERVER = "server"
@@ -202,23 +201,10 @@ def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) ->
         model=run.model,
         args=training_arguments(TrainingArguments, run),
         data_collator=DataCollatorForSeq2Seq(run.tokenizer),
-        train_dataset=Rows(run.rows),
+        train_dataset=Dataset.from_list(run.rows),
         processing_class=run.tokenizer,
     )
     return trainer.train(own, run, notes, checkpoint)
-
-
-class Rows(TorchDataset):
-    """Rows of a split, each a fresh mapping: the collator changes what it is given."""
-
-    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, k: int) -> dict[str, list[int]]:
-        return dict(self.rows[k])
 
 
 def score(run: GlueRun, trained: Trained) -> dict[str, Any]:
