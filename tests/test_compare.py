@@ -14,7 +14,7 @@ from helpers import FLAGS, answer, refused
 from abm_vision.analysis import compare as module
 from abm_vision.analysis.compare import records, to_markdown, to_text
 from abm_vision.analysis.stats import delayed_training_loss, interval
-from abm_vision.runs import suite
+from abm_vision.runs import run_suite
 from abm_vision.runs.folder import Diverged
 from abm_vision.vtab import make_config
 from abm_vision.vtab.__main__ import main
@@ -193,7 +193,7 @@ def test_what_else_is_refused():
 
 
 def test_what_diverged_is_recorded_and_what_fails_is_an_error(tmp_path, monkeypatch, capsys):
-    real, words = suite.run, ["compare", *FLAGS[:-4], "--epochs", "1", "--init", "kaiming,gaussian", "--seeds", "1"]
+    real, words = run_suite.run, ["compare", *FLAGS[:-4], "--epochs", "1", "--init", "kaiming,gaussian", "--seeds", "1"]
     words = [str(word) for word in (*words, "--lr", "1e-3,2e-3", "--out", tmp_path)]
 
     def breaks(error):
@@ -204,10 +204,10 @@ def test_what_diverged_is_recorded_and_what_fails_is_an_error(tmp_path, monkeypa
 
         return run
 
-    monkeypatch.setattr(suite, "run", breaks(MemoryError("no memory")))
+    monkeypatch.setattr(run_suite, "run", breaks(MemoryError("no memory")))
     assert main(words) == 2
     assert re.search(r"1 of 4 runs failed.*gaussian-seed0-\w+: MemoryError: no memory", capsys.readouterr().err)
-    monkeypatch.setattr(suite, "run", breaks(Diverged("the training loss is not finite")))
+    monkeypatch.setattr(run_suite, "run", breaks(Diverged("the training loss is not finite")))
     assert main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["init"]: row["seeds"] for row in rows} == {"kaiming": 1, "gaussian": 1}

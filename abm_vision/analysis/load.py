@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from abm_vision.analysis.view import Result, View
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.content import shortened
 from abm_vision.runs.folder import CONFIG, FAILURE, RESULT
 from abm_vision.runs.records import Failure, read_record
 
-BASELINE = "kaiming"
 OTHER_DATA = "other data"
 _CODE = "initialisation"
 _IDENTITY = ("task", "init", "seed")

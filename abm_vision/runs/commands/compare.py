@@ -76,7 +76,8 @@ def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[li
     """
     from abm_vision.analysis.load import BASELINE, read_finished
     from abm_vision.runs.harness import Session, silent
-    from abm_vision.runs.suite import Suite, run_suite
+    from abm_vision.runs.run_suite import run_suite
+    from abm_vision.runs.suite import Suite
 
     execute = executor(options)
     wanted = {name: options.pop(name, default) for name, default in _compared(view).items()}
