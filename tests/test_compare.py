@@ -112,6 +112,7 @@ def test_bootstrap_against_all_resamples():
     assert means[0] <= low <= means[2] and means[-3] <= high <= means[-1]
 
 
+@pytest.mark.figures
 def test_files(tmp_path):
     found = compare([*three("kaiming", [2.5, 2.6, 2.7]), *three("eva", [2.0, 2.6, 2.3])])
     paths = module.write_files(found, tmp_path / "report")

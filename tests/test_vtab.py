@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from conftest import TINY, build_vit, full_disk
-from helpers import tiny
+from helpers import break_off, tiny
 from PIL import Image
 from pydantic import TypeAdapter
 
@@ -34,19 +34,6 @@ from abm_vision.vtab.results import model_card
 @pytest.fixture
 def finished(vit_run):
     return vit_run
-
-
-def break_off(config, out, monkeypatch):
-    """Kill a run after its first epoch."""
-    original = checkpoint.save
-
-    def killed(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save", killed)
-        run(config, out)
 
 
 # A run and its files
@@ -164,6 +151,7 @@ def test_killed_run_goes_on_to_the_same_result_bit_for_bit(tmp_path, monkeypatch
     assert open(files[0], "rb").read() == open(files[1], "rb").read()
 
 
+@pytest.mark.figures
 def test_diagnosis_of_a_new_a_resumed_and_a_finished_run_is_the_same(tmp_path, monkeypatch):
     config, lines = tiny(init="lora_ga"), []
     new = run(config, tmp_path / "new", diagnose=True, say=lines.append)
