@@ -138,9 +138,9 @@ def test_help_has_its_flags(findable, capsys):
     [
         (
             "my_noise",
-            "it was made with --plugin my_noise, and plugin is 'my_noise': no module named 'my_noise'; put its",
+            "it was made with --plugin my_noise, and plugin is 'my_noise': no module named 'my_noise'; put",
         ),
-        ("json", "its init 'noise' is not registered by its plugin json: name the module that registers it with --plu"),
+        ("json", "its init 'noise' is not registered by its plugin json: name the module that registers it with --"),
         (None, "its init 'noise' is not registered: name the module that registers it with --plugin"),
     ],
 )
