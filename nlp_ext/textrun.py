@@ -109,10 +109,7 @@ def adapt(
     run: Run,
     model: PreTrainedModel,
     origin: Iterable[partial[Origin]],
-    *,
-    rows: list[Row],
     scored: Iterable[Row],
-    weights: Weights,
     **own: Any,
 ) -> Made:
     """Add the adapter to a model, and check it on two examples.
@@ -122,12 +119,10 @@ def adapt(
         run: the run so far.
         model: with its pretrained weights, on the device.
         origin: parts of the content that it is made of.
-        rows: the training set.
         scored: all rows that are scored.
-        weights: where the model's weights come from.
-        own: the other fields of `kind`.
+        own: the fields of `kind` that it has from the harness, `rows` and `weights` among them.
     """
-    config = run.config
+    config, rows = run.config, own["rows"]
     with run.stage("lora"):
         torch.manual_seed(config.seed)
         adapted = add_lora(model, config.rank, config.alpha, targets=config.lora_targets(), dropout=config.dropout)
@@ -136,9 +131,7 @@ def adapt(
             model=adapted,
             samples=len(rows),
             origin={**together(origin), "tokens": token_digest([*rows, *scored])},
-            weights_sha256=weights.sha256,
-            rows=rows,
-            weights=weights,
+            weights_sha256=own["weights"].sha256,
             **own,
         )
         check_adapters(evaluate(adapted), made.batch(rows[:2]))

@@ -38,7 +38,7 @@ from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import text_device
 from nlp_ext.textrun import Row, TextRun, adapt, adapter_settings, split_content, text_origin
-from nlp_ext.trainer import Trained, training_arguments
+from nlp_ext.trainer import Progress, training_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,8 +119,8 @@ def prepare(run: Run) -> GlueRun:
         run,
         model.to(run.device),
         text_origin(config, content, _encoding, config.task),
-        rows=train.rows,
         scored=[row for split in validation for row in split.rows],
+        rows=train.rows,
         weights=weights,
         tokenizer=tokenizer,
         data=record,
@@ -195,7 +195,7 @@ def target_length(task: GlueTask, tokenizer: PreTrainedTokenizerBase) -> int:
 # ---------------------------------------------------------------------------------------------------- train and score
 
 
-def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Trained:
+def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
     """Train to the end, with transformers' Trainer."""
     own = Trainer(
         model=run.model,
@@ -207,7 +207,7 @@ def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) ->
     return trainer.train(own, run, notes, checkpoint)
 
 
-def score(run: GlueRun, trained: Trained) -> dict[str, Any]:
+def score(run: GlueRun, progress: Progress) -> dict[str, Any]:
     """The metrics of every validation split."""
     with run.stage("validation"):
         scores = {split.name: _score(run, split) for split in run.validation}
