@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
     def _meant(self, unknown: Sequence[str]) -> str:
-        """A question with the flag that the first unknown one is most like: by its name, or by two words of its help."""
+        """A question with the flag that the first unknown one is like, by its name or by two words of its help."""
         word, _, _ = next((word for word in unknown if word.startswith("--")), "").lstrip("-").partition("=")
         flags = sorted((a for a in self._actions if a.option_strings), key=lambda a: len(a.dest), reverse=True)
         names = {option.lstrip("-"): option for option in self._option_string_actions}
