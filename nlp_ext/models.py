@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from abm_vision.abm.arguments import count
 from abm_vision.runs.content import sha256_of
 from abm_vision.runs.finite import check_finite
 from nlp_ext import tiny
@@ -78,7 +77,7 @@ def load_model(
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ValueError(
-            f"{name} lacks {count(len(missing), 'weight')} of a {type(model).__name__} ({missing[0]} and others): they would be "
+            f"{name} lacks {len(missing)} weights of a {type(model).__name__} ({missing[0]} and others): they would be "
             f"random. Give a model of that kind, such as {example}"
         )
     check_finite(model, f"the weights of {name}")
