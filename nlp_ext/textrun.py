@@ -56,11 +56,6 @@ def _encoded(encoding: Callable[..., str], *of: Any) -> Origin:
     return {"encoding": encoding(*of), "processes": PartialState().num_processes}
 
 
-def together(parts: Iterable[Callable[[], Origin]]) -> Origin:
-    """All parts of an origin."""
-    return {name: value for part in parts for name, value in part().items()}
-
-
 def token_digest(rows: Sequence[Row]) -> str:
     """A hash of all tokens and labels, which tokeniser and template decide as well as the examples."""
     return f"sha256 {hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
@@ -124,13 +119,14 @@ def adapt(
     """
     config, rows = run.config, own["rows"]
     with run.stage("lora"):
+        found = {name: value for part in origin for name, value in part().items()}
         torch.manual_seed(config.seed)
         adapted = add_lora(model, config.rank, config.alpha, targets=config.lora_targets(), dropout=config.dropout)
         made = kind(
             **vars(run),
             model=adapted,
             samples=len(rows),
-            origin={**together(origin), "tokens": token_digest([*rows, *scored])},
+            origin={**found, "tokens": token_digest([*rows, *scored])},
             weights_sha256=own["weights"].sha256,
             **own,
         )
