@@ -25,7 +25,7 @@ from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.settings import PLUGIN, AdapterSettings, Settings, read_config
 
 if TYPE_CHECKING:
-    from abm_vision.analysis.view import View
+    from abm_vision.runs.view import View
 
 
 class Parser(argparse.ArgumentParser):

@@ -17,13 +17,13 @@ from pkgutil import resolve_name
 from typing import Any
 
 from abm_vision.abm.files import CannotWrite
-from abm_vision.analysis.view import View
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import Origin, check_finished
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Harness, Session
 from abm_vision.runs.run import run
 from abm_vision.runs.settings import AdapterSettings
+from abm_vision.runs.view import View
 
 SELECTION_SEED = 0
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -61,7 +61,7 @@ class Suite:
                 raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}; give one or more, each once")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}; it must be 1 or more")
-        if self.grid and not self.view.selection:
+        if self.grid and not self.view.selection.settings:
             raise ValueError(
                 f"{self.view.name} has no samples to choose settings on but those that are scored at the end: leave "
                 "--grid out"
@@ -80,7 +80,7 @@ class Suite:
         if not self.grid:
             return []
         runs = (
-            self._config(task, init, SELECTION_SEED, {**point, **self.view.selection})
+            self._config(task, init, SELECTION_SEED, {**point, **self.view.selection.settings})
             for task, init in itertools.product(self.tasks, self.inits)
             for point in self._points()
         )
@@ -212,7 +212,7 @@ def run_suite(suite: Suite, session: Session, execute: Executor) -> dict[Adapter
         chosen[task, init] = {name: values[name] for name in suite.grid if name in values}
         if chosen[task, init]:
             words = ", ".join(f"{name} {value}" for name, value in chosen[task, init].items())
-            say(f"{task} {init}: selected {words}, {view.in_words(scores[best])} of {view.selection_split}")
+            say(f"{task} {init}: selected {words}, {view.score.in_words(scores[best])} of {view.selection.split}")
     return {**outcomes, **_run_all(suite, suite.final(chosen), session, execute)}
 
 
@@ -230,11 +230,11 @@ def _run_all(
         if outcome.state == "unwritable":
             raise CannotWrite(outcome.reason)
         if outcome.state == "done":
-            outcome = replace(outcome, score=view.value(view.kept.read(folders[config])))
+            outcome = replace(outcome, score=view.score.value(view.kept.read(folders[config])))
         else:
             files.write_failure(folders[config], config.schema, outcome.reason)
         outcomes[config] = outcome
-        said = view.in_words(outcome.score) if outcome.state == "done" else f"FAILED {outcome.reason}"
+        said = view.score.in_words(outcome.score) if outcome.state == "done" else f"FAILED {outcome.reason}"
         say(f"[{len(outcomes)}/{len(configs)}] {_name(config, view)}: {said}")
 
     while left := [config for config in configs if config not in outcomes]:
@@ -297,21 +297,15 @@ class Planned:
     @property
     def is_settled(self) -> bool:
         """Whether it would not be run."""
-        return self.state in ("finished", "not readable")
+        return self.state in ("finished", "not readable", "another harness")
 
 
 def plan(suite: Suite, out: str | Path) -> list[Planned]:
     """What the suite would run, selection first. Final runs stand there with the grid's first point."""
+    words = {"not begun": "to run", "failed": "failed before"}
     planned = []
     for config in (*suite.selection(), *suite.final()):
-        folder = Path(out) / config.run_name()
-        try:
-            state, reason = "finished" if suite.view.kept.read(folder) else "to run", ""
-        except ValueError as error:
-            state, reason = "not readable", str(error)
-        if state == "to run" and (folder / files.FAILURE).is_file():
-            state = "failed before"
-        elif state == "to run" and suite.view.kept.is_interrupted(folder):
-            state = "interrupted"
-        planned.append(Planned(config, state, reason))
+        state = suite.view.kept.state(Path(out) / config.run_name())
+        reason = "" if state.name == "failed" else state.reason  # it is tried again
+        planned.append(Planned(config, words.get(state.name, state.name), reason))
     return planned

@@ -13,8 +13,8 @@ from functools import partial
 from importlib import import_module
 from typing import NamedTuple
 
-from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser, guarded
+from abm_vision.runs.view import View
 
 SHARED = ("compare", "report", "suite")
 
