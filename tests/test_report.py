@@ -430,7 +430,7 @@ def test_names_in_html_come_back(odd):
     for name in (*section.methods, *(one.file for one in report.runs)):
         assert name in texts
     links = [urllib.parse.unquote(a["href"]) for tag, a in tags if tag == "a" and not a["href"].startswith("#")]
-    assert sorted(links) == sorted(f"../runs #1/{one['file']}" for one in report.runs)
+    assert sorted(links) == sorted(f"../runs #1/{one.file}" for one in report.runs)
     assert not any("#" in a["href"][1:] or "?" in a["href"] for tag, a in tags if tag == "a" and a["href"][0] != "#")
 
 
