@@ -1,4 +1,5 @@
 # The public names and where they lie: `__init__.py` loads them on first use, type checkers read them here.
+from . import abm, analysis, initializers, runs, vtab
 from .abm.align import AlignReport, initialize_lora_aligned_weights
 from .abm.checks import check_adapters
 from .abm.host import Backbone, find_backbone, register_backbone
@@ -26,7 +27,9 @@ __all__ = [
     "Initializer",
     "LivePlot",
     "WeightSource",
+    "abm",
     "add_lora",
+    "analysis",
     "check_adapters",
     "create_backbone",
     "find_backbone",
@@ -34,8 +37,11 @@ __all__ = [
     "initialize_lora",
     "initialize_lora_abm_weights",
     "initialize_lora_aligned_weights",
+    "initializers",
     "load_adapter",
     "register_backbone",
     "register_initializer",
+    "runs",
     "save_adapter",
+    "vtab",
 ]

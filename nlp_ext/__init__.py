@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         load_adapter,
         save_adapter,
     )
+    from nlp_ext import glue, instruct
     from nlp_ext.batches import answer_tokens
     from nlp_ext.llama import LLAMA
     from nlp_ext.t5 import T5
 
+_PACKAGES = ("glue", "instruct")
 _HERE = {"LLAMA": "nlp_ext.llama", "T5": "nlp_ext.t5", "answer_tokens": "nlp_ext.batches"}
 
 __all__ = [
@@ -35,10 +37,12 @@ __all__ = [
     "add_lora",
     "answer_tokens",
     "check_adapters",
+    "glue",
     "information_loss",
     "initialize_lora",
     "initialize_lora_abm_weights",
     "initialize_lora_aligned_weights",
+    "instruct",
     "load_adapter",
     "save_adapter",
 ]
@@ -47,6 +51,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _PACKAGES:
+        return import_module(f"{__name__}.{name}")
     return getattr(import_module(_HERE.get(name, "abm_vision")), name)
 
 

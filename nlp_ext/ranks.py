@@ -36,7 +36,14 @@ def join(cpu: bool) -> PartialState:
 def processes(config: AdapterSettings) -> Processes:
     """Those of a run, as the spine takes them; this one has joined the others."""
     state = join(cpu=resolve_device(config.device).type == "cpu")
-    return Processes(state.is_main_process, state.num_processes, state.wait_for_everyone, same_on_all_ranks)
+    return Processes(
+        state.is_main_process, state.num_processes, state.wait_for_everyone, same_on_all_ranks, whole_state
+    )
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Return whether FSDP has given every process a part of the model."""
+    return isinstance(model, FSDPModule)
 
 
 def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
@@ -44,7 +51,7 @@ def whole_state(model: nn.Module) -> dict[str, Tensor] | None:
 
     Every process must call this.
     """
-    if not isinstance(model, FSDPModule):
+    if not is_sharded(model):
         return None
     options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
     return get_model_state_dict(model, options=options)

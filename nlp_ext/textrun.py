@@ -1,20 +1,24 @@
-"""A run on text: the content that it is made of, and its training set as tokens."""
+"""A run on text: the content that it is made of, its training set as tokens, and its adapter."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from accelerate import PartialState
 from torch import Tensor
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase
+from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase
 
-from abm_vision.runs.content import Origin, initialisation, version
-from abm_vision.runs.harness import Prepared
+from abm_vision.abm.checks import check_adapters
+from abm_vision.abm.lora import add_lora
+from abm_vision.abm.restore import evaluate
+from abm_vision.runs.content import Origin, initialisation
+from abm_vision.runs.harness import Prepared, Run
 from abm_vision.runs.settings import AdapterSettings
 from nlp_ext.models import Weights, model_content
 
@@ -23,24 +27,33 @@ Batch = dict[str, Tensor]
 
 
 def text_origin(
-    config: AdapterSettings, data: Mapping[str, Callable[[], str]], *encoding: Any
-) -> list[Callable[[], Origin]]:
+    config: AdapterSettings, data: Iterable[partial[Origin]], encoding: Callable[..., str], *of: Any
+) -> list[partial[Origin]]:
     """What gives the content that a run on text is made of, part by part; nothing is loaded.
 
     Each raises an OSError if its part is not on this machine.
 
     Args:
         config: the settings.
-        data: split to what gives a hash of its examples.
-        encoding: the functions and records that make tokens of them.
+        data: parts that give a `split_content`.
+        encoding: gives the version, of these things, of what makes tokens of the examples.
+        of: its arguments.
     """
-    splits = [lambda s=split, digest=digest: {f"{s} data": f"sha256 {digest()}"} for split, digest in data.items()]
     return [
         partial(model_content, config.model),
-        *splits,
-        lambda: {"encoding": version(*encoding), "processes": PartialState().num_processes},
+        *data,
+        partial(_encoded, encoding, *of),
         partial(initialisation, config),
     ]
+
+
+def split_content(split: str, sha256: str) -> Origin:
+    """The content of a split, of whose examples this is the hash."""
+    return {f"{split} data": f"sha256 {sha256}"}
+
+
+def _encoded(encoding: Callable[..., str], *of: Any) -> Origin:
+    return {"encoding": encoding(*of), "processes": PartialState().num_processes}
 
 
 def together(parts: Iterable[Callable[[], Origin]]) -> Origin:
@@ -86,6 +99,50 @@ class TextRun(Prepared):
             "tiny": self.weights.tiny,
             "processes": PartialState().num_processes,
         }
+
+
+Made = TypeVar("Made", bound=TextRun)
+
+
+def adapt(
+    kind: type[Made],
+    run: Run,
+    model: PreTrainedModel,
+    origin: Iterable[partial[Origin]],
+    *,
+    rows: list[Row],
+    scored: Iterable[Row],
+    weights: Weights,
+    **own: Any,
+) -> Made:
+    """Add the adapter to a model, and check it on two examples.
+
+    Args:
+        kind: class of the run that is made.
+        run: the run so far.
+        model: with its pretrained weights, on the device.
+        origin: parts of the content that it is made of.
+        rows: the training set.
+        scored: all rows that are scored.
+        weights: where the model's weights come from.
+        own: the other fields of `kind`.
+    """
+    config = run.config
+    with run.stage("lora"):
+        torch.manual_seed(config.seed)
+        adapted = add_lora(model, config.rank, config.alpha, targets=config.lora_targets(), dropout=config.dropout)
+        made = kind(
+            **vars(run),
+            model=adapted,
+            samples=len(rows),
+            origin={**together(origin), "tokens": token_digest([*rows, *scored])},
+            weights_sha256=weights.sha256,
+            rows=rows,
+            weights=weights,
+            **own,
+        )
+        check_adapters(evaluate(adapted), made.batch(rows[:2]))
+    return made
 
 
 def adapter_settings(result: dict[str, Any], kept: Sequence[str], score: str) -> dict[str, Any]:

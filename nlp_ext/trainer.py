@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -15,12 +17,11 @@ from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Checkpoint, Prepared
-from abm_vision.runs.records import Notes, Record, Seconds, read_record
+from abm_vision.runs.records import AFRESH, Notes, Record, Seconds, read_record
 from nlp_ext.results import CHECKPOINTS, NOTES
 from nlp_ext.textrun import TextRun
 
 PROGRESS = "progress.json"
-AFRESH = "--rerun, or deleting its folder, starts afresh"
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
 
@@ -59,6 +60,21 @@ def training_arguments(kind: type[Arguments], run: TextRun, **options: Any) -> A
     if arguments.parallel_mode.name == "NOT_DISTRIBUTED" and arguments.n_gpu > 1:
         arguments._n_gpu = 1  # a run takes one GPU: the Trainer would split batches over all by itself
     return arguments
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training gives.
+
+    Args:
+        losses: of every step.
+        seconds: of every epoch.
+        model: as the Trainer has wrapped it, perhaps spread over processes.
+    """
+
+    losses: list[float]
+    seconds: list[float]
+    model: nn.Module
 
 
 class Bar(ProgressCallback):
@@ -137,7 +153,7 @@ def resume(run: Prepared) -> Checkpoint | None:
     return Checkpoint(notes, len(kept["seconds"]), {**kept, "place": place})
 
 
-def train(trainer: Trainer, run: TextRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
+def train(trainer: Trainer, run: TextRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Trained:
     """Train to the end, from a checkpoint if there is one.
 
     Raises:
@@ -159,4 +175,4 @@ def train(trainer: Trainer, run: TextRun, notes: dict[str, Any], checkpoint: Che
         if "PytorchStreamWriter" in str(error):  # what torch.save raises on a disk that is full
             raise CannotWrite(f"cannot write {place} (no space left?); free space, then run the same again") from error
         raise
-    return progress
+    return Trained(progress.losses, progress.seconds, trainer.model_wrapped)

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 from hypothesis import settings
+from matplotlib.figure import Figure
 
 from abm_vision.abm.merged_linear import BlockLinear
 
@@ -82,6 +83,14 @@ def full_disk(size):
 
 def images(count=4, side=SIDE, seed=0):
     return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(autouse=True)
+def empty_figures(request, monkeypatch):
+    """Half a second a figure: they are drawn in the runs that tests share, and where a test is marked `figures`."""
+    if "figures" not in request.keywords:
+        draw = Figure.savefig
+        monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: draw(Figure((1, 1)), path))
 
 
 @pytest.fixture

@@ -8,15 +8,17 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, images
+from conftest import TINY, build_vit, images
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
-from abm_vision import ABMConfig, initialize_lora_abm_weights
+from abm_vision import INITIALIZERS, ABMConfig, initialize_lora_abm_weights
 from abm_vision.abm.adapter import adapted_layers
-from abm_vision.vtab import make_config
+from abm_vision.runs import checkpoint
+from abm_vision.vtab import make_config, run
 from abm_vision.vtab.__main__ import main
 from nlp_ext.glue.config import GlueConfig
 
@@ -38,7 +40,28 @@ GLUE = {  # settings of a run on `t5` that takes seconds
 COMMAND = [sys.executable, "-m", "abm_vision.vtab"]
 
 
+# Small models
+
+
+def small_vit():
+    return build_vit(embed_dim=32, depth=2, num_heads=2).eval()
+
+
+def trained(model, x, y, steps=3):
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        F.cross_entropy(model(x), y).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    return model.eval()
+
+
 # Matching, and the same by hand
+
+
+def fast(name):
+    """Settings for few steps, of the class that the initialisation takes; None for its defaults."""
+    return FAST if INITIALIZERS[name].config is ABMConfig else None
 
 
 def match(model, batches=None, config=FAST, **options):
@@ -152,6 +175,19 @@ def changes(before, after, *but):
 
 def tiny(**changes):
     return make_config(**{**TINY, **changes})
+
+
+def break_off(config, out, monkeypatch):
+    """Kill a run after its first epoch."""
+    original = checkpoint.save
+
+    def killed(*arguments):
+        original(*arguments)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint, "save", killed)
+        run(config, out)
 
 
 def small_glue(base, **settings):

@@ -551,7 +551,7 @@ def test_loss_that_explodes():
 @pytest.mark.parametrize(
     "field, value, message",
     [
-        ("margin", -0.1, "margin is -0.1; it must be 0 or more"),
+        ("margin", -0.1, "margin is -0.1; it must be a finite number of 0 or more"),
         ("margin", float("nan"), "margin is nan"),
         ("margin_unit", "percent", "allowed are 'absolute', 'relative'"),
         ("steps", 0, "steps is 0; it must be a whole number of 1 or more"),

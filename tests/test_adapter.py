@@ -9,12 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import build_vit, images, randomise
+from helpers import FAST, fast, small_vit, trained
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 
 from abm_vision import (
-    INITIALIZERS,
     ABMConfig,
     AlignConfig,
     add_lora,
@@ -29,12 +29,7 @@ from abm_vision.vit import VIT
 
 X, Y = images(8), torch.arange(8) % 5
 BATCHES = [(X, Y)]
-FAST = ABMConfig(steps=3, batch_size=4, samples=8)
 CHANGING = ["pissa", "olora", "corda", "lora_ga"]
-
-
-def small_vit():
-    return build_vit(embed_dim=32, depth=2, num_heads=2).eval()
 
 
 def adapted(seed=1, **options):
@@ -42,24 +37,10 @@ def adapted(seed=1, **options):
     return add_lora(small_vit(), rank=4, alpha=6, **options)
 
 
-def fast(name):
-    """Settings for few steps, of the class that the initialisation takes; None for its defaults."""
-    return FAST if INITIALIZERS[name].config is ABMConfig else None
-
-
 def initialised(name, **options):
     model = adapted(**options)
     initialize_lora(model, name, BATCHES, config=fast(name), show_progress_bar=False)
     return model
-
-
-def trained(model, steps=3):
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        F.cross_entropy(model(X), Y).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return model.eval()
 
 
 # One base, two needs
@@ -88,7 +69,7 @@ def test_the_base_stays_changed_when_the_adapter_is_gone(tmp_path):
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("name", ["pissa", "lora_ga"])
 def test_a_state_dict_and_what_was_taken_out_of_its_base_belong_together(name, strict, tmp_path):
-    model = trained(initialised(name))
+    model = trained(initialised(name), X, Y)
     for fresh in (adapted(2), initialised("gaussian")):
         with pytest.raises(
             ValueError, match="was changed by the initialisation of its adapter, the model's is unchanged"
@@ -180,8 +161,8 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
         ({"rank": 4.0}, "rank is 4.0; it must be a whole number of 1 or more"),
         ({"rank": "4"}, "rank is '4'; it must be a whole number"),
         ({"rank": True}, "rank is True; it must be a whole number"),
-        ({"alpha": "8"}, "alpha is '8'; it must be more than 0"),
-        ({"alpha": float("nan")}, "alpha is nan; it must be more than 0"),
+        ({"alpha": "8"}, "alpha is '8'; it must be a finite number above 0"),
+        ({"alpha": float("nan")}, "alpha is nan; it must be a finite number above 0"),
         ({"dropout": "0.1"}, "dropout is '0.1'"),
         ({"dropout": float("nan")}, "dropout is nan"),
         ({"targets": 3}, "targets is 3; it must be one of all, attention, mlp, or a list of module names"),
@@ -190,7 +171,7 @@ def test_what_is_not_finite_is_not_saved(tmp_path):
         ({"rank_pattern": {"fc(": 2}}, r"rank_pattern key 'fc\(' is no module name or regular expression"),
         ({"rank_pattern": {1: 2}}, "rank_pattern key 1 matches none"),
         ({"rank_pattern": {"fc1": 2.5}}, r"rank_pattern\['fc1'\] is 2.5; it must be a whole number"),
-        ({"alpha_pattern": {"fc1": "2"}}, r"alpha_pattern\['fc1'\] is '2'; it must be more than 0"),
+        ({"alpha_pattern": {"fc1": "2"}}, r"alpha_pattern\['fc1'\] is '2'; it must be a finite number above 0"),
         ({"alpha_pattern": {"*": 2.0}}, r"alpha_pattern key '\*' is no module name"),
     ],
 )
@@ -332,21 +313,21 @@ def test_a_model_without_its_adapter_still_has_the_changed_base():
     model = initialised("pissa")
     with pytest.raises(ValueError, match="adapter 'default' has changed the base weights, and .* still has"):
         add_lora(model.unload())
-    merged = trained(initialised("pissa")).merge_and_unload()
+    merged = trained(initialised("pissa"), X, Y).merge_and_unload()
     add_lora(merged, adapter_name="next")  # what was taken out has been put back
     assert not [name for name in merged.state_dict() if "start_" in name]
 
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_the_state_of_the_model_inside_is_guarded_too(strict):
-    model, fresh = trained(initialised("pissa")), adapted()
+    model, fresh = trained(initialised("pissa"), X, Y), adapted()
     with pytest.raises(ValueError, match="changed by the initialisation of its adapter, the model's is unchanged"):
         fresh.get_base_model().load_state_dict(model.get_base_model().state_dict(), strict=strict)
 
 
 def test_files_of_stock_peft_hold_no_more_than_stock_pefts(tmp_path):
     """`save_pretrained` of a changed base is peft's own raw file, which repeats the change when it is loaded."""
-    model = trained(initialised("olora"))
+    model = trained(initialised("olora"), X, Y)
     model.save_pretrained(tmp_path)
     assert not [name for name in load_file(tmp_path / "adapter_model.safetensors") if "start_" in name]
     torch.testing.assert_close(load_adapter(small_vit(), tmp_path).eval()(X), model(X), rtol=0, atol=1e-4)

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import pytest
 import torch
-from conftest import build_vit, images
-from helpers import gradients_by_autograd, record
+from conftest import images
+from helpers import gradients_by_autograd, record, small_vit
 
 from abm_vision import AlignConfig, add_lora, information_loss, initialize_lora_aligned_weights
 from abm_vision.abm import reference
@@ -14,10 +14,6 @@ from abm_vision.abm.adapter import adapted_layers
 from abm_vision.vit import VIT
 
 X, Y = images(16), torch.arange(16) % 5
-
-
-def small_vit():
-    return build_vit(embed_dim=32, depth=2, num_heads=2).eval()
 
 
 def aligned(config=None, batches=None, base=None, **options):

@@ -13,8 +13,7 @@ from PIL import Image
 
 import vtab_tasks
 from abm_vision.vtab import run
-from abm_vision.vtab.__main__ import main
-from abm_vision.vtab.commands.run import parser as run_parser
+from abm_vision.vtab.__main__ import COMMANDS, main
 from vtab_tasks.tasks import Edition, Part, get_task
 
 # A run
@@ -82,7 +81,7 @@ def test_settings_from_a_file_and_flags_win(tmp_path, capsys):
 
 
 def test_every_setting_is_a_flag_with_help():
-    text = run_parser().format_help()
+    text = COMMANDS[""].parser().format_help()
     for name in tiny().to_dict():
         assert f"--{name.replace('_', '-')} " in text
     for flag in ("--out", "--json", "--quiet", "--rerun", "--config", "list", "predict"):
@@ -144,13 +143,13 @@ def test_predict(capsys, tmp_path):
         (["--abm-reference", "absent"], "abm_reference is given, but init abm uses no reference"),
         (
             ["--init", "orthogonal"],
-            "abm_samples, abm_steps is given, but init orthogonal has no use for it: leave it out",
+            "abm_samples, abm_steps are given, but init orthogonal has no use for them: leave them out",
         ),
         (["--init", "abm_aligned", "--align-match", "2"], r"match is 2\.0; it must lie in"),
         (["--abm-fit", "block"], "invalid choice: 'block'"),
         (["--image-size", "33"], r"does not run at 33 px .* divisible by patch size \(16\)"),
         (["--source", "folder"], 'source="folder" needs data_dir'),
-        (["--config", "absent.json"], r"no configuration file absent\.json"),
+        (["--config", "absent.json"], r"there is no absent\.json; write the settings as flags"),
         (["predict", "--adapter", "absent", "x.png"], r"no abm\.json in absent"),
         (["predict", "x.png"], "required: --adapter"),
         (["--batch", "8"], "unrecognized arguments: --batch 8"),

@@ -14,7 +14,7 @@ from helpers import FLAGS, answer, refused
 from abm_vision.analysis import compare as module
 from abm_vision.analysis.compare import records, to_markdown, to_text
 from abm_vision.analysis.stats import delayed_training_loss, interval
-from abm_vision.runs import suite
+from abm_vision.runs import run_suite
 from abm_vision.runs.folder import Diverged
 from abm_vision.vtab import make_config
 from abm_vision.vtab.__main__ import main
@@ -112,6 +112,7 @@ def test_bootstrap_against_all_resamples():
     assert means[0] <= low <= means[2] and means[-3] <= high <= means[-1]
 
 
+@pytest.mark.figures
 def test_files(tmp_path):
     found = compare([*three("kaiming", [2.5, 2.6, 2.7]), *three("eva", [2.0, 2.6, 2.3])])
     paths = module.write_files(found, tmp_path / "report")
@@ -192,7 +193,7 @@ def test_what_else_is_refused():
 
 
 def test_what_diverged_is_recorded_and_what_fails_is_an_error(tmp_path, monkeypatch, capsys):
-    real, words = suite.run, ["compare", *FLAGS[:-4], "--epochs", "1", "--init", "kaiming,gaussian", "--seeds", "1"]
+    real, words = run_suite.run, ["compare", *FLAGS[:-4], "--epochs", "1", "--init", "kaiming,gaussian", "--seeds", "1"]
     words = [str(word) for word in (*words, "--lr", "1e-3,2e-3", "--out", tmp_path)]
 
     def breaks(error):
@@ -203,10 +204,10 @@ def test_what_diverged_is_recorded_and_what_fails_is_an_error(tmp_path, monkeypa
 
         return run
 
-    monkeypatch.setattr(suite, "run", breaks(MemoryError("no memory")))
+    monkeypatch.setattr(run_suite, "run", breaks(MemoryError("no memory")))
     assert main(words) == 2
     assert re.search(r"1 of 4 runs failed.*gaussian-seed0-\w+: MemoryError: no memory", capsys.readouterr().err)
-    monkeypatch.setattr(suite, "run", breaks(Diverged("the training loss is not finite")))
+    monkeypatch.setattr(run_suite, "run", breaks(Diverged("the training loss is not finite")))
     assert main([*words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert {row["init"]: row["seeds"] for row in rows} == {"kaiming": 1, "gaussian": 1}
@@ -244,7 +245,7 @@ def test_the_command(tmp_path, capsys):
         "abm-vtab: warning: no result: rte-abm (a result of abm-glue: use abm-glue report)",
     ]
     err = refused(["compare", *folders, foreign], capsys)
-    assert "rte-abm/result.json has schema 'glue-2', it is of abm-glue: use abm-glue report, or compare" in err
+    assert "rte-abm/result.json has schema 'glue-2', it is of abm-glue: give it to abm-glue" in err
 
 
 @pytest.mark.parametrize(

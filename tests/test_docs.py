@@ -9,11 +9,9 @@ from pathlib import Path
 import pytest
 
 from abm_vision.initializers import INITIALIZERS
-from abm_vision.vtab.commands.run import parser as run_parser
-from abm_vision.vtab.commands.suite import parser as suite_parser
-from nlp_ext.glue.__main__ import parser as glue_parser
-from nlp_ext.instruct.__main__ import mt_bench_parser
-from nlp_ext.instruct.__main__ import parser as instruct_parser
+from abm_vision.vtab import __main__ as vtab
+from nlp_ext.glue import __main__ as glue
+from nlp_ext.instruct import __main__ as instruct
 from nlp_ext.instruct.data import Tokens
 
 ROOT = Path(__file__).parent.parent
@@ -59,9 +57,12 @@ def code(page):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parser", [run_parser, suite_parser, glue_parser, instruct_parser, mt_bench_parser])
-def test_every_option_is_there(site, parser):
-    flags = {flag for action in parser()._actions for flag in action.option_strings} - {"-h", "--help"}
+@pytest.mark.parametrize(
+    ("program", "command"), [(vtab, ""), (vtab, "suite"), (glue, ""), (instruct, ""), (instruct, "mt-bench")]
+)
+def test_every_option_is_there(site, program, command):
+    actions = program.COMMANDS[command].parser()._actions
+    flags = {flag for action in actions for flag in action.option_strings} - {"-h", "--help"}
     assert flags <= code(site / "commands" / "index.html")
 
 

@@ -11,12 +11,13 @@ import official
 import pytest
 import torch
 from conftest import TINY, build_vit
+from helpers import break_off
 from PIL import Image
 
 import vtab_tasks
 from abm_vision import INITIALIZERS
 from abm_vision.initializers import ours, peft_own
-from abm_vision.runs import checkpoint, content
+from abm_vision.runs import content
 from abm_vision.vtab import make_config, run
 from abm_vision.vtab.__main__ import main
 from vtab_tasks.content import content as task_content
@@ -53,19 +54,6 @@ def on(data, **changes):
     return make_config(**{**PLAIN, "data_dir": str(data.parent), **changes})
 
 
-def break_off(config, out, monkeypatch):
-    """Kill a run after its first epoch."""
-    original = checkpoint.save
-
-    def killed(*arguments):
-        original(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(checkpoint, "save", killed)
-        run(config, out)
-
-
 def change_labels(data):
     """Every label of the training list."""
     path = data / "train800val200.txt"
@@ -98,16 +86,17 @@ CHANGES = [
 ]
 
 
-@pytest.mark.parametrize(("change", "named"), CHANGES)
-def test_changed_data_are_an_error_of_a_resumed_and_of_a_finished_run(data, tmp_path, monkeypatch, change, named):
+def test_changed_data_are_an_error_of_a_resumed_and_of_a_finished_run(original, data, tmp_path, monkeypatch):
     finished, broken = on(data, epochs=1), on(data)
     run(finished, tmp_path / "out")
     break_off(broken, tmp_path / "out", monkeypatch)
-    change(data)
-    for config in (finished, broken):
-        with pytest.raises(ValueError, match=rf"{named} \(folder, sha256 \w+ then, .* now\).*--rerun") as raised:
-            run(config, tmp_path / "out")
-        assert len(str(raised.value)) < 500 and str(tmp_path / "out" / config.run_name()) in str(raised.value)
+    for change, named in CHANGES:
+        shutil.rmtree(data)
+        change(shutil.copytree(original, data))
+        for config in (finished, broken):
+            with pytest.raises(ValueError, match=rf"{named} \(folder, sha256 \w+ then, .* now\).*--rerun") as raised:
+                run(config, tmp_path / "out")
+            assert len(str(raised.value)) < 500 and str(tmp_path / "out" / config.run_name()) in str(raised.value)
     assert run(broken, tmp_path / "out", rerun=True)["test"]["count"] == 60
 
 

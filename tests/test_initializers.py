@@ -8,6 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import build_vit, images, randomise
+from helpers import FAST, fast, small_vit, trained
 from peft import EvaConfig, LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.tuners.lora.config import CordaConfig, LoraGAConfig
 from peft.tuners.lora.corda import preprocess_corda
@@ -15,7 +16,7 @@ from peft.tuners.lora.loraga import preprocess_loraga
 from safetensors.torch import load_file
 from torch import nn
 
-from abm_vision import ABMConfig, add_lora, initialize_lora, load_adapter, save_adapter
+from abm_vision import add_lora, initialize_lora, load_adapter, save_adapter
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import load_reference
 from abm_vision.initializers import INITIALIZERS, Needs, Properties, get_initializer
@@ -24,21 +25,11 @@ from abm_vision.vit import VIT
 TARGETS = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 X, Y = images(16), torch.arange(16) % 5
 BATCHES = [(X[:8], Y[:8]), (X[8:], Y[8:])]
-FAST = ABMConfig(steps=3, batch_size=4)
 WITHOUT_REFERENCE = [name for name, row in INITIALIZERS.items() if Needs.REFERENCE not in row.needs]
-
-
-def fast(name):
-    """Settings for few steps, of the class that the initialisation takes; None for its defaults."""
-    return FAST if INITIALIZERS[name].config is ABMConfig else None
 
 
 def having(properties):
     return [name for name, row in INITIALIZERS.items() if properties in row.properties]
-
-
-def small_vit():
-    return build_vit(embed_dim=32, depth=2, num_heads=2).eval()
 
 
 def started(name, base=None, batches=BATCHES, **options):
@@ -53,15 +44,6 @@ def started(name, base=None, batches=BATCHES, **options):
     if reference:
         model.delete_adapter("tuned")
     return model
-
-
-def trained(model, steps=3):
-    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    for _ in range(steps):
-        F.cross_entropy(model(X), Y).backward()
-        optimiser.step()
-        optimiser.zero_grad()
-    return model.eval()
 
 
 def test_the_table():
@@ -79,7 +61,7 @@ def test_the_table():
 @pytest.mark.parametrize("name", INITIALIZERS)
 def test_trained_adapter_loads_in_stock_peft_on_the_untouched_base_and_merges(name, options, tmp_path):
     base = small_vit()
-    model = trained(started(name, base, **options))
+    model = trained(started(name, base, **options), X, Y)
     expected = model(X)
     assert (expected - base(X)).abs().max() > 0.05  # it has learned something
     save_adapter(model, tmp_path)
@@ -119,7 +101,7 @@ def test_conversion_against_pefts_own(tmp_path):
     start = tmp_path / "start"
     model.save_pretrained(start)
     model.peft_config["default"].init_lora_weights = "pissa"
-    trained(model)
+    trained(model, X, Y)
     save_adapter(model, tmp_path / "ours")
     model.save_pretrained(tmp_path / "pefts", path_initial_model_for_weight_conversion=str(start))
     ours, pefts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("ours", "pefts"))
@@ -237,7 +219,7 @@ def test_seed_fixes_the_start_and_nothing_else_moves(name):
 @pytest.mark.parametrize("name", having(Properties.BLOCKS))
 def test_k_is_left_alone(name, tmp_path):
     base = small_vit()
-    model = trained(started(name, base, qkv="qv"))
+    model = trained(started(name, base, qkv="qv"), X, Y)
     for layer_name, layer in adapted_layers(model, "default").items():
         if layer_name.endswith("qkv"):
             dim = layer.out_features // 3
@@ -363,7 +345,7 @@ def test_base_is_changed_once():
     refused("olora", "'default' has changed the base weights: begin with the bare model", model=model)
     refused("abm", "has changed the base weights", model=model)
     refused("kaiming", "not fresh", model=started("gaussian"))
-    refused("eva", "not fresh", model=trained(add_lora(small_vit(), rank=4)))
+    refused("eva", "not fresh", model=trained(add_lora(small_vit(), rank=4), X, Y))
     beside = add_lora(add_lora(small_vit(), rank=4), rank=4, adapter_name="second")
     for name in ("pissa", "eva"):
         refused(name, f"{name} changes more than its adapter, which second would suffer", model=beside)

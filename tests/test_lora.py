@@ -319,8 +319,11 @@ def test_merge_and_unload_equals_the_adapted_model(targets, options):
         ({"targets": ["patch_embed.proj"]}, "matches no projection inside a block"),
         ({"qkv": "kv"}, "qkv is 'kv'; allowed are 'full', 'qv'"),
         ({"qkv": "qv", "dora": True}, 'use qkv="full" with dora=True'),
-        ({"alpha": 0}, "alpha is 0; it must be more than 0"),
-        ({"alpha_pattern": {"fc1": float("nan")}}, r"alpha_pattern\['fc1'\] is nan; it must be more than 0"),
+        ({"alpha": 0}, "alpha is 0; it must be a finite number above 0"),
+        (
+            {"alpha_pattern": {"fc1": float("nan")}},
+            r"alpha_pattern\['fc1'\] is nan; it must be a finite number above 0",
+        ),
         ({"dropout": 1.0}, r"dropout is 1\.0; it must lie in \[0, 1\)"),
     ],
 )

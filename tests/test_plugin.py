@@ -195,7 +195,7 @@ def test_settings_that_clash():
 
     register_initializer(row(config=Examples, prefix="batch"))
     try:
-        with pytest.raises(ValueError, match="batch_size is a setting of every run: give init mine another prefix"):
+        with pytest.raises(ValueError, match="batch_size is set in every run: give init mine another prefix"):
             AdapterSettings.settings()
     finally:
         del INITIALIZERS["mine"]

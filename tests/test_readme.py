@@ -3,7 +3,6 @@
 import re
 import shlex
 import subprocess
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +13,11 @@ from conftest import images
 from PIL import Image
 
 from abm_vision import ABMConfig, add_lora, create_backbone
-from abm_vision.vtab.commands import NAMES
+from abm_vision.vtab import __main__ as vtab
 from nlp_ext.glue import __main__ as glue
 from nlp_ext.instruct import __main__ as instruct
 
-VTAB = {name: import_module(f"abm_vision.vtab.commands.{name or 'run'}").parser for name in ("", *NAMES)}
+VTAB = {name: command.parser for name, command in vtab.COMMANDS.items()}
 TEXTS = {m.__name__.split(".")[1]: {n: c.parser for n, c in m.COMMANDS.items()} for m in (glue, instruct)}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -17,7 +17,7 @@ from torch import nn
 from abm_vision import Backbone, add_lora, register_backbone
 from abm_vision.abm import host
 from abm_vision.runs import checkpoint as checkpoints
-from abm_vision.runs.commands import main, shared
+from abm_vision.runs.commands import commands_of, main
 from abm_vision.runs.content import initialisation
 from abm_vision.runs.folder import CHECKPOINT, Busy, Kept, locked
 from abm_vision.runs.harness import Harness, Prepared, Processes, Session
@@ -96,7 +96,11 @@ def prepare(run):
 
 
 def origin_parts(config):
-    return [lambda: {"table": f"{config.rows} rows"}, partial(initialisation, config)]
+    return [partial(table_content, config.rows), partial(initialisation, config)]
+
+
+def table_content(rows):
+    return {"table": f"{rows} rows"}
 
 
 def train(run, notes, checkpoint):
@@ -165,8 +169,9 @@ VIEW = View(  # that of View's own example
 
 def test_a_view_gives_its_commands(tmp_path, capsys):
     words = ["--init", "kaiming,gaussian", "--lr", "1e-2", "--seeds", "2", "--out", str(tmp_path), "--device", "cpu"]
-    assert main("abm-table", shared(VIEW), ["compare", *words], smaller="--rows") == 0
-    assert main("abm-table", shared(VIEW), ["report", str(tmp_path)], smaller="--rows") == 0
+    commands = commands_of(VIEW, "Train a network on a table.", {})
+    for line in (["compare", *words], ["report", str(tmp_path)]):
+        assert main(VIEW, commands, line, smaller="--rows") == 0
     shown = capsys.readouterr()
     results = [json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")]
     rows = {row["init"]: row for row in csv.DictReader((tmp_path / "compare.csv").open())}
@@ -274,7 +279,7 @@ def test_a_reference_is_tuned_first_and_is_then_a_run_of_its_own(tmp_path):
 
 def test_other_content_is_an_error(finished):
     out = Path(finished[0]["folder"]).parent
-    changed = replace(HARNESS, origin=lambda config: [lambda: {"table": "another"}])
+    changed = replace(HARNESS, origin=lambda config: [partial(dict, table="another")])
     with pytest.raises(ValueError, match=r"made with other content: table \(96 rows then, another now\)"):
         run(changed, TableConfig(), Session(out))
 
@@ -301,5 +306,5 @@ def test_of_several_processes_the_first_alone_writes_and_speaks(tmp_path):
     before = files()
     session, lines = heard(out=tmp_path)
     assert run(of(1), config, session) == first and not lines and files() == before
-    with pytest.raises(ValueError, match="was made by 2 processes, now there are 1"):
+    with pytest.raises(ValueError, match=r"made by another number of processes \(2 then, 1 now\)"):
         run(HARNESS, config, session)

@@ -9,11 +9,12 @@ from functools import cache
 from pathlib import Path
 
 import accelerate
+import helpers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import build_vit, images, randomise
+from conftest import images, randomise
 from helpers import _alive, changes, output, raw, snapshot
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -37,9 +38,7 @@ CHANGES_BASE = ("pissa", "lora_ga")
 # ------------------------------------------------------------------------------------------------------------ by hand
 
 
-@cache
-def _small_vit():
-    return build_vit(embed_dim=32, depth=2, num_heads=2).eval()
+_small_vit = cache(helpers.small_vit)
 
 
 def small_vit():

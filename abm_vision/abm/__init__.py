@@ -18,5 +18,6 @@
     what differs between families of models       host.py         Backbone
 
 Around these: hooks.py (how modules are hooked), batches.py (how batches are taken, moved and cut), restore.py (what is
-changed for a while is given back), base_change.py (what an initialisation took out of the base weights).
+changed for a while is given back), base_change.py (what an initialisation took out of the base weights),
+names.py (of modules).
 """

@@ -5,7 +5,6 @@ Every verb asks here, once, at its public edge, so that a question has one answe
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -17,15 +16,7 @@ from torch import nn
 
 from abm_vision.abm.base_change import base_changes, changes_base, is_still_changed, keep_base_changes, lora_layers
 from abm_vision.abm.merged_linear import is_plain
-
-# What torch puts into the names of modules that it wraps.
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-_WRAPPED = re.compile(rf"\b(?:{'|'.join(_WRAPPERS)})\.")
-
-
-def plain_name(name: str) -> str:
-    """A module's or tensor's name without the names of torch's wrappers (`torch.compile` and others)."""
-    return _WRAPPED.sub("", name)
+from abm_vision.abm.names import WRAPPERS, plain_name
 
 
 def is_compiled(model: nn.Module) -> bool:
@@ -162,20 +153,19 @@ class Adapter:
         if self.config.init_lora_weights is not True or not self.is_zero:
             raise ValueError(f"adapter {self.name!r} is not fresh, it was initialised or trained: begin with add_lora")
 
-    def check_weights(self, what: str) -> None:
+    def check_weights(self, what: str, remedy: str) -> None:
         """Raise a ValueError unless the base weights can be computed with: plain, finite, floating-point numbers."""
         for name, layer in self.layers.items():
             weight = layer.get_base_layer().weight
             if weight.device.type == "meta":
                 raise ValueError(
                     f"{what} computes with the base weights, and those of {name} are offloaded: initialise the adapter "
-                    "before, or take an initialisation that runs the model alone, such as abm, abm_aligned or eva"
+                    f"before, or {remedy}"
                 )
             if not is_plain(weight):
                 kind = weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
                 raise ValueError(
-                    f"{what} computes with the base weights, and those of {name} are quantised ({kind}): take an "
-                    "initialisation that runs the model alone, such as abm, abm_aligned or eva"
+                    f"{what} computes with the base weights, and those of {name} are quantised ({kind}): {remedy}"
                 )
             if not weight.isfinite().all():
                 raise ValueError(f"the base weight of {name} is NaN or infinite: load the pretrained weights again")
@@ -267,7 +257,7 @@ def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, b
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     """A module without torch's wrappers around it."""
-    inner = next((module._modules[name] for name in _WRAPPERS if name in module._modules), None)
+    inner = next((module._modules[name] for name in WRAPPERS if name in module._modules), None)
     return module if inner is None else _unwrapped(inner)
 
 

@@ -24,6 +24,17 @@ def nearest(name: object, known: Iterable[str], count: int = 2) -> str:
     return f"; did you mean {' or '.join(names)}?" if names else ""
 
 
+def are(names: Iterable[str]) -> str:
+    """Return names and their verb: "steps is", "samples, steps are"."""
+    found = list(names)
+    return f"{', '.join(found)} {'is' if len(found) == 1 else 'are'}"
+
+
+def count(number: int, what: str) -> str:
+    """Return a number of things: "1 epoch", "2 epochs"."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
+
+
 def check_whole(field: str, value: object, low: int) -> None:
     """Raise a ValueError unless `value` is a whole number of at least `low`."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < low:
@@ -47,4 +58,5 @@ def check_real(field: str, value: object, low: float, *, above: bool = False) ->
     """Raise a ValueError unless `value` is a finite number of at least `low`, or `above` it."""
     fits = isinstance(value, Real) and not isinstance(value, bool) and (value > low if above else value >= low)
     if not fits or value == math.inf:
-        raise ValueError(f"{field} is {value!r}; it must be {f'more than {low:g}' if above else f'{low:g} or more'}")
+        wanted = f"above {low:g}" if above else f"of {low:g} or more"
+        raise ValueError(f"{field} is {value!r}; it must be a finite number {wanted}")

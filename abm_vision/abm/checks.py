@@ -11,10 +11,11 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from abm_vision.abm.adapter import Adapter, plain_name
+from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.batches import batch_size, explained, to_device
 from abm_vision.abm.hooks import ForwardFn, hooked
 from abm_vision.abm.host import Backbone, find_backbone
+from abm_vision.abm.names import plain_name
 from abm_vision.abm.restore import evaluate, restored, seeded, values_restored
 
 

@@ -89,11 +89,6 @@ class Backbone:
         }
 
 
-def layer_kind(name: str) -> str:
-    """What a layer is inside its block: "attn.qkv" of "blocks.3.attn.qkv"."""
-    return re.sub(r"^.*\d+\.", "", name)
-
-
 def is_projection(module: nn.Module) -> bool:
     """A linear map of the channels: `nn.Linear`, a 1x1 convolution, or peft's wrapper of one."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module

@@ -16,12 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from abm_vision.abm.adapter import absence, adapted_layers, check_room, guard, plain_name
+from abm_vision.abm.adapter import absence, adapted_layers, check_room, guard
 from abm_vision.abm.base_change import changes_base
 from abm_vision.abm.files import read_object
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.lora import UNFIT, restrict_to_blocks, settle_modes, taken_off_on_error
 from abm_vision.abm.merged_linear import merged_linear_factory
+from abm_vision.abm.names import plain_name
 from abm_vision.abm.restore import restored
 from abm_vision.abm.saving import ABM_FILE, FORMAT, PEFT_PREFIX
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from abm_vision.abm.adapter import absence, adapted_layers, check_room, guard
 from abm_vision.abm.arguments import KINDS, QKV_MODES, check_choice, check_real, check_whole
-from abm_vision.abm.host import Backbone, find_backbone, layer_kind
+from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.merged_linear import BlockLinear, merged_linear_factory
+from abm_vision.abm.names import layer_kind
 
 
 def add_lora(

@@ -79,7 +79,7 @@ def initialize_lora_abm_weights(
     check_reference(adapter, reference)
     if config.fit == "local":
         adapter.check_no_dora('fit="local"')
-        adapter.check_weights('fit="local"')
+        adapter.check_weights('fit="local"', 'use fit="end_to_end"')
     backbone = backbone or find_backbone(model)
     forward_fn = explained(forward_fn or backbone.forward_fn)
     token_mask_fn = token_mask_fn or backbone.token_mask_fn

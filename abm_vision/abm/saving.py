@@ -18,10 +18,11 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
 from torch import Tensor
 
-from abm_vision.abm.adapter import Adapter, adapted_layers, check_base, check_some_adapter, plain_name
+from abm_vision.abm.adapter import Adapter, adapted_layers, check_base, check_some_adapter
 from abm_vision.abm.base_change import base_changes, lora_layers
 from abm_vision.abm.files import write_json, writing
 from abm_vision.abm.merged_linear import BlockLinear
+from abm_vision.abm.names import plain_name
 
 ABM_FILE, FORMAT = "abm.json", 1
 PEFT_PREFIX = "base_model.model."  # of every tensor in an adapter's file

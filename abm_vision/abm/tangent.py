@@ -28,8 +28,8 @@ from torch import Tensor
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.batches import batch_size, collect
 from abm_vision.abm.gradient import LossFn, weight_gradients
-from abm_vision.abm.host import layer_kind
 from abm_vision.abm.merged_linear import BlockLinear
+from abm_vision.abm.names import layer_kind
 
 
 @dataclass(frozen=True)

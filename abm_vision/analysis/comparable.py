@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from abm_vision.analysis.load import BASELINE, data_content, settings_in_use
+from abm_vision.analysis.load import data_content, settings_in_use
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.view import Result, View
 
 

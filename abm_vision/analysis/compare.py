@@ -11,8 +11,8 @@ import numpy as np
 
 from abm_vision.analysis import stats
 from abm_vision.analysis.comparable import check_seeds, common_settings
-from abm_vision.analysis.load import BASELINE
 from abm_vision.analysis.tables import Table, csv_table, markdown_table, plain_table, write_texts
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.markup import markdown
 from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.view import Result, View

@@ -13,7 +13,6 @@ from abm_vision.runs.content import shortened
 from abm_vision.runs.folder import CONFIG, RESULT, State
 from abm_vision.runs.view import Result, View
 
-BASELINE = "kaiming"
 OTHER_DATA = "other data"
 _CODE = "initialisation"
 _IDENTITY = ("task", "init", "seed")

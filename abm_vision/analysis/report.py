@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from abm_vision.analysis.load import BASELINE, OTHER_DATA, Finished, compare_facts, find
+from abm_vision.analysis.load import OTHER_DATA, Finished, compare_facts, find
 from abm_vision.analysis.sections import Cell, Paired, Section
 from abm_vision.analysis.stats import training_loss
 from abm_vision.analysis.tables import Table, csv_table, latex_table, markdown_table, write_texts
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.markup import markdown, one_line
 from abm_vision.runs.view import Mean, Published, View
 

@@ -7,8 +7,9 @@ from functools import cached_property
 
 import numpy as np
 
-from abm_vision.analysis.load import BASELINE, OTHER_DATA, Finished
+from abm_vision.analysis.load import OTHER_DATA, Finished
 from abm_vision.analysis.stats import deviation, signed_rank_p, training_loss
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.view import Kind, Mean, Result, View
 
 

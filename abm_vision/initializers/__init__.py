@@ -1,7 +1,7 @@
 """Every initialisation of a LoRA adapter, peft's and ours: one table, and one verb that applies a row of it.
 
-`registry.py` has the record, the table and how to add to it; `peft_own.py` and `ours.py` a function and a row for each
-initialisation; `verb.py` applies one. No torch is loaded until one is applied.
+`record.py` says what an initialisation is, `registry.py` has the table and how to add to it, `peft_own.py` and
+`ours.py` a function and a row for each; `verb.py` applies one. No torch is loaded until one is applied.
 """
 
 from __future__ import annotations
@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING
 import lazy_loader
 
 from abm_vision.abm.settings import InitConfig, flag
+from abm_vision.initializers.record import Ingredients, Initializer, Needs, Properties
 from abm_vision.initializers.registry import (
+    BASELINE,
     INITIALIZERS,
-    Ingredients,
-    Initializer,
-    Needs,
-    Properties,
     get_initializer,
     load_plugin,
     register_initializer,
@@ -30,6 +28,7 @@ import abm_vision.initializers.peft_own  # isort: skip
 import abm_vision.initializers.ours  # noqa: F401  isort: skip
 
 __all__ = [
+    "BASELINE",
     "INITIALIZERS",
     "Ingredients",
     "InitConfig",

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from abm_vision.abm.settings import ABMConfig, AlignConfig
-from abm_vision.initializers.registry import Ingredients, Initializer, Needs, Properties, register_initializer
+from abm_vision.initializers.record import Ingredients, Initializer, Needs, Properties
+from abm_vision.initializers.registry import register_initializer
 
 if TYPE_CHECKING:
     from abm_vision.abm.align import AlignReport

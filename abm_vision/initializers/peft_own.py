@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from abm_vision.initializers.registry import Ingredients, Initializer, Needs, Properties, register_initializer
+from abm_vision.initializers.record import Ingredients, Initializer, Needs, Properties
+from abm_vision.initializers.registry import BASELINE, register_initializer
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ def keep(given: Ingredients) -> None:
 
 register_initializer(
     Initializer(
-        "kaiming",
+        BASELINE,
         "peft's default: A Kaiming-uniform, B zero",
         "arXiv:2106.09685",
         Needs.NOTHING,

@@ -17,10 +17,11 @@ from abm_vision.abm.lora import settle_modes
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.restore import initialising
 from abm_vision.abm.settings import InitConfig
-from abm_vision.initializers.registry import Ingredients, Initializer, Needs, Properties, get_initializer
+from abm_vision.initializers.record import Ingredients, Initializer, Needs, Properties
+from abm_vision.initializers.registry import INITIALIZERS, get_initializer
 
 if TYPE_CHECKING:
-    from abm_vision.initializers.registry import Report
+    from abm_vision.initializers.record import Report
 
 
 def initialize_lora(
@@ -99,7 +100,8 @@ def _check_served(adapter: Adapter, row: Initializer) -> None:
     if others and Properties.BEYOND_FACTORS in row.properties:
         raise ValueError(f"{row.name} changes more than its adapter, which {others} would suffer: initialise it alone")
     if Properties.READS_WEIGHTS in row.properties:
-        adapter.check_weights(row.name)
+        others = [name for name, other in INITIALIZERS.items() if Properties.READS_WEIGHTS not in other.properties]
+        adapter.check_weights(row.name, f"take an initialisation that does not: {', '.join(others)}")
     if Properties.BLOCKS in row.properties:
         return
     for name, layer in adapter.layers.items():

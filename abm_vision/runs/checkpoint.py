@@ -17,9 +17,7 @@ from torch import Tensor
 from abm_vision.abm.files import write_atomically
 from abm_vision.runs.folder import CHECKPOINT
 from abm_vision.runs.harness import Checkpoint, Prepared
-from abm_vision.runs.records import Notes, Positive, Record, Seconds, Share, checked
-
-_AFRESH = "--rerun, or deleting its folder, starts afresh"
+from abm_vision.runs.records import AFRESH, Notes, Positive, Record, Seconds, Share, checked
 
 
 @dataclass
@@ -76,24 +74,24 @@ def load(run: Prepared) -> Checkpoint | None:
         if not all(isinstance(value, Tensor) for value in state["trained"].values()):
             raise TypeError("what was trained is no tensor")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path} is not whole ({error}); {_AFRESH}") from None
-    checked(progress, Content, str(path), _AFRESH)
-    checked(notes, Notes, str(path), _AFRESH)
+        raise ValueError(f"{path} is not whole ({error}); {AFRESH}") from None
+    checked(progress, Content, str(path), AFRESH)
+    checked(notes, Notes, str(path), AFRESH)
     return Checkpoint(notes, progress["epoch"], state)
 
 
 def _read(path: Path, device: torch.device, schema: int | str) -> dict[str, Any]:
     checksum, content = (whole := path.read_bytes())[:32], whole[32:]
     if checksum != _checksum(content):
-        raise ValueError(f"{path} is damaged, its content has another checksum; {_AFRESH}")
+        raise ValueError(f"{path} is damaged, its content has another checksum; {AFRESH}")
     try:
         state = torch.load(io.BytesIO(content), map_location=device, weights_only=True)
         found = state["schema"]
     except (RuntimeError, pickle.UnpicklingError, struct.error, EOFError, LookupError, TypeError, ValueError) as error:
         reason = str(error).partition(". ")[0] or type(error).__name__  # torch follows it with advice on unsafe loading
-        raise ValueError(f"{path} cannot be read ({reason}); {_AFRESH}") from None
+        raise ValueError(f"{path} cannot be read ({reason}); {AFRESH}") from None
     if found != schema:
-        raise ValueError(f"{path} has schema {found}, this version reads {schema}; {_AFRESH}")
+        raise ValueError(f"{path} has schema {found}, this version reads {schema}; {AFRESH}")
     return state
 
 
@@ -115,5 +113,5 @@ def restore(run: Prepared, optimiser: torch.optim.Optimizer, checkpoint: Checkpo
                 parameters[name].copy_(value)
         optimiser.load_state_dict(state["optimiser"])
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{run.folder / CHECKPOINT} does not fit this model ({error}); {_AFRESH}") from None
+        raise ValueError(f"{run.folder / CHECKPOINT} does not fit this model ({error}); {AFRESH}") from None
     return Progress(**state["progress"])

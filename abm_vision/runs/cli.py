@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import os
-import pkgutil
 import select
 import signal
 import sys
@@ -15,17 +13,16 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field
+from difflib import get_close_matches
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from abm_vision.initializers import INITIALIZERS, load_plugin
-from abm_vision.initializers.registry import kind_of
-from abm_vision.runs.log import LOGS, opened
-from abm_vision.runs.settings import PLUGIN, AdapterSettings, Settings, read_config
-
-if TYPE_CHECKING:
-    from abm_vision.runs.view import View
+from abm_vision.initializers.record import kind_of
+from abm_vision.runs.records import read_config
+from abm_vision.runs.settings import PLUGIN, AdapterSettings
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,7 +53,21 @@ class Parser(argparse.ArgumentParser):
             load_plugin(early.plugin)
         if self.settings:
             self._add_own(set(INITIALIZERS) - before)
-        return super().parse_args(args, namespace)
+        values, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
+        return values
+
+    def _meant(self, unknown: str) -> str:
+        """A question with the flag that an unknown one is most like: by its name, or by two words of its help."""
+        word, _, _ = unknown.lstrip("-").partition("=")
+        flags = sorted((a for a in self._actions if a.option_strings), key=lambda a: len(a.dest), reverse=True)
+        names = {option.lstrip("-"): option for option in self._option_string_actions}
+        texts = {"-".join(pair): a.option_strings[-1] for a in flags for pair in pairwise((a.help or "").split())}
+        for known, cutoff in ((names, 0.6), (texts, 0.8)):
+            if found := get_close_matches(word, known, 1, cutoff):
+                return f"; did you mean {known[found[0]]}?"
+        return ""
 
     def _add_own(self, inits: Collection[str]) -> None:
         """The flags of initialisations that were registered after this parser was made."""
@@ -95,77 +106,6 @@ def _add_flags(
 def value_of(setting: Field[Any]) -> type:
     """What makes a setting's value of its text."""
     return {"int": int, "float": float}.get(kind_of(setting), str)
-
-
-def add_run_options(parser: Parser) -> None:
-    """What does not change a result."""
-    parser.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
-    parser.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
-    parser.add_argument(
-        "--rerun", action="store_true", help="make the run afresh even if it is finished or was interrupted"
-    )
-    parser.add_argument(
-        "--diagnose", action="store_true", help="measure the information loss of the initialisation, and draw it"
-    )
-    parser.add_argument("--log", choices=LOGS, help="write losses while it trains, into the run's folder")
-    parser.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
-    parser.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
-
-
-def settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
-    """The configuration that a run's flags say; takes `config` out of `options`.
-
-    Raises:
-        ValueError, FileNotFoundError: as `make` and `read_config`, or a flag is given that the initialisation has no
-            use for.
-    """
-    path = options.pop("config")
-    if path and "preset" in options:
-        raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
-    made = config.make(**{**(read_config(path, config.schema) if path else {}), **options})
-    made.check_used(options, [made.init])  # what a file or a preset sets beyond that is not the user's mistake
-    return made
-
-
-def make_run(view: View, parsed: argparse.Namespace) -> int:
-    """The body of every command that makes one run.
-
-    Args:
-        view: of the harness, which is loaded when the settings are known to be good, for that takes seconds.
-        parsed: the flags of `add_settings` and `add_run_options`, and perhaps `extras`.
-    """
-    options = vars(parsed)
-    kind, as_json = options.pop("log"), options.pop("json")
-    quiet = options.pop("quiet") or as_json
-    how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
-    settings = settings_of(options, view.config)
-    if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes the first
-        print_config(settings)
-
-    from abm_vision.runs.harness import Session, silent
-    from abm_vision.runs.run import run
-
-    harness = pkgutil.resolve_name(view.harness)
-    with harness.hushed(), opened(kind, Path(how["out"]) / settings.run_name()) as log:
-        session = Session(**how, quiet=quiet, say=silent if quiet else say, log=log)
-        result = run_guarded(view.program, lambda: run(harness, settings, session))
-    if harness.processes(settings).main:
-        print(json.dumps(result) if as_json else in_one_line(harness.summary(result), result))
-    return 0
-
-
-def in_one_line(summary: str, result: Mapping[str, Any]) -> str:
-    """What a run has given, what it was initialised by, and where its files are."""
-    config, seconds = result["config"], sum(result["seconds"].values())
-    return f"{summary}  init {config['init']}  seed {config['seed']}  {seconds:.0f} s  {result['folder']}"
-
-
-def print_config(config: AdapterSettings) -> None:
-    """Every setting, marked where it differs from the default."""
-    kind = type(config)
-    defaults = {**kind.make(init=config.init).to_dict(), **kind().to_dict()}
-    for name, value in config.to_dict().items():
-        print(f"{'*' if value != defaults.get(name) else ' '} {name:<18} {value}")
 
 
 UNREAD = 141  # 128 + SIGPIPE, which a shell reports of a Unix tool: so that output cut short is recognised

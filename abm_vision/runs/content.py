@@ -25,7 +25,7 @@ from platformdirs import user_cache_path
 
 from abm_vision.abm.files import read_object, write_json
 from abm_vision.initializers import Initializer
-from abm_vision.initializers.registry import PACKAGE
+from abm_vision.initializers.record import PACKAGE
 from abm_vision.runs.settings import AdapterSettings
 
 SETTLED = 2.0  # seconds: a file written just now may be written again with the same time stamp

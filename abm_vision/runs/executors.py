@@ -24,8 +24,8 @@ from threading import Event, Thread
 import torch
 
 from abm_vision.runs.harness import Harness, Session, silent
+from abm_vision.runs.run_suite import Executor, Made, Outcome, attempt
 from abm_vision.runs.settings import AdapterSettings
-from abm_vision.runs.suite import Executor, Made, Outcome, attempt
 
 Attempt = Callable[[], Outcome]
 PATIENCE = 10.0  # seconds that a process without its parent has to close what is open

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypedDict
 
@@ -80,36 +81,47 @@ class Processes:
         count: how many there are.
         wait: returns when all have called it.
         share: gives a model's trained tensors the values that the first process has.
+        gather: the trained tensors of a model that is spread over the processes; None: each has the whole model.
     """
 
     main: bool = True
     count: int = 1
     wait: Callable[[], None] = lambda: None
     share: Callable[[nn.Module], None] = lambda model: None
+    gather: Callable[[nn.Module], dict[str, Tensor] | None] = lambda model: None
 
 
 # ------------------------------------------------------------------------------------------ a run while it is made
 
 
 @dataclass(kw_only=True)
-class Run:
-    """A run while it is made. The spine sets device and precision before `Harness.prepare`.
+class Request:
+    """A run that is asked for.
 
     Args:
         config: its settings.
         folder: where its files are.
         session: how it is run.
         processes: that make it.
-        device, precision: of all that is computed ("bf16" or "fp32").
-        seconds: what its stages have taken.
     """
 
     config: AdapterSettings
     folder: Path
     session: Session
     processes: Processes
-    device: torch.device = torch.device("cpu")
-    precision: str = "fp32"
+
+
+@dataclass(kw_only=True)
+class Run(Request):
+    """A run while it is made.
+
+    Args:
+        device, precision: of all that is computed ("bf16" or "fp32").
+        seconds: what its stages have taken.
+    """
+
+    device: torch.device
+    precision: str
     seconds: dict[str, float] = field(default_factory=dict)
 
     @contextmanager
@@ -129,14 +141,12 @@ class Prepared(Run):
         samples: number of training samples.
         origin: the content that the run is made of, which must be the same when it is resumed.
         weights_sha256: of the pretrained weights; a tuned reference must have been tuned on the same.
-        state_dict: the trained tensors, gathered, of a model that is spread over processes; None: the model has them.
     """
 
     model: PeftModel
     samples: int
     origin: Origin
     weights_sha256: str | None
-    state_dict: dict[str, Tensor] | None = None
 
     @property
     def backbone(self) -> Backbone:
@@ -187,8 +197,8 @@ def _alone(config: AdapterSettings) -> Processes:
     return Processes()
 
 
-def _nothing(run: Prepared) -> None:
-    """There is nothing to measure."""
+def _unmeasured(run: Prepared) -> Prepared:
+    return run
 
 
 @dataclass(frozen=True)
@@ -199,7 +209,8 @@ class Harness:
         kept: the class of a run's settings, `model` among them, the schema of its result, the files of its checkpoints.
         prepare: loads data and pretrained weights and adds the adapter.
         origin: what gives the content that a run of these settings would be made of now, part by part, without a model
-            and without the network. A part raises an OSError if it is not there, a ValueError if it is damaged.
+            and without the network. A part raises an OSError if it is not there, a ValueError if it is damaged. A suite
+            calls equal parts once: functions with arguments that can be hashed.
         resume: what an interrupted run left, None if it left nothing.
         train: trains to the end, from the checkpoint if there is one. What it saves on its way holds the notes, which
             `resume` gives back.
@@ -210,7 +221,7 @@ class Harness:
         settings: what `abm.json` says of the adapter besides.
         leaves: other files that a run leaves.
         extras: file or folder to what makes it of a finished run (see `Session.extras`).
-        measure_pretrained: measures the pretrained model, before the adapter is initialised.
+        measure_pretrained: the run with what was measured of the pretrained model, before the adapter is initialised.
         device: the device that a setting names.
         processes: those that make the run.
         hushed: a context in which libraries print nothing by themselves, for a command.
@@ -246,7 +257,7 @@ class Harness:
 
     kept: Kept
     prepare: Callable[[Run], Prepared]
-    origin: Callable[[AdapterSettings], list[Callable[[], Origin]]]
+    origin: Callable[[AdapterSettings], list[partial[Origin]]]
     resume: Callable[[Prepared], Checkpoint | None]
     train: Callable[[Prepared, dict[str, Any], Checkpoint | None], Progress]
     score: Callable[[Prepared, Progress], dict[str, Any]]
@@ -255,7 +266,7 @@ class Harness:
     settings: Callable[[dict[str, Any]], dict[str, Any]]
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
-    measure_pretrained: Callable[[Prepared], None] = _nothing
+    measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured
     device: Callable[[str], torch.device] = resolve_device
     processes: Callable[[AdapterSettings], Processes] = _alone
     hushed: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -14,11 +14,11 @@ from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import REMEDY, load_reference, read_settings
 from abm_vision.abm.saving import ABM_FILE
 from abm_vision.abm.tangent import InformationLoss, information_loss
-from abm_vision.initializers import Needs, initialize_lora
+from abm_vision.initializers import BASELINE, Needs, initialize_lora
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER, RESULT
 from abm_vision.runs.harness import Prepared
-from abm_vision.runs.records import Tuned, read_record
+from abm_vision.runs.records import AFRESH, Tuned, read_record
 from abm_vision.runs.settings import AdapterSettings, without_own_settings
 
 REFERENCE = "reference"
@@ -88,7 +88,7 @@ def check_same_initialisation(before: Mapping[str, Any], now: Mapping[str, Any],
     if before.get("start", now["start"]) != now["start"]:
         raise ValueError(
             f"the initialisation of the run in {folder} comes out differently now (other threads, device or "
-            "versions?), so its checkpoint does not fit; --rerun, or deleting its folder, starts afresh"
+            f"versions?), so its checkpoint does not fit; {AFRESH}"
         )
 
 
@@ -116,7 +116,7 @@ def _reference(run: Prepared, tune: Tune) -> Iterator[dict[str, Any] | None]:
         return
     given = run.config.abm_reference
     if given is None:
-        run.session.say("reference tuned first, by the same run with init kaiming")
+        run.session.say(f"reference tuned first, by the same run with init {BASELINE}")
         given = tune(without_own_settings(run.config))["folder"]
     folder = Path(given)
     remedy = "give another reference, or its adapter folder alone"

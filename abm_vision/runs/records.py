@@ -9,11 +9,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
+from abm_vision.abm.arguments import count
 from abm_vision.abm.files import read_object
-from abm_vision.initializers import get_initializer, load_plugin
+from abm_vision.initializers import INITIALIZERS, Initializer, get_initializer, load_plugin
 from abm_vision.runs.settings import PLUGIN, AdapterSettings
 
 REMEDY = "move its folder away to run again"
+AFRESH = "--rerun, or deleting its folder, starts afresh"  # of what an interrupted run has left
 Number = Annotated[float, Field(ge=-1e12, le=1e12)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -36,7 +38,7 @@ class OtherHarness(ValueError):
     """
 
     def __init__(self, path: Path, schema: int | str, program: str) -> None:
-        super().__init__(f"{path} has schema {schema!r}, it is of {program}: use {program} report, or compare")
+        super().__init__(f"{path} has schema {schema!r}, it is of {program}: give it to {program}")
         self.program = program
 
 
@@ -50,9 +52,7 @@ def settings_of(config: type[AdapterSettings]) -> Any:
     """The type of a dictionary with all settings of a harness, each in its range."""
 
     def check(found: dict[str, Any]) -> dict[str, Any]:
-        if found.get(PLUGIN) is not None:
-            load_plugin(found[PLUGIN])
-        own = get_initializer(found.get("init", config.init)).settings
+        own = _row(found.get("init", config.init), found.get(PLUGIN)).settings
         if absent := sorted((config.plain() | set(own)) - set(found)):
             raise ValueError(f"it lacks {', '.join(absent)}")
         if unknown := sorted(set(found) - set(config.settings())):
@@ -63,16 +63,35 @@ def settings_of(config: type[AdapterSettings]) -> Any:
     return Annotated[dict[str, Any], AfterValidator(check)]
 
 
+class NotRegistered(LookupError):
+    """The initialisation of a file is not known here, so nobody can say whether the file is good."""
+
+
+def _row(init: Any, plugin: Any) -> Initializer:
+    if plugin is not None:
+        try:
+            load_plugin(plugin)
+        except ValueError as error:
+            raise NotRegistered(f"it was made with --plugin {plugin}, and {error}") from error
+    if isinstance(init, str) and init not in INITIALIZERS:
+        by = "" if plugin is None else f" by its plugin {plugin}"
+        raise NotRegistered(f"its init {init!r} is not registered{by}: name the module that registers it with --plugin")
+    return get_initializer(init)
+
+
 def checked(content: Any, kind: type[BaseModel], where: str, remedy: str = REMEDY) -> Any:
     """The content, if it is of that kind.
 
     Raises:
-        ValueError: it is not; the message names what is wrong first, and the remedy.
+        ValueError: it is not; the message names what is wrong first, and the remedy. Or its initialisation is not
+            registered.
     """
     try:
         TypeAdapter(kind).validate_python(content)
     except ValidationError as error:
         raise ValueError(f"{where}: {_in_words(error)}; {remedy}") from None
+    except NotRegistered as error:
+        raise ValueError(f"{where}: {error}") from None
     return content
 
 
@@ -102,6 +121,21 @@ def _program(schema: Any) -> str | None:
     """The command whose records have this schema, `abm-glue` of `glue-2`; None if it is none."""
     name = re.fullmatch(r"(?:([a-z_]+)-)?\d+", str(schema))
     return f"abm-{name[1] or NUMBERED}" if name else None
+
+
+class Recorded(BaseModel):
+    """What is read of a file for the sake of its settings."""
+
+    config: dict[str, Any]
+
+
+def read_config(path: str | Path, schema: int | str) -> dict[str, Any]:
+    """The settings in a JSON file: a run's own `config.json` or `result.json`, or {"schema": ..., "config": {...}}.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, no JSON, or another schema.
+    """
+    return read_record(Path(path), Recorded, schema, "write the settings as flags instead")["config"]
 
 
 def _in_words(error: ValidationError) -> str:
@@ -233,11 +267,8 @@ class Result(Record):
     def _whole_epochs(self) -> Result:
         epochs = self.config["epochs"]
         if len(self.seconds_per_epoch) != epochs or len(self.loss_per_step) % epochs:
-            raise ValueError(
-                f"{len(self.loss_per_step)} losses and {len(self.seconds_per_epoch)} times are not those of {epochs} "
-                "epochs"
-            )
-        absent = sorted({"init", "train"} - set(self.seconds))
-        if absent:
+            found = f"{len(self.loss_per_step)} losses and {len(self.seconds_per_epoch)} times"
+            raise ValueError(f"{found} are not those of {count(epochs, 'epoch')}")
+        if absent := sorted({"init", "train"} - set(self.seconds)):
             raise ValueError(f"it lacks seconds.{', seconds.'.join(absent)}")
         return self

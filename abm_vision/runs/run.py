@@ -18,7 +18,7 @@ from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
 from abm_vision.runs.figures import draw_information_loss, draw_training
 from abm_vision.runs.folder import ADAPTER, CURVES, FAILURE, INFORMATION_LOSS, RESULT
-from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session, silent
+from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Request, Run, Session, silent
 from abm_vision.runs.initialise import Tune, check_same_initialisation, initialise
 from abm_vision.runs.log import LOGS
 from abm_vision.runs.provenance import environment
@@ -46,7 +46,7 @@ def run(harness: Harness, config: AdapterSettings, session: Session) -> dict[str
     processes = harness.processes(config)
     session = session if processes.main else replace(session, say=silent)
     folder = Path(session.out) / config.run_name()
-    run = Run(config=config, folder=folder, session=session, processes=processes)
+    request = Request(config=config, folder=folder, session=session, processes=processes)
     with ExitStack() as stack:
         if processes.main:
             files.open_folder(session.out, config)
@@ -54,12 +54,12 @@ def run(harness: Harness, config: AdapterSettings, session: Session) -> dict[str
         processes.wait()
         finished = None if session.rerun else harness.kept.read(folder)
         if finished is None:
-            _write(harness, run, _make(harness, run))
+            _write(harness, request, _make(harness, request))
         else:
-            _check(harness, run, finished)
-            _complete(harness, run, finished)
+            _check(harness, request, finished)
+            _complete(harness, request, finished)
         if session.extras:
-            _add_extras(harness, run)
+            _add_extras(harness, request)
         processes.wait()
         return {**harness.kept.read(folder), "folder": str(folder)}
 
@@ -67,12 +67,12 @@ def run(harness: Harness, config: AdapterSettings, session: Session) -> dict[str
 # ------------------------------------------------------------------------------------------------- a run that is made
 
 
-def _make(harness: Harness, run: Run) -> dict[str, Any]:
-    run = _prepare(harness, run)
+def _make(harness: Harness, request: Request) -> dict[str, Any]:
+    run = _prepare(harness, request)
     checkpoint = None if run.session.rerun else harness.resume(run)
     if checkpoint is None:  # only now: what is there is lost for a run that can be made
         _clear(harness, run)
-    harness.measure_pretrained(run)
+    run = harness.measure_pretrained(run)
     notes = _initialise(harness, run, checkpoint)
     if checkpoint:
         run.session.say(f"resumed   after epoch {checkpoint.epoch} of {run.config.epochs}")
@@ -96,27 +96,29 @@ def _make(harness: Harness, run: Run) -> dict[str, Any]:
         "environment": environment(str(run.device)),
         "reference_only": run.session.reference_only,
     }
+    state_dict = run.processes.gather(run.model)  # which all of them must call
     if run.processes.main:
         settings = harness.settings(result)
-        files.write_adapter(run.folder, run.model, harness.card(result), state_dict=run.state_dict, **settings)
+        files.write_adapter(run.folder, run.model, harness.card(result), state_dict=state_dict, **settings)
     return result
 
 
-def _prepare(harness: Harness, run: Run) -> Prepared:
-    _settle(harness, run)
+def _prepare(harness: Harness, request: Request) -> Prepared:
+    run = _begin(harness, request)
     run.session.say(f"device    {run.device}, {run.precision}")
     return harness.prepare(run)
 
 
-def _settle(harness: Harness, run: Run) -> None:
-    """Device and precision; peak memory counts from here on."""
-    run.device = harness.device(run.config.device)
-    if run.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(run.device)
-    if run.processes.main:
-        files.settle_precision(run.folder, run.config)
-    run.processes.wait()
-    run.precision = files.settle_precision(run.folder, run.config)
+def _begin(harness: Harness, request: Request) -> Run:
+    """Settle device and precision; peak memory counts from here on."""
+    device = harness.device(request.config.device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    if request.processes.main:
+        files.settle_precision(request.folder, request.config)
+    request.processes.wait()
+    precision = files.settle_precision(request.folder, request.config)
+    return Run(**vars(request), device=device, precision=precision)
 
 
 def _clear(harness: Harness, run: Run) -> None:
@@ -146,13 +148,13 @@ def _initialise(harness: Harness, run: Prepared, checkpoint: Checkpoint | None) 
     return notes
 
 
-def _tune(harness: Harness, asking: Run) -> Tune:
+def _tune(harness: Harness, asking: Prepared) -> Tune:
     """What makes the run that tunes a reference for another."""
     session = replace(asking.session, rerun=False, diagnose=False, reference_only=True, extras=(), log=None)
     return partial(run, harness, session=session)
 
 
-def _write(harness: Harness, run: Run, result: dict[str, Any]) -> None:
+def _write(harness: Harness, run: Request, result: dict[str, Any]) -> None:
     """Figures, then the last file of a run: with it the run is finished, and no longer needs its checkpoint."""
     if run.processes.main:
         save_figure(draw_training(result, harness.summary(result)), run.folder / CURVES)
@@ -165,13 +167,13 @@ def _write(harness: Harness, run: Run, result: dict[str, Any]) -> None:
 # -------------------------------------------------------------------------------------------- a run that is finished
 
 
-def _check(harness: Harness, run: Run, result: dict[str, Any]) -> None:
+def _check(harness: Harness, run: Request, result: dict[str, Any]) -> None:
     """Raise a ValueError if a result is not that of this run."""
     made_by, now = result.get("processes", 1), run.processes.count
     if made_by != now:
         raise ValueError(
-            f"the run in {run.folder} was made by {made_by} processes, now there are {now}, which take more in a step: "
-            "choose another --out, or --rerun"
+            f"the run in {run.folder} was made by another number of processes ({made_by} then, {now} now), which "
+            "decides the samples in a step: choose another --out, or --rerun"
         )
     files.check_same_run(result, run.config, run.folder)
     check_finished(result["origin"], harness.origin(run.config), run.folder)
@@ -180,20 +182,20 @@ def _check(harness: Harness, run: Run, result: dict[str, Any]) -> None:
         files.remove(run.folder, (FAILURE, *harness.kept.unfinished))
 
 
-def _complete(harness: Harness, run: Run, result: dict[str, Any]) -> None:
+def _complete(harness: Harness, request: Request, result: dict[str, Any]) -> None:
     """Add what is asked for now and was not then."""
-    if result.get("reference_only") and not run.session.reference_only:
+    if result.get("reference_only") and not request.session.reference_only:
         result = {**result, "reference_only": False}
-        write_json(run.folder / RESULT, result)
-    if run.session.diagnose and not result["information_loss"]:
-        run = _prepare(harness, run)
+        write_json(request.folder / RESULT, result)
+    if request.session.diagnose and not result["information_loss"]:
+        run = _prepare(harness, request)
         check_origin(result["origin"], run.origin, run.folder)
         found = initialise(run, _tune(harness, run), diagnose=True)
         _write(harness, run, {**result, "information_loss": found["information_loss"]})
 
 
-def _add_extras(harness: Harness, run: Run) -> None:
-    _settle(harness, run)
+def _add_extras(harness: Harness, request: Request) -> None:
+    run = _begin(harness, request)
     for name in run.session.extras:
         if run.processes.main and not (run.folder / name).exists():
             harness.extras[name](run)

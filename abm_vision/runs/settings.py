@@ -7,15 +7,12 @@ import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from abm_vision.abm.arguments import KINDS, check_choice
-from abm_vision.abm.files import read_object
+from abm_vision.abm.arguments import KINDS, are, check_choice
 from abm_vision.abm.settings import InitConfig, flag
-from abm_vision.initializers import INITIALIZERS, Initializer, Needs, get_initializer, load_plugin
-from abm_vision.initializers.registry import KINDS as TYPES
-from abm_vision.initializers.registry import kind_of
+from abm_vision.initializers import BASELINE, INITIALIZERS, Initializer, Needs, get_initializer, load_plugin
+from abm_vision.initializers.record import TYPES, kind_of
 
 LARGEST = 1e6  # of alpha: float32 has room for its products with the factors
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -47,7 +44,7 @@ class AdapterSettings:
     abm_reference: str | None = flag(
         None,
         "for init abm_tuned: folder of a tuned adapter, or of its run; none: one is tuned first, by this run with "
-        "init kaiming, and its time is counted",
+        f"init {BASELINE}, and its time is counted",
         needs=Needs.REFERENCE,
     )
     epochs: int = flag(12, "training epochs")
@@ -87,23 +84,22 @@ class AdapterSettings:
             load_plugin(self.plugin)
         row, given = get_initializer(self.init), dict(self.own)
         if foreign := sorted(set(given) - set(row.settings)):
-            raise ValueError(f"{', '.join(foreign)} is given, but init {self.init} has no such setting")
+            raise ValueError(f"{are(foreign)} given, but no setting of init {self.init}")
         own = tuple((name, given.get(name, setting.default)) for name, setting in row.settings.items())
         object.__setattr__(self, OWN, own)
         object.__setattr__(self, PLUGIN, row.plugin and (self.plugin or row.plugin))
 
     def _check_values(self) -> None:
         """Types and choices."""
-        settings, values = self.settings(), self.to_dict()
-        for name, value in values.items():
-            kind = kind_of(settings[name])
+        settings = self.settings()
+        for name, value in self.to_dict().items():
+            kind, choices = kind_of(settings[name]), settings[name].metadata.get("choices")
             if not isinstance(value, TYPES[kind]) or (isinstance(value, bool) and kind != "bool"):
                 raise ValueError(f"{name} is {value!r}; it must be of type {kind}")
             if value == math.inf:
                 raise ValueError(f"{name} is {value}; it must be finite")
-        for name, value in values.items():
-            if "choices" in settings[name].metadata:
-                check_choice(name, value, settings[name].metadata["choices"])
+            if choices:
+                check_choice(name, value, choices)
 
     def check(self) -> None:
         """Raise a ValueError for a field of a harness's own that is out of its range."""
@@ -132,9 +128,8 @@ class AdapterSettings:
         check_choice("preset", preset, tuple(cls.presets))
         values = {**cls.presets[preset], **settings}
         own = get_initializer(values.get("init", cls.init)).settings
-        plain = {f.name for f in fields(cls)}
         return cls(
-            **{name: value for name, value in values.items() if name in plain},
+            **{name: value for name, value in values.items() if name in cls.__dataclass_fields__},
             own=tuple((name, value) for name, value in values.items() if name in own),
         )
 
@@ -145,17 +140,14 @@ class AdapterSettings:
         Raises:
             ValueError: an initialisation has a setting of the harness's name.
         """
-        found: dict[str, Field[Any]] = {}
-        plain = {f.name: f for f in fields(cls)}
+        own: dict[str, Field[Any]] = {}
         for row in INITIALIZERS.values():
-            if taken := sorted(set(row.settings) & set(plain)):
-                raise ValueError(f"{', '.join(taken)} is a setting of every run: give init {row.name} another prefix")
-        for name, setting in plain.items():
-            if name != OWN:
-                found[name] = setting
-                continue
-            for row in INITIALIZERS.values():
-                found |= row.settings
+            if taken := sorted(set(row.settings) & set(cls.__dataclass_fields__)):
+                raise ValueError(f"{are(taken)} set in every run: give init {row.name} another prefix")
+            own |= row.settings
+        found: dict[str, Field[Any]] = {}
+        for setting in fields(cls):
+            found |= own if setting.name == OWN else {setting.name: setting}
         return found
 
     @classmethod
@@ -171,7 +163,8 @@ class AdapterSettings:
         """Raise a ValueError if a setting is given that none of the initialisations has a use for."""
         idle = sorted(name for name in names if not any(cls.uses(init, name) for init in inits))
         if idle:
-            raise ValueError(f"{', '.join(idle)} is given, but init {', '.join(inits)} has no use for it: leave it out")
+            them = "it" if len(idle) == 1 else "them"
+            raise ValueError(f"{are(idle)} given, but init {', '.join(inits)} has no use for {them}: leave {them} out")
 
     @classmethod
     def shared(cls) -> set[str]:
@@ -247,20 +240,5 @@ def check_share(name: str, value: float) -> None:
 
 def without_own_settings(config: Settings) -> Settings:
     """The same run with peft's default initialisation; settings that it does not use are the defaults."""
-    kept = {name: value for name, value in config.used().items() if config.uses("kaiming", name)}
-    return config.make(**{**kept, "init": "kaiming"})
-
-
-def read_config(path: str | Path, schema: int | str) -> dict[str, Any]:
-    """The settings in a JSON file: a run's own `config.json` or `result.json`, or {"schema": ..., "config": {...}}.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, no JSON, or another schema.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no configuration file {path}")
-    content = read_object(Path(path), "write the settings as flags instead")
-    found = content.get("schema")
-    if found != schema or not isinstance(content.get("config"), dict):
-        raise ValueError(f"{path} has schema {found}, this version reads {schema}: write the settings as flags instead")
-    return content["config"]
+    kept = {name: value for name, value in config.used().items() if config.uses(BASELINE, name)}
+    return config.make(**{**kept, "init": BASELINE})

@@ -200,7 +200,7 @@ class View:
             what it is founded on. Empty where that is not known before the data are read.
 
     That of the harness for tables of numbers in `Harness`, whose results have an `accuracy` and a number of `rows`
-    (`tests/test_spine.py` has it whole), and with it the commands `suite`, `compare` and `report`:
+    (`tests/test_spine.py` has it whole), and its commands, `suite`, `compare` and `report` among them:
 
         VIEW = View(
             program="abm-table",
@@ -216,7 +216,7 @@ class View:
             ),
             task=lambda config: "table",
         )
-        COMMANDS = {"": Command(parser, run), **shared(VIEW)}  # of `runs.commands`
+        COMMANDS = commands_of(VIEW, "Train a network on a table.", {})  # see `runs.commands`
     """
 
     program: str

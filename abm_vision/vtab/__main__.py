@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
 
-from abm_vision.runs.cli import guarded
-from abm_vision.vtab.commands import NAMES, PROGRAM
+from abm_vision.runs import commands
+from abm_vision.runs.commands import Command
+from abm_vision.vtab.commands import list as tasks
+from abm_vision.vtab.commands import predict, prepare
+from abm_vision.vtab.view import VIEW
+
+COMMANDS = commands.commands_of(
+    VIEW,
+    "Adapt a pretrained timm ViT to a VTAB-1K task.",
+    {
+        "prepare": Command(prepare.parser, prepare.command, "fetch datasets, or write them as image folders"),
+        "list": Command(tasks.parser, tasks.command, "the tasks and where their data is"),
+        "predict": Command(predict.parser, predict.command, "classify image files"),
+    },
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    name = words.pop(0) if words and words[0] in NAMES else "run"
-    module = import_module(f"abm_vision.vtab.commands.{name}")
-    return guarded(
-        PROGRAM,
-        lambda: module.command(module.parser().parse_args(words)),
-        smaller="--batch-size, --image-size or --model",
-    )
+    """Run a command; returns the exit code."""
+    return commands.main(VIEW, COMMANDS, arguments, smaller="--batch-size, --image-size or --model")
 
 
 if __name__ == "__main__":

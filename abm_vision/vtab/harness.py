@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -114,7 +113,7 @@ def prepare(run: Run) -> VtabRun:
     )
 
 
-def origin_parts(config: RunConfig) -> list[Callable[[], Origin]]:
+def origin_parts(config: RunConfig) -> list[partial[Origin]]:
     """What gives the content that a run of this configuration would be made of now, part by part.
 
     No model is built, no network asked. Each raises an OSError if its part is not there, and a ValueError if it is
@@ -125,7 +124,7 @@ def origin_parts(config: RunConfig) -> list[Callable[[], Origin]]:
     return [
         partial(_found_data, "training", data),
         partial(_found_data, "test", data),
-        lambda: _weights_origin(find_weights(config.model, config.weights)),
+        partial(_found_weights, config.model, config.weights),
         partial(initialisation, config),
     ]
 
@@ -136,6 +135,10 @@ def _found_data(part: str, config: RunConfig) -> Origin:
 
 def _data_origin(part: str, data: vtab_tasks.TaskData) -> Origin:
     return {f"{part} {name}": found for name, found in content(data, remembered).items()}
+
+
+def _found_weights(model: str, weights: str) -> Origin:
+    return _weights_origin(find_weights(model, weights))
 
 
 def _weights_origin(weights: WeightSource) -> Origin:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,11 +19,9 @@ from transformers import (
 )
 
 from abm_vision.abm.bars import progress as progress_bar
-from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.files import write_atomically
 from abm_vision.abm.loading import load_adapter
-from abm_vision.abm.lora import add_lora
-from abm_vision.runs.content import Origin
+from abm_vision.runs.content import Origin, version
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.runs.harness import Checkpoint, Harness, Run, Session, SessionOptions, silent
@@ -40,8 +37,8 @@ from nlp_ext.glue.tasks import INVALID, GlueTask, get_task
 from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import text_device
-from nlp_ext.textrun import Row, TextRun, adapter_settings, text_origin, together, token_digest
-from nlp_ext.trainer import Progress, training_arguments
+from nlp_ext.textrun import Row, TextRun, adapt, adapter_settings, split_content, text_origin
+from nlp_ext.trainer import Trained, training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -111,39 +108,40 @@ def prepare(run: Run) -> GlueRun:
         validation = [read_split(config, split, tokenizer) for split in task.validation]
         count = " and ".join(f"{len(split.rows)} of {split.name}" for split in validation)
         say(f"data      {config.data_source}: {len(train.rows)} training examples, {count}")
-    with run.stage("lora"):
-        torch.manual_seed(config.seed)
-        targets = config.lora_targets()
-        adapted = add_lora(model.to(run.device), config.rank, config.alpha, targets=targets, dropout=config.dropout)
-        record = {
-            "train": train.record(config.data_source),
-            "validation": [split.record(config.data_source) for split in validation],
-        }
-        splits = (train, *validation)
-        digests = {split["split"]: partial(str, split["sha256"]) for split in (record["train"], *record["validation"])}
-        tokens = token_digest([row for split in splits for row in split.rows])
-        prepared = GlueRun(
-            **vars(run),
-            model=adapted,
-            samples=len(train.rows),
-            origin={**together(text_origin(config, digests, encode, task)), "tokens": tokens},
-            weights_sha256=weights.sha256,
-            tokenizer=tokenizer,
-            rows=train.rows,
-            data=record,
-            weights=weights,
-            task=task,
-            validation=validation,
-        )
-        check_adapters(adapted.eval(), prepared.batch(train.rows[:2]))
-    return prepared
+    record = {
+        "train": train.record(config.data_source),
+        "validation": [split.record(config.data_source) for split in validation],
+    }
+    content = [
+        partial(split_content, split["split"], split["sha256"]) for split in (record["train"], *record["validation"])
+    ]
+    return adapt(
+        GlueRun,
+        run,
+        model.to(run.device),
+        text_origin(config, content, _encoding, config.task),
+        rows=train.rows,
+        scored=[row for split in validation for row in split.rows],
+        weights=weights,
+        tokenizer=tokenizer,
+        data=record,
+        task=task,
+        validation=validation,
+    )
 
 
-def origin_parts(config: GlueConfig) -> list[Callable[[], Origin]]:
+def origin_parts(config: GlueConfig) -> list[partial[Origin]]:
     """What gives the content that a run of this configuration would be made of now, but for its tokens."""
-    task = get_task(config.task)
-    digests = {name: lambda name=name: data.digest(_examples(config, name)) for name in ("train", *task.validation)}
-    return text_origin(config, digests, encode, task)
+    splits = ("train", *get_task(config.task).validation)
+    return text_origin(config, [partial(_content, *_asked(config, s)) for s in splits], _encoding, config.task)
+
+
+def _content(task: str, split: str, source: str, most: int, seed: int) -> Origin:
+    return split_content(split, data.digest(_examples(task, split, source, most, seed)))
+
+
+def _encoding(task: str) -> str:
+    return version(encode, get_task(task))
 
 
 def read_split(config: GlueConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Split:
@@ -152,16 +150,21 @@ def read_split(config: GlueConfig, name: str, tokenizer: PreTrainedTokenizerBase
     A training set that is not taken whole is the first part of the shuffled one; of validation it is the first part.
     Test splits are always whole, and have no labels.
     """
-    examples = _examples(config, name)
+    examples = _examples(*_asked(config, name))
     rows, cut = encode(get_task(config.task), examples, tokenizer, config.source_tokens, not name.startswith("test"))
     return Split(name, examples, rows, cut)
 
 
-def _examples(config: GlueConfig, name: str) -> Dataset:
-    examples = data.read(get_task(config.task), name, config.data_source)
-    most = {"train": config.train_examples, "validation": config.validation_examples}.get(name.partition("_")[0], 0)
-    if name == "train":
-        (order,) = shuffled(len(examples), len(examples), config.seed, 0)
+def _asked(config: GlueConfig, split: str) -> tuple[str, str, str, int, int]:
+    """The arguments of `_examples`, equal for all runs on the same examples."""
+    most = {"train": config.train_examples, "validation": config.validation_examples}.get(split.partition("_")[0], 0)
+    return config.task, split, config.data_source, most, config.seed if split == "train" else 0
+
+
+def _examples(task: str, split: str, source: str, most: int, seed: int) -> Dataset:
+    examples = data.read(get_task(task), split, source)
+    if split == "train":
+        (order,) = shuffled(len(examples), len(examples), seed, 0)
         return examples.select(order[: most or None].tolist())
     return examples.select(range(most)) if 0 < most < len(examples) else examples
 
@@ -193,7 +196,7 @@ def target_length(task: GlueTask, tokenizer: PreTrainedTokenizerBase) -> int:
 # ---------------------------------------------------------------------------------------------------- train and score
 
 
-def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
+def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Trained:
     """Train to the end, with transformers' Trainer."""
     own = Trainer(
         model=run.model,
@@ -218,7 +221,7 @@ class Rows(TorchDataset):
         return dict(self.rows[k])
 
 
-def score(run: GlueRun, progress: Progress) -> dict[str, Any]:
+def score(run: GlueRun, trained: Trained) -> dict[str, Any]:
     """The metrics of every validation split."""
     with run.stage("validation"):
         scores = {split.name: _score(run, split) for split in run.validation}

@@ -10,30 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from abm_vision.runs import commands
-from abm_vision.runs.cli import Parser, add_run_options, add_settings, make_run, say
+from abm_vision.runs.cli import Parser, say
 from abm_vision.runs.commands import Command
-from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.view import VIEW
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code."""
-    return commands.main(
-        VIEW.program, COMMANDS, arguments, smaller="--batch-size, --length or --model (or --checkpointing)"
-    )
-
-
-def parser() -> Parser:
-    """One flag for every field of `InstructConfig`, and those that do not change a result."""
-    flags = Parser(
-        VIEW.program,
-        description="Tune a LLaMA or a relative on instructions. Several GPUs: accelerate launch -m nlp_ext.instruct.",
-        epilog="Other commands: chat (talk to an adapter), mt-bench (answer its questions), suite (many runs), compare "
-        "(initialisations side by side), report (of finished runs).",
-    )
-    add_settings(flags, InstructConfig)
-    add_run_options(flags)
-    return flags
 
 
 def _talk_parser(name: str, description: str) -> Parser:
@@ -62,11 +41,6 @@ def mt_bench_parser() -> Parser:
     flags.add_argument("--seed", type=int, default=0, help="of answers that are drawn (default: 0)")
     flags.add_argument("--quiet", action="store_true", help="no progress bar")
     return flags
-
-
-def run(options: argparse.Namespace) -> int:
-    """Make a run, and print its result."""
-    return make_run(VIEW, options)
 
 
 def _assistant(options: Any) -> Any:
@@ -129,12 +103,21 @@ def mt_bench(options: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = {
-    "": Command(parser, run),
-    "chat": Command(chat_parser, chat),
-    "mt-bench": Command(mt_bench_parser, mt_bench),
-    **commands.shared(VIEW),
-}
+COMMANDS = commands.commands_of(
+    VIEW,
+    "Tune a LLaMA or a relative on instructions. Several GPUs: accelerate launch -m nlp_ext.instruct.",
+    {
+        "chat": Command(chat_parser, chat, "talk to an adapter"),
+        "mt-bench": Command(mt_bench_parser, mt_bench, "answer its questions"),
+    },
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    smaller = "--batch-size, --length or --model (or --checkpointing)"
+    return commands.main(VIEW, COMMANDS, arguments, smaller=smaller)
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -12,16 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from trl import SFTConfig, SFTTrainer
 
-from abm_vision.abm.checks import check_adapters
 from abm_vision.abm.files import write_atomically
 from abm_vision.abm.host import Backbone
-from abm_vision.abm.lora import add_lora
-from abm_vision.abm.restore import evaluate
-from abm_vision.runs.content import Origin
+from abm_vision.runs.content import Origin, version
 from abm_vision.runs.device import autocast
 from abm_vision.runs.harness import Checkpoint, Harness, Run, Session, SessionOptions
 from abm_vision.runs.order import shuffled
@@ -34,9 +29,9 @@ from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.results import KEPT, model_card, summary
 from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
-from nlp_ext.ranks import processes, text_device, whole_state
-from nlp_ext.textrun import TextRun, adapter_settings, text_origin, together, token_digest
-from nlp_ext.trainer import Progress, training_arguments
+from nlp_ext.ranks import is_sharded, processes, text_device
+from nlp_ext.textrun import TextRun, adapt, adapter_settings, split_content, text_origin
+from nlp_ext.trainer import Trained, training_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -66,15 +61,11 @@ class InstructRun(TextRun):
     Args:
         held_out: conversations for the perplexity.
         prompts: what is to be answered: held-out conversations without their last answer.
-        before: perplexity of the pretrained model.
-        wrapped: the model as the Trainer has wrapped it, which may be spread over processes.
     """
 
     config: InstructConfig
     held_out: data.Tokens
     prompts: list[data.Conversation]
-    before: float | None = None
-    wrapped: nn.Module | None = None
 
     @property
     def backbone(self) -> Backbone:
@@ -117,38 +108,34 @@ def prepare(run: Run) -> InstructRun:
         )
         prompts = [conversations[k][:-1] for k in tested[: config.samples]]
         say(f"data      {config.data_source}: {train.conversations} conversations, {held_out.conversations} held out")
-    with run.stage("lora"):
-        torch.manual_seed(config.seed)
-        targets = config.lora_targets()
-        adapted = add_lora(model, config.rank, config.alpha, targets=targets, dropout=config.dropout)
-        record = {
-            "train": train.record(config.data_source),
-            "held_out": held_out.record(config.data_source),
-            "sha256": data.digest(conversations),
-        }
-        tokens = token_digest([*train.rows, *held_out.rows])
-        digest = {"instruction": lambda: record["sha256"]}
-        prepared = InstructRun(
-            **vars(run),
-            model=adapted,
-            samples=len(train.rows),
-            origin={**together(text_origin(config, digest, data.encode_all)), "tokens": tokens},
-            weights_sha256=weights.sha256,
-            tokenizer=tokenizer,
-            rows=train.rows,
-            data=record,
-            weights=weights,
-            held_out=held_out,
-            prompts=prompts,
-        )
-        check_adapters(evaluate(adapted), prepared.batch(train.rows[:2]))
-    return prepared
+    record = {
+        "train": train.record(config.data_source),
+        "held_out": held_out.record(config.data_source),
+        "sha256": data.digest(conversations),
+    }
+    content = [partial(split_content, "instruction", record["sha256"])]
+    return adapt(
+        InstructRun,
+        run,
+        model,
+        text_origin(config, content, version, data.encode_all),
+        rows=train.rows,
+        scored=held_out.rows,
+        weights=weights,
+        tokenizer=tokenizer,
+        data=record,
+        held_out=held_out,
+        prompts=prompts,
+    )
 
 
-def origin_parts(config: InstructConfig) -> list[Callable[[], Origin]]:
+def origin_parts(config: InstructConfig) -> list[partial[Origin]]:
     """What gives the content that a run of this configuration would be made of now, but for its tokens."""
-    digest = {"instruction": lambda: data.digest(data.read(config.data_source))}
-    return text_origin(config, digest, data.encode_all)
+    return text_origin(config, [partial(_content, config.data_source)], version, data.encode_all)
+
+
+def _content(source: str) -> Origin:
+    return split_content("instruction", data.digest(data.read(source)))
 
 
 def _kept_as(config: InstructConfig, device: torch.device) -> dict[str, Any]:
@@ -175,18 +162,23 @@ def _check_length(config: InstructConfig, model: torch.nn.Module) -> None:
 # ---------------------------------------------------------------------------------------------------- train and score
 
 
-def measure_pretrained(run: InstructRun) -> None:
+@dataclass(kw_only=True)
+class MeasuredRun(InstructRun):
+    """The same with `before`, the perplexity of the pretrained model."""
+
+    before: float
+
+
+def measure_pretrained(run: InstructRun) -> MeasuredRun:
     """Perplexity before all."""
     with run.stage("perplexity"), run.model.disable_adapter():
-        run.before = perplexity(run, run.model)
+        before = perplexity(run, run.model)
+    return MeasuredRun(**vars(run), before=before)
 
 
-def train(run: InstructRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
+def train(run: MeasuredRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Trained:
     """Train to the end, with trl's trainer."""
-    own = make_trainer(run)
-    progress = trainer.train(own, run, notes, checkpoint)
-    run.wrapped = own.model_wrapped
-    return progress
+    return trainer.train(make_trainer(run), run, notes, checkpoint)
 
 
 def make_trainer(run: InstructRun) -> SFTTrainer:
@@ -213,14 +205,13 @@ def make_trainer(run: InstructRun) -> SFTTrainer:
     return made
 
 
-def score(run: InstructRun, progress: Progress) -> dict[str, Any]:
+def score(run: MeasuredRun, trained: Trained) -> dict[str, Any]:
     """Perplexity after training; some prompts are answered, into a file."""
     with run.stage("perplexity"):
-        after = perplexity(run, run.wrapped)
+        after = perplexity(run, trained.model)
     run.session.say(f"perplexity of held-out answers {run.before:.2f} before, {after:.2f} after")
-    run.state_dict = whole_state(run.model)
     with run.stage("samples"):  # all processes hold a part of a sharded model
-        samples = _samples(run) if run.processes.main or run.state_dict is not None else []
+        samples = _samples(run) if run.processes.main or is_sharded(run.model) else []
     if run.processes.main:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_atomically(run.folder / SAMPLES, lambda path: path.write_text(lines, encoding="utf-8"))

@@ -7,6 +7,7 @@ import json
 import warnings
 from typing import Any
 
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
 from abm_vision.runs.commands.suite import add_executors, executor
 from abm_vision.runs.view import View
@@ -77,9 +78,10 @@ def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[li
     Raises:
         ValueError: a list is empty or has a name twice, or a run failed.
     """
-    from abm_vision.analysis.load import BASELINE, read_finished
+    from abm_vision.analysis.load import read_finished
     from abm_vision.runs.harness import Session, silent
-    from abm_vision.runs.suite import Suite, run_suite
+    from abm_vision.runs.run_suite import run_suite
+    from abm_vision.runs.suite import Suite
 
     execute = executor(options)
     wanted = {name: options.pop(name, default) for name, default in _compared(view).items()}

@@ -7,11 +7,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from abm_vision.abm.arguments import are, count
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say, value_of
+from abm_vision.runs.suite import Suite, parse_tasks, plan
 from abm_vision.runs.view import View
 
 if TYPE_CHECKING:
-    from abm_vision.runs.suite import Executor, Suite
+    from abm_vision.runs.run_suite import Executor
 
 LOCAL_FLAGS = ("jobs",)
 RAY_FLAGS = {"cpus_per_run": "cpus", "gpus_per_run": "gpus", "ray_address": "address"}  # to those of `on_ray`
@@ -27,7 +30,7 @@ def parser(view: View) -> Parser:
     if len(view.tasks) > 1:
         choices = ", ".join(["all", *dict.fromkeys(view.groups.values())])
         flags.add_argument("--tasks", default="all", help=f"{choices}, or names with commas between (default: all)")
-    default = "abm,kaiming"
+    default = f"abm,{BASELINE}"
     flags.add_argument("--init", default=default, help=f"initialisations with commas between (default: {default})")
     flags.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
     text = f"choose this setting on {view.selection.split}, for every task from the same values; may be repeated"
@@ -63,7 +66,7 @@ def executor(options: dict[str, Any]) -> Executor:
     others = LOCAL_FLAGS if kind == "ray" else RAY_FLAGS
     foreign = [f"--{name.replace('_', '-')}" for name in given if name in others]
     if foreign:
-        raise ValueError(f"{', '.join(foreign)} is not for --executor {kind}")
+        raise ValueError(f"{are(foreign)} not for --executor {kind}")
 
     from abm_vision.runs import executors
 
@@ -80,21 +83,22 @@ def command(view: View, parsed: argparse.Namespace) -> int:
         options.pop(name) for name in "init seeds grid out diagnose dry_run quiet".split()
     )
     tasks = options.pop("tasks", "all")
-
-    from abm_vision.runs.harness import Session, silent
-    from abm_vision.runs.suite import Suite, parse_tasks, run_suite
-
-    execute = executor(options)
+    where = {name: options.pop(name) for name in ("executor", *LOCAL_FLAGS, *RAY_FLAGS) if name in options}
     wanted = Suite(view, parse_tasks(tasks, view), tuple(init.split(",")), seeds, options, _grid(view, grid))
+    execute = executor(where)
     if dry_run:
         _print_plan(wanted, out)
         return 0
+
+    from abm_vision.runs.harness import Session, silent
+    from abm_vision.runs.run_suite import run_suite
+
     session = Session(out, diagnose=diagnose, say=silent if quiet else say)
     outcomes = run_guarded(view.program, lambda: run_suite(wanted, session, execute))
     failed = {config: outcome for config, outcome in outcomes.items() if outcome.state == "failed"}
     for config, outcome in failed.items():
         print(f"failed: {config.run_name()}: {outcome.reason}", file=sys.stderr)
-    session.say(f"{len(outcomes) - len(failed)} runs finished, {len(failed)} failed; results in {out}")
+    session.say(f"{count(len(outcomes) - len(failed), 'run')} finished, {len(failed)} failed; results in {out}")
     return 1 if failed else 0
 
 
@@ -117,8 +121,6 @@ def _grid(view: View, words: Sequence[str]) -> dict[str, tuple[Any, ...]]:
 
 
 def _print_plan(suite: Suite, out: str) -> None:
-    from abm_vision.runs.suite import plan
-
     estimate, origin = suite.estimate(out)
     planned = plan(suite, out)
     times = {one.config: estimate(one.config) for one in planned if not one.is_settled} if estimate else {}
@@ -131,4 +133,4 @@ def _print_plan(suite: Suite, out: str) -> None:
             print(one.reason, file=sys.stderr)
     finished = sum(one.state == "finished" for one in planned)
     hours = f"about {sum(times.values()) / 3600:.1f} h one after another, {origin}"
-    print(f"{len(planned)} runs, {finished} finished; {hours if estimate else origin}")
+    print(f"{count(len(planned), 'run')}, {finished} finished; {hours if estimate else origin}")

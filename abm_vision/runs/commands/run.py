@@ -1,0 +1,87 @@
+"""One run: the command that goes without a name."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any
+
+from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
+from abm_vision.runs.log import LOGS, opened
+from abm_vision.runs.records import read_config
+from abm_vision.runs.settings import AdapterSettings, Settings
+from abm_vision.runs.view import View
+
+
+def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parser], None]) -> Parser:
+    """A flag for every setting, and those that do not change a result."""
+    flags = Parser(view.program, description=description, epilog=epilog)
+    add_settings(flags, view.config)
+    flags.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
+    flags.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
+    flags.add_argument(
+        "--rerun", action="store_true", help="make the run afresh even if it is finished or was interrupted"
+    )
+    flags.add_argument(
+        "--diagnose", action="store_true", help="measure the information loss of the initialisation, and draw it"
+    )
+    flags.add_argument("--log", choices=LOGS, help="write losses while it trains, into the run's folder")
+    flags.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
+    flags.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
+    add_flags(flags)
+    return flags
+
+
+def command(view: View, parsed: argparse.Namespace) -> int:
+    """Make the run, and print its result. The harness is loaded when the settings are known to be good: it is slow."""
+    options = vars(parsed)
+    kind, as_json = options.pop("log"), options.pop("json")
+    quiet = options.pop("quiet") or as_json
+    how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
+    settings = _settings_of(options, view.config)
+    if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes the first
+        _print_config(settings)
+
+    from abm_vision.runs.harness import Session, silent
+    from abm_vision.runs.run import run
+
+    harness = resolve_name(view.harness)
+    with harness.hushed(), opened(kind, Path(how["out"]) / settings.run_name()) as log:
+        session = Session(**how, quiet=quiet, say=silent if quiet else say, log=log)
+        result = run_guarded(view.program, lambda: run(harness, settings, session))
+    if harness.processes(settings).main:
+        print(json.dumps(result) if as_json else _in_one_line(harness.summary(result), result))
+    return 0
+
+
+def _settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
+    """The configuration that a run's flags say; takes `config` out of `options`.
+
+    Raises:
+        ValueError, FileNotFoundError: as `make` and `read_config`, or a flag is given that the initialisation has no
+            use for.
+    """
+    path = options.pop("config")
+    if path and "preset" in options:
+        raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
+    made = config.make(**{**(read_config(path, config.schema) if path else {}), **options})
+    made.check_used(options, [made.init])  # what a file or a preset sets beyond that is not the user's mistake
+    return made
+
+
+def _in_one_line(summary: str, result: Mapping[str, Any]) -> str:
+    """What a run has given, what it was initialised by, and where its files are."""
+    config, seconds = result["config"], sum(result["seconds"].values())
+    return f"{summary}  init {config['init']}  seed {config['seed']}  {seconds:.0f} s  {result['folder']}"
+
+
+def _print_config(config: AdapterSettings) -> None:
+    """Every setting, marked where it differs from the default."""
+    kind = type(config)
+    defaults = {**kind.make(init=config.init).to_dict(), **kind().to_dict()}
+    for name, value in config.to_dict().items():
+        print(f"{'*' if value != defaults.get(name) else ' '} {name:<18} {value}")
