@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from abm_vision.runs.content import shortened
 from abm_vision.runs.folder import CONFIG, RESULT, State
@@ -21,6 +21,17 @@ _ASKED = ("weights", "precision", "device", "abm_reference", "plugin")
 # May differ between runs of one method.
 _CIRCUMSTANCES = ("device", "commit")
 Unfinished = list[tuple[str, str]]  # run folder, why it has no result
+
+
+Key, Item = TypeVar("Key"), TypeVar("Item")
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items by their key; keys and items in the order of the items."""
+    groups: dict[Key, list[Item]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return groups
 
 
 @dataclass(frozen=True)
@@ -100,15 +111,17 @@ def find(folder: Path, view: View) -> tuple[list[Finished], Unfinished]:
         FileNotFoundError: there is no finished run.
     """
     states = {path.parent.name: view.kept.state(path.parent) for path in sorted(folder.glob(f"*/{CONFIG}"))}
-    results = {name: state.result for name, state in states.items() if state.result is not None}
-    final = {f"{name}/{RESULT}": r for name, r in results.items() if not view.is_selection(r["config"])}
-    final = {file: result for file, result in final.items() if not result.get("reference_only")}
+    final = {f"{name}/{RESULT}": state.result for name, state in states.items() if _is_final(state.result, view)}
     if not final:
         raise FileNotFoundError(_nothing(folder, view, states))
     unfinished = [(name, _why(state)) for name, state in states.items() if state.result is None]
     runs, again = _once(_named(_load(final, view)), view)
     runs.sort(key=lambda run: (view.tasks.index(run.task), run.method, run.seed))
     return runs, unfinished + again
+
+
+def _is_final(result: Result | None, view: View) -> bool:
+    return bool(result) and not view.is_selection(result["config"]) and not result.get("reference_only")
 
 
 def _why(state: State) -> str:
@@ -118,13 +131,11 @@ def _why(state: State) -> str:
 
 def _nothing(folder: Path, view: View, states: Mapping[str, State]) -> str:
     """What to say where no run is finished."""
-    chosen = sum(state.result is not None and view.is_selection(state.result["config"]) for state in states.values())
+    chosen = sum(view.is_selection(state.result["config"]) for state in states.values() if state.result)
     selections = f" ({chosen} scored on {view.selection.split} are no results)" if chosen else ""
-    unread: dict[str, list[str]] = {}
-    for name, state in states.items():
-        if state.name in ("not readable", "another harness"):
-            unread.setdefault(_why(state), []).append(name)
-    others = "".join(f"; {', '.join(names)} is {why}" for why, names in unread.items())
+    unread = [name for name, state in states.items() if state.name in ("not readable", "another harness")]
+    by_reason = grouped(unread, lambda name: _why(states[name]))
+    others = "".join(f"; {', '.join(names)} is {why}" for why, names in by_reason.items())
     return f"no finished run below {folder}{selections}: give the folder that was --out of the runs{others}"
 
 
@@ -144,10 +155,8 @@ def _other_data(results: Sequence[Result], view: View) -> list[str | None]:
     """
     digests = [hashlib.sha256(repr(data_content(result, view)).encode()).hexdigest()[:8] for result in results]
     keys = [(view.data_of(result), view.data.kind(result), view.data.counted(result)[0]) for result in results]
-    groups: dict[tuple[Any, ...], Counter[str]] = {}
-    for key, digest in zip(keys, digests, strict=True):
-        groups.setdefault(key, Counter())[digest] += 1
-    usual = {key: found.most_common(1)[0][0] for key, found in groups.items()}
+    alike = grouped(zip(keys, digests, strict=True), lambda pair: pair[0])
+    usual = {key: Counter(pairs).most_common(1)[0][0][1] for key, pairs in alike.items()}
     return [None if digest == usual[key] else digest for key, digest in zip(keys, digests, strict=True)]
 
 
@@ -185,12 +194,10 @@ def _named(runs: Sequence[Finished]) -> list[Finished]:
 
     What differs between tasks only, as a selection makes it, stays within one method.
     """
-    groups: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
-    for run in runs:
-        groups.setdefault((run.init, run.task, run.kind), []).append(run.facts)
     differing: dict[str, set[str]] = {}
-    for (init, *_), alike in groups.items():
-        names = {name for name in alike[0] if any(facts[name] != alike[0][name] for facts in alike)}
+    for (init, *_), alike in grouped(runs, lambda run: (run.init, run.task, run.kind)).items():
+        first = alike[0].facts
+        names = {name for name in first if any(run.facts[name] != first[name] for run in alike)}
         differing.setdefault(init, set()).update(names - {*_CIRCUMSTANCES, OTHER_DATA})
     named = []
     for run in runs:
@@ -222,11 +229,9 @@ def compare_facts(runs: Sequence[Finished]) -> tuple[dict[str, Any], dict[str, d
     common, differing = {}, {}
     for name in dict.fromkeys(name for run in runs for name in run.facts if name not in (OTHER_DATA, _CODE)):
         those = [run for run in runs if name in run.facts]  # the initialisations that have a use for it
-        values: dict[str, list[str]] = {}
-        for run in those:
-            values.setdefault(str(run.facts[name]), []).append(run.file)
+        values = grouped(those, lambda run, name=name: str(run.facts[name]))
         if len(values) == 1:
             common[name] = those[0].facts[name]
         else:
-            differing[name] = values
+            differing[name] = {value: [run.file for run in found] for value, found in values.items()}
     return common, differing

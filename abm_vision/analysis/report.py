@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from abm_vision.analysis.load import OTHER_DATA, Finished, compare_facts, find
+from abm_vision.analysis.load import OTHER_DATA, Finished, compare_facts, find, grouped
 from abm_vision.analysis.sections import Cell, Paired, Section
 from abm_vision.analysis.stats import training_loss
 from abm_vision.analysis.tables import Table, csv_table, latex_table, markdown_table, write_texts
@@ -59,10 +59,7 @@ def collect(folder: str | Path, view: View) -> Report:
     runs, unfinished = find(Path(folder), view)
     sections = []
     for kind in view.data.kinds:
-        cells: dict[tuple[str, str], list[Finished]] = {}
-        for run in runs:
-            if run.kind == kind.name:
-                cells.setdefault((run.task, run.method), []).append(run)
+        cells = grouped((run for run in runs if run.kind == kind.name), lambda run: (run.task, run.method))
         if cells:
             sections.append(Section(kind, view, {key: Cell(tuple(found), view) for key, found in cells.items()}))
     common, differing = compare_facts(runs)
@@ -128,10 +125,9 @@ def published_means(row: Published, means: Iterable[Mean]) -> list[str]:
 
 def published_note(rows: Iterable[Published]) -> str:
     """How the published protocols differ."""
-    by_note: dict[str, list[str]] = {}
-    for row in rows:
-        by_note.setdefault(row.note, []).append(row.method)
-    return "Protocols: " + "; ".join(f"{', '.join(methods)}: {note}" for note, methods in by_note.items()) + "."
+    alike = grouped(rows, lambda row: row.note)
+    parts = [f"{', '.join(row.method for row in found)}: {note}" for note, found in alike.items()]
+    return f"Protocols: {'; '.join(parts)}."
 
 
 def run_table(report: Report) -> Table:
@@ -151,20 +147,15 @@ def notes(report: Report) -> list[str]:
         kind = section.kind.name
         if section.kind.note:
             lines.append(section.kind.note)
-        lacking: dict[str, list[str]] = {}
-        for method in section.methods:
-            lacking.setdefault(", ".join(section.missing(method)), []).append(method)
+        lacking = grouped(section.methods, lambda method, section=section: ", ".join(section.missing(method)))
         lines += [f"{kind}, {', '.join(m)}: without {tasks}." for tasks, m in lacking.items() if tasks]
         if alone := section.unpaired():
             lines.append(f"{kind}, not compared, as there is no {BASELINE} with equal settings: {'; '.join(alone)}.")
-    others: dict[str, list[str]] = {}
-    for run in report.runs:
-        if run.facts[OTHER_DATA]:
-            others.setdefault(run.task, []).append(run.file)
+    others = grouped((run for run in report.runs if run.facts[OTHER_DATA]), lambda run: run.task)
     lines += [
-        f"{task}: {len(files)} runs are on other data than the rest, and are shown apart as 'other data': "
-        f"{', '.join(files)}."
-        for task, files in others.items()
+        f"{task}: {len(runs)} runs are on other data than the rest, and are shown apart as 'other data': "
+        f"{', '.join(run.file for run in runs)}."
+        for task, runs in others.items()
     ]
     return [*lines, *(f"No result: {name} ({' '.join(why.split())})." for name, why in report.unfinished)]
 
