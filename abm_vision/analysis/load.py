@@ -21,8 +21,6 @@ _ASKED = ("weights", "precision", "device", "abm_reference", "plugin")
 # May differ between runs of one method.
 _CIRCUMSTANCES = ("device", "commit")
 Unfinished = list[tuple[str, str]]  # run folder, why it has no result
-
-
 Key, Item = TypeVar("Key"), TypeVar("Item")
 
 
