@@ -101,7 +101,7 @@ def read_finished(folder: str | Path, view: View) -> Result:
 
 
 def find(folder: Path, view: View) -> tuple[list[Finished], Unfinished]:
-    """The finished runs below a folder, by task, method and seed; and what has no result, with the reason.
+    """The finished runs below a folder, by task, method and seed; and what has no result, with the reason in a line.
 
     Runs of a selection, and those made as another run's reference alone, are left out.
 
@@ -115,7 +115,7 @@ def find(folder: Path, view: View) -> tuple[list[Finished], Unfinished]:
     unfinished = [(name, _why(state)) for name, state in states.items() if state.result is None]
     runs, again = _once(_named(_load(final, view)), view)
     runs.sort(key=lambda run: (view.tasks.index(run.task), run.method, run.seed))
-    return runs, unfinished + again
+    return runs, [(name, " ".join(why.split())) for name, why in unfinished + again]
 
 
 def _is_final(result: Result | None, view: View) -> bool:

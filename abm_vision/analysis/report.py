@@ -157,7 +157,7 @@ def notes(report: Report) -> list[str]:
         f"{', '.join(run.file for run in runs)}."
         for task, runs in others.items()
     ]
-    return [*lines, *(f"No result: {name} ({' '.join(why.split())})." for name, why in report.unfinished)]
+    return [*lines, *(f"No result: {name} ({why})." for name, why in report.unfinished)]
 
 
 # --------------------------------------------------------------------------------------------------------- formats
