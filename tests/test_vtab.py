@@ -22,11 +22,12 @@ from pydantic import TypeAdapter
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
+from abm_vision.images import data, train
 from abm_vision.runs import checkpoint
 from abm_vision.runs.device import resolve_device
 from abm_vision.runs.folder import open_folder, settle_precision
 from abm_vision.runs.records import read_config, settings_of
-from abm_vision.vtab import HARNESS, PRESETS, RunConfig, data, harness, make_config, run, train
+from abm_vision.vtab import HARNESS, PRESETS, RunConfig, harness, make_config, run
 from abm_vision.vtab.predict import predict
 from abm_vision.vtab.results import model_card
 

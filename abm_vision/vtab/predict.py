@@ -11,10 +11,10 @@ from pydantic import ConfigDict
 
 from abm_vision.abm.loading import load_adapter, read_settings
 from abm_vision.abm.saving import ABM_FILE
+from abm_vision.images.data import Preprocessing
+from abm_vision.images.records import Shape, Weights
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.runs.records import Count, Positive, Record, checked
-from abm_vision.vtab.data import Preprocessing
-from abm_vision.vtab.results import Shape, Weights
 from abm_vision.weights import create_backbone
 from vtab_tasks.sources.folder import read_image
 
