@@ -86,6 +86,13 @@ def add_settings(parser: Parser, config: type[AdapterSettings], without: Collect
     _add_flags(parser, config.settings(), without)
 
 
+def add_place(parser: Parser, setting: str) -> None:
+    """Take a setting without its flag, too: where the data are."""
+    if setting:
+        text = f"the same as --{setting}"
+        parser.add_argument(setting, nargs="?", metavar="FOLDER", default=argparse.SUPPRESS, help=text)
+
+
 def _add_flags(
     parser: argparse._ActionsContainer, settings: Mapping[str, Field[Any]], without: Collection[str]
 ) -> None:

@@ -217,6 +217,7 @@ class Harness:
         score: the fields of the result that are this harness's own, `data.train.source` among them.
         summary: what was scored, on which data, and how well, in one line.
         card: the adapter's model card.
+        next_steps: what a user can do with a finished run, in lines; none by default.
         settings: what `abm.json` says of the adapter besides.
         leaves: other files that a run leaves.
         extras: file or folder to what makes it of a finished run (see `Session.extras`).
@@ -266,6 +267,7 @@ class Harness:
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
     measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured
+    next_steps: Callable[[dict[str, Any]], str] = lambda result: ""
     device: Callable[[str], torch.device] = resolve_device
     processes: Callable[[AdapterSettings], Processes] = _alone
     hushed: Callable[[], AbstractContextManager[None]] = nullcontext

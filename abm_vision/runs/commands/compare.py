@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
 from abm_vision.runs.commands.suite import add_executors, executor
+from abm_vision.runs.folder import CONFIG
 
 # What is compared unless it is said otherwise.
 COMPARED = {"init": "kaiming,abm", "lr": "5e-4,1e-3,2e-3,4e-3", "seeds": 3}
@@ -26,7 +28,8 @@ def parser(view: View) -> Parser:
         "own best rate. Finished runs are reused, interrupted ones resumed. Or compare the finished runs in given "
         "folders.",
     )
-    flags.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of running any")
+    data = f"where the data are, as --{view.place}, or " if view.place else ""
+    flags.add_argument("runs", nargs="*", metavar="RUN", help=f"{data}folders of finished runs, instead of running any")
     texts = {
         "task": "tasks with commas between",
         "init": "initialisations with commas between, kaiming among them",
@@ -49,6 +52,8 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     """Make the runs that are lacking, and print the table."""
     options = vars(parsed)
     folders, out, report, as_json, quiet = (options.pop(k) for k in ("runs", "out", "report", "json", "quiet"))
+    if view.place and len(folders) == 1 and not (Path(folders[0]) / CONFIG).is_file():
+        options[view.place] = folders.pop()
 
     from abm_vision.analysis import compare, load
 

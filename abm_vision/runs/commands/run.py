@@ -11,7 +11,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from abm_vision.analysis.view import View
-from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
+from abm_vision.runs.cli import Parser, add_place, add_settings, run_guarded, say
 from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.records import read_config
 from abm_vision.runs.settings import AdapterSettings, Settings
@@ -20,8 +20,10 @@ from abm_vision.runs.settings import AdapterSettings, Settings
 def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parser], None]) -> Parser:
     """A flag for every setting, and those that do not change a result."""
     flags = Parser(view.program, description=description, epilog=epilog)
+    add_place(flags, view.place)
     add_settings(flags, view.config)
     flags.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
+    flags.add_argument("--print-config", action="store_true", help="print the settings as --config reads them, and end")
     flags.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
     flags.add_argument(
         "--rerun", action="store_true", help="make the run afresh even if it is finished or was interrupted"
@@ -40,9 +42,12 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     """Make the run, and print its result. The harness is loaded when the settings are known to be good: it is slow."""
     options = vars(parsed)
     kind, as_json = options.pop("log"), options.pop("json")
-    quiet = options.pop("quiet") or as_json
+    quiet, print_config = options.pop("quiet") or as_json, options.pop("print_config")
     how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
     settings = _settings_of(options, view.config)
+    if print_config:
+        print(json.dumps({"schema": settings.schema, "config": settings.to_dict()}, indent=2))
+        return 0
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes the first
         _print_config(settings)
 
@@ -55,6 +60,8 @@ def command(view: View, parsed: argparse.Namespace) -> int:
         result = run_guarded(view.program, lambda: run(harness, settings, session))
     if harness.processes(settings).main:
         print(json.dumps(result) if as_json else _in_one_line(harness.summary(result), result))
+        if not quiet and (steps := harness.next_steps(result)):
+            print(steps)
     return 0
 
 
