@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +13,11 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image, ImageOps
 
+from abm_vision.abm.arguments import count
+from abm_vision.runs.content import remembered
 from vtab_tasks.sources.folder import read_image
+
+SHOWN = 20  # broken files that a message names
 
 
 def read_photo(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
@@ -80,3 +86,39 @@ class PhotoSplit:
     def paths(self) -> list[Path]:
         """The files."""
         return [self.items.paths[position] for position in self.positions]
+
+
+def check_readable(paths: Sequence[Path], skip_broken: bool) -> dict[Path, str]:
+    """The files that cannot be read as pictures, with the reason.
+
+    Every file is decoded, on all cores; what came of it is cached while the files are unchanged.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: there are such files, and they are not to be skipped; the message names them.
+    """
+    if absent := [path for path in paths if not path.is_file()]:
+        raise FileNotFoundError(f"no image {absent[0]}")
+
+    def read() -> str:
+        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
+            return json.dumps({k: reason for k, reason in enumerate(pool.map(_fault, paths)) if reason})
+
+    found = json.loads(remembered(paths, "photos 1", read)) if paths else {}
+    bad = {paths[int(k)]: reason for k, reason in found.items()}
+    if bad and not skip_broken:
+        named = "".join(f"\n  {reason}" for reason in list(bad.values())[:SHOWN])
+        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+        raise ValueError(
+            f"{len(bad)} of {count(len(paths), 'file')} cannot be read; mend or remove "
+            f"{'it' if len(bad) == 1 else 'them'}, or --skip-broken:{named}{more}"
+        )
+    return bad
+
+
+def _fault(path: Path) -> str | None:
+    try:
+        read_photo(path)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None

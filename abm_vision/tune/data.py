@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from abm_vision.abm.arguments import count
-from abm_vision.images.photos import Photos, PhotoSplit, read_photo
-from abm_vision.runs.content import Origin, remembered, sha256_of
-from abm_vision.tune.listing import LAYOUTS, Listing, Photo, find
+from abm_vision.images.listing import LAYOUTS, Listing, Photo, find
+from abm_vision.images.photos import Photos, PhotoSplit, check_readable
+from abm_vision.runs.content import Origin, sha256_of
 from vtab_tasks.sources.duplicates import contents, describe, glance
-
-SHOWN = 20  # broken files that a message names
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +64,7 @@ def load(place: str, validation: float, seed: int, skip_broken: bool) -> Dataset
     Every file is decoded once, on all cores; what came of it is cached while the files are unchanged.
 
     Args:
-        place: a folder or a CSV file (see `tune.listing`).
+        place: a folder or a CSV file (see `images.listing`).
         validation: share of every class for validation, where no part is named so.
         seed: of this split.
         skip_broken: leave out files that cannot be read.
@@ -77,14 +74,7 @@ def load(place: str, validation: float, seed: int, skip_broken: bool) -> Dataset
             which names all of them.
     """
     listing = find(Path(place))
-    bad = broken([photo.path for photo in listing.photos])
-    if bad and not skip_broken:
-        named = "".join(f"\n  {reason}" for reason in list(bad.values())[:SHOWN])
-        more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
-        raise ValueError(
-            f"{count(len(bad), 'file')} of {len(listing.photos)} cannot be read; mend or remove "
-            f"{'it' if len(bad) == 1 else 'them'}, or --skip-broken:{named}{more}"
-        )
+    bad = check_readable([photo.path for photo in listing.photos], skip_broken)
     photos = [photo for photo in listing.photos if photo.path not in bad]
     classes = _classes(place, photos)
     hashes = contents((photo.path, glance(photo.path)) for photo in photos)
@@ -102,25 +92,6 @@ def load(place: str, validation: float, seed: int, skip_broken: bool) -> Dataset
         skipped=bad,
         notes=tuple(_notes(listing, parts, labels, hashes, bad)),
     )
-
-
-def broken(paths: Sequence[Path]) -> dict[Path, str]:
-    """The files that cannot be read as pictures, with the reason."""
-
-    def read() -> str:
-        with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-            return json.dumps({k: reason for k, reason in enumerate(pool.map(_fault, paths)) if reason})
-
-    # numbers as keys, since the cache is by absolute paths
-    return {paths[int(k)]: reason for k, reason in json.loads(remembered(paths, "photos 1", read)).items()}
-
-
-def _fault(path: Path) -> str | None:
-    try:
-        read_photo(path)
-    except (ValueError, OSError) as error:
-        return str(error)
-    return None
 
 
 # ------------------------------------------------------------------------------------------------------- the split

@@ -90,13 +90,14 @@ def summary(result: dict[str, Any]) -> str:
 def next_steps(result: dict[str, Any]) -> str:
     """What can be done with the adapter now."""
     config, folder = result["config"], shlex.quote(result["folder"])
+    data = shlex.quote(config["data"])
     other = "abm" if config["init"] == BASELINE else config["init"]
     return "\n".join(
         (
             "next:",
             f"  abm-tune predict {folder} IMAGE|FOLDER...      classes of other images",
             f"  abm-tune evaluate {folder} FOLDER      accuracy by class, confusions and mistakes on labelled images",
-            f"  abm-tune compare {shlex.quote(config['data'])} --init {BASELINE},{other} --lr {config['lr']:g} --seeds 3",
+            f"  abm-tune compare {data} --init {BASELINE},{other} --lr {config['lr']:g} --seeds 3",
             f"  {folder}/adapter is in peft's format: load_adapter of abm_vision, or PeftModel.from_pretrained",
         )
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,21 @@ def find(place: Path) -> Listing:
     raise FileNotFoundError(f"there is no {place}: give {LAYOUTS}")
 
 
+def pictures(places: Sequence[Path]) -> list[Path]:
+    """The given files, and the pictures in given folders and below them, in order.
+
+    Raises:
+        ValueError: a folder holds none.
+    """
+    found: list[Path] = []
+    for place in places:
+        below = [p for p in _files(place) if is_picture(p)] if place.is_dir() else [place]
+        if not below:
+            raise ValueError(f"{place} holds no picture")
+        found += below
+    return found
+
+
 def is_picture(path: Path) -> bool:
     """Whether a file's name is that of a picture that Pillow reads."""
     Image.init()
@@ -68,7 +83,7 @@ def _from_folder(place: Path) -> Listing:
     names = {folder.name.lower() for folder in folders}
     parts, others = sorted(names & set(PARTS)), sorted(names - set(PARTS))
     if "train" in parts and len(parts) > 1 and others:
-        raise ValueError(f"{place} holds {', '.join(parts)}, and also {', '.join(others)}: expected is {LAYOUTS}")
+        raise ValueError(f"{place} holds {', '.join(parts)} and also {', '.join(others)}: expected is {LAYOUTS}")
     if "train" in parts and not others:
         for folder in folders:
             _add_classes(listing, folder, PARTS[folder.name.lower()])
@@ -89,11 +104,11 @@ def _add_classes(listing: Listing, place: Path, part: str | None) -> None:
         raise ValueError(f"{place} holds no folder of a class: expected is {LAYOUTS}")
     empty = []
     for folder in folders:
-        files = [p for p in sorted(folder.rglob("*")) if p.is_file() and not _is_hidden(p, folder)]
-        pictures = [path for path in files if is_picture(path)]
+        files = _files(folder)
+        shown = [path for path in files if is_picture(path)]
         listing.others.update(path.suffix.lower() or path.name for path in files if not is_picture(path))
-        listing.photos += [Photo(path, _name(folder.name), part) for path in pictures]
-        if not pictures:
+        listing.photos += [Photo(path, _name(folder.name), part) for path in shown]
+        if not shown:
             empty.append(folder.name)
     if empty:
         raise ValueError(f"{place} has no picture of {', '.join(empty)}: remove the empty folder, or fill it")
@@ -103,8 +118,10 @@ def _folders(place: Path) -> list[Path]:
     return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _is_hidden(path: Path, below: Path) -> bool:
-    return any(part.startswith(".") for part in path.relative_to(below).parts)
+def _files(folder: Path) -> list[Path]:
+    """All files in a folder and below it, in order, but for hidden ones."""
+    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
 
 
 def _name(text: str) -> str:
