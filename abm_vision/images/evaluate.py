@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from abm_vision.abm.arguments import count
 from abm_vision.abm.files import write_atomically, write_json, writing
 from abm_vision.analysis.figures import save_figure
 from abm_vision.analysis.figures.evaluation import draw_confusion, draw_mistakes
@@ -62,9 +61,13 @@ class Evaluation:
         wrong = np.flatnonzero(self.labels != self.predicted)
         return wrong[np.argsort(-self.probability[wrong], kind="stable")].tolist()
 
+    def numbers(self) -> dict[str, Any]:
+        """The scores, as JSON values."""
+        found = {"top1": self.top1, "images": len(self.labels), "part": self.part, "classes": self.rows()}
+        return {**found, "skipped": list(map(str, self.skipped))}
+
     def rows(self) -> list[dict[str, Any]]:
-        """By class: its name, images, how many are correct, recall, precision (None of nothing), and what it is taken
-        for most often when wrong."""
+        """By class: images, how many are correct, recall, precision (None of nothing), most often mistaken for what."""
         matrix, found = self.confusion, []
         for k, name in enumerate(self.classes):
             images, taken, correct = int(matrix[k].sum()), int(matrix[:, k].sum()), int(matrix[k, k])
@@ -112,17 +115,17 @@ def evaluate(
     position = {name: k for k, name in enumerate(classifier.classes)}
     if unknown := sorted({photo.label for photo in photos} - set(position)):
         raise ValueError(
-            f"{place} has {count(len(unknown), 'class')} that {adapter} was not trained on: {', '.join(unknown)}; it has "
+            f"{place} has pictures of {', '.join(unknown)}, which {adapter} was not trained on; it has "
             f"{', '.join(classifier.classes)}"
         )
     paths = [photo.path for photo in photos]
-    best = torch.cat([chunk.max(-1).values for chunk in (probabilities := list(classifier.probabilities(paths)))])
+    probability, predicted = torch.cat(list(classifier.probabilities(paths))).max(-1)
     return Evaluation(
         classes=classifier.classes,
         paths=paths,
         labels=np.array([position[photo.label] for photo in photos]),
-        predicted=torch.cat([chunk.argmax(-1) for chunk in probabilities]).numpy(),
-        probability=best.double().numpy(),
+        predicted=predicted.numpy(),
+        probability=probability.double().numpy(),
         part=part,
         skipped=bad,
     )
@@ -148,15 +151,12 @@ def write_files(found: Evaluation, folder: Path) -> list[Path]:
     written = [folder / name for name in ("confusion.png", "predictions.csv", "evaluation.json")]
     save_figure(draw_confusion(found.confusion, found.classes), written[0])
     write_atomically(written[1], lambda beside: _write_csv(found, beside))
-    numbers = {"top1": found.top1, "images": len(found.labels), "part": found.part, "classes": found.rows()}
-    write_json(written[2], {**numbers, "confusion": found.confusion.tolist(), "skipped": list(map(str, found.skipped))})
+    write_json(written[2], {**found.numbers(), "confusion": found.confusion.tolist()})
     shown = found.mistakes[:MISTAKES]
     (folder / "mistakes.png").unlink(missing_ok=True)
     if shown:
-        captions = [
-            f"{found.classes[found.labels[k]]}\ntaken for {found.classes[found.predicted[k]]} ({found.probability[k]:.2f})"
-            for k in shown
-        ]
+        names = [(found.classes[found.labels[k]], found.classes[found.predicted[k]]) for k in shown]
+        captions = [f"{a}\ntaken for {b} ({found.probability[k]:.2f})" for k, (a, b) in zip(shown, names, strict=True)]
         sheet = draw_mistakes([read_photo(found.paths[k]) for k in shown], captions)
         save_figure(sheet, folder / "mistakes.png")
         written.insert(1, folder / "mistakes.png")

@@ -14,8 +14,8 @@ def parser(program: str) -> Parser:
     """An adapter, and images by class."""
     flags = Parser(
         f"{program} evaluate",
-        description="Classify labelled images with the adapter of a run: top-1, a table by class, the confusions and the "
-        "surest mistakes as pictures.",
+        description="Classify labelled images with the adapter of a run: top-1, a table by class and, as pictures, the "
+        "confusions and the surest mistakes.",
     )
     add_classifier(flags)
     flags.add_argument("folder", metavar="FOLDER", help="images by class, as for training; its test part if it has one")
@@ -42,9 +42,7 @@ def command(options: argparse.Namespace) -> int:
     report_skipped(found.skipped)
     files = write_files(found, Path(options.out))
     if options.json:
-        print(
-            json.dumps({"top1": found.top1, "images": len(found.labels), "part": found.part, "classes": found.rows()})
-        )
+        print(json.dumps(found.numbers()))
         return 0
     part = f" {found.part}" if found.part else ""
     correct = int((found.labels == found.predicted).sum())
