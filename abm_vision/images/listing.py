@@ -16,6 +16,7 @@ from typing import Any
 from PIL import Image
 
 from abm_vision.abm.arguments import count
+from abm_vision.runs.folder import CONFIG
 
 PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 COLUMNS = ("path", "label")
@@ -104,6 +105,10 @@ def _add_classes(listing: Listing, place: Path, part: str | None) -> None:
         raise ValueError(f"{place} holds no folder of a class: expected is {LAYOUTS}")
     empty = []
     for folder in folders:
+        if any(folder.glob(f"*/{CONFIG}")):
+            raise ValueError(
+                f"{folder} holds runs, no pictures of a class: move it, or choose --out outside of {place}"
+            )
         files = _files(folder)
         shown = [path for path in files if is_picture(path)]
         listing.others.update(path.suffix.lower() or path.name for path in files if not is_picture(path))

@@ -18,8 +18,8 @@ AUGMENTATIONS = ("none", "light", "timm")
 class _First:
     """The field that help and listings begin with."""
 
-    data: str = flag(
-        ".", "folder of FOLDER/CLASS/*, of FOLDER/train|val|test/CLASS/*, or a CSV file of path, label (and split)"
+    data: str | None = flag(
+        None, "folder of FOLDER/CLASS/*, of FOLDER/train|val|test/CLASS/*, or a CSV file of path, label (and split)"
     )
 
 

@@ -58,7 +58,7 @@ class Dataset:
         return found
 
 
-def load(place: str, validation: float, seed: int, skip_broken: bool) -> Dataset:
+def load(place: str | None, validation: float, seed: int, skip_broken: bool) -> Dataset:
     """Find, check and split the images at a place.
 
     Every file is decoded once, on all cores; what came of it is cached while the files are unchanged.
@@ -73,6 +73,8 @@ def load(place: str, validation: float, seed: int, skip_broken: bool) -> Dataset
         FileNotFoundError, ValueError: there are no images by class; files are broken; or too few are left. One message,
             which names all of them.
     """
+    if place is None:
+        raise ValueError(f"no data are given: give {LAYOUTS}")
     listing = find(Path(place))
     bad = check_readable([photo.path for photo in listing.photos], skip_broken)
     photos = [photo for photo in listing.photos if photo.path not in bad]

@@ -40,7 +40,8 @@ def draw_mistakes(images: Sequence[NDArray[np.uint8]], captions: Sequence[str]) 
     columns = min(COLUMNS, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.3 * columns, 2.7 * rows), layout="constrained")
-    for axes in (panels := figure.subplots(rows, columns, squeeze=False).flat):
+    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in panels:
         axes.set_axis_off()
     for axes, image, caption in zip(panels, images, captions, strict=False):
         picture = Image.fromarray(image)

@@ -45,6 +45,8 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     quiet, print_config = options.pop("quiet") or as_json, options.pop("print_config")
     how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
     settings = _settings_of(options, view.config)
+    if view.place and getattr(settings, view.place) is None:
+        raise ValueError(f"no data are given: name them first, or after --{view.place}")
     if print_config:
         print(json.dumps({"schema": settings.schema, "config": settings.to_dict()}, indent=2))
         return 0
