@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from abm_vision.initializers import INITIALIZERS
+from abm_vision.tune import __main__ as tune
 from abm_vision.vtab import __main__ as vtab
 from nlp_ext.glue import __main__ as glue
 from nlp_ext.instruct import __main__ as instruct
@@ -58,7 +59,17 @@ def code(page):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("program", "command"), [(vtab, ""), (vtab, "suite"), (glue, ""), (instruct, ""), (instruct, "mt-bench")]
+    ("program", "command"),
+    [
+        (tune, ""),
+        (tune, "predict"),
+        (tune, "evaluate"),
+        (vtab, ""),
+        (vtab, "suite"),
+        (glue, ""),
+        (instruct, ""),
+        (instruct, "mt-bench"),
+    ],
 )
 def test_every_option_is_there(site, program, command):
     actions = program.COMMANDS[command].parser()._actions

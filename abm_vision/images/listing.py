@@ -106,9 +106,7 @@ def _add_classes(listing: Listing, place: Path, part: str | None) -> None:
     empty = []
     for folder in folders:
         if any(folder.glob(f"*/{CONFIG}")):
-            raise ValueError(
-                f"{folder} holds runs, no pictures of a class: move it, or choose --out outside of {place}"
-            )
+            raise ValueError(f"{folder} holds runs, not pictures of a class: move it, or choose another --out")
         files = _files(folder)
         shown = [path for path in files if is_picture(path)]
         listing.others.update(path.suffix.lower() or path.name for path in files if not is_picture(path))
