@@ -57,20 +57,11 @@ def code(page):
     return found.code
 
 
+COMMANDS = {tune: ("", "predict", "evaluate"), vtab: ("", "suite"), glue: ("",), instruct: ("", "mt-bench")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("program", "command"),
-    [
-        (tune, ""),
-        (tune, "predict"),
-        (tune, "evaluate"),
-        (vtab, ""),
-        (vtab, "suite"),
-        (glue, ""),
-        (instruct, ""),
-        (instruct, "mt-bench"),
-    ],
-)
+@pytest.mark.parametrize(("program", "command"), [(p, command) for p, found in COMMANDS.items() for command in found])
 def test_every_option_is_there(site, program, command):
     actions = program.COMMANDS[command].parser()._actions
     flags = {flag for action in actions for flag in action.option_strings} - {"-h", "--help"}
