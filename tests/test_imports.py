@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "abm_vision/abm": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
     "abm_vision/runs": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
-    "abm_vision/images": {"transformers", "datasets", "nlp_ext"},
+    "abm_vision/images": {"transformers", "nlp_ext"},
     "abm_vision/tune": {"transformers", "datasets", "nlp_ext"},
     "abm_vision/analysis": {"torch", "peft", "timm", "torchvision", "transformers", "datasets", "nlp_ext"},
     "nlp_ext": {"timm", "torchvision", "vtab_tasks"},

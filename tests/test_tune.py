@@ -21,8 +21,10 @@ from abm_vision.images.evaluate import Evaluation, evaluate
 from abm_vision.images.photos import read_photo
 from abm_vision.images.predict import predict
 from abm_vision.runs import checkpoint
+from abm_vision.runs.folder import Diverged
 from abm_vision.tune import make_config, run
 from abm_vision.tune.__main__ import main
+from abm_vision.tune.rate import choose_rate
 
 COLOURS = {"grün": (60, 160, 60), "red cat": (200, 40, 40), "синий": (40, 40, 200)}
 TINY = {
@@ -218,7 +220,7 @@ def test_printed_settings_are_read_again(folder, capsys, tmp_path):
         (["predict", "absent", "absent.png"], "no image absent.png"),
         (["predict", "absent", __file__], r"test_tune\.py cannot be read as an image"),
         (["evaluate", "absent", "absent"], "there is no absent"),
-        (["suite", "absent", "--init", "kaiming", "--grid", "lr=1e-3,2e-3"], "leave --grid out"),
+        (["suite", "a", "--init", "kaiming", "--grid", "evaluate=val,test"], "the suite itself sets evaluate"),
     ],
 )
 def test_refused(more, message, capsys, tmp_path, monkeypatch):
@@ -247,6 +249,41 @@ def test_two_seeds_have_splits_of_their_own_and_are_reported_together(tmp_path, 
     assert found[0]["origin"]["validation images"] != found[1]["origin"]["validation images"]
     code, out, err = answer(["report", tmp_path / "runs"], capsys, main)
     assert code == 0 and "other data" not in out, err
+
+
+def test_the_rate_is_the_best_on_validation_of_short_runs(folder, tmp_path, capsys, monkeypatch):
+    """Whole runs are stood in for by a table of scores."""
+    scores, made = {5e-4: 0.5, 1e-3: 0.75, 2e-3: 0.5, 4e-3: 0.75}, []
+
+    def stand_in(config, out):
+        made.append(config)
+        if config.lr not in scores:
+            raise Diverged("the training loss is not finite")
+        return {"validation": {"top1": scores[config.lr]}}
+
+    monkeypatch.setattr("abm_vision.tune.rate.run", stand_in)
+    lines = []
+    assert choose_rate(tiny(folder, epochs=9), tmp_path, lines.append) == 1e-3  # 4e-3 is as near: the first of them
+    assert [(c.epochs, c.evaluate, c.lr) for c in made] == [(4, "val", r) for r in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)]
+    assert lines[1] == "lr auto   0.001: validation top-1 75.00 % after 4 epochs" and "diverged" in lines[4]
+    assert lines[-1] == "lr auto   0.001 is taken"
+    scores.clear()
+    with pytest.raises(ValueError, match="diverges at every rate that --lr auto tries: 0.0005, "):
+        choose_rate(tiny(folder), tmp_path, lines.append)
+
+
+def test_lr_auto_and_a_grid_leave_the_test_part_closed(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("abm_vision.tune.rate.SWEPT", (1e-3, 1e-2))
+    code, out, err = answer([*words(folder, "--out", tmp_path, lr="auto", epochs=1)], capsys, main)
+    assert code == 0 and out.count("lr auto") == 3 and "of 12 test images" in out, err
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")]
+    assert sorted((r["config"]["evaluate"], r["test"] is None) for r in results) == [
+        ("test", False),
+        ("val", True),
+        ("val", True),
+    ]
+    code, _, err = answer(words(folder, lr="auti"), capsys, main)
+    assert code == 2 and "auti" in err
 
 
 @pytest.mark.slow

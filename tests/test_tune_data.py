@@ -251,6 +251,47 @@ def test_a_csv_that_cannot_be_used(tmp_path, text, message):
         load_(tmp_path / "t.csv")
 
 
+# ----------------------------------------------------------------------------------------- Hugging Face's datasets
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("abm_vision.images.hub.cache_folder", lambda: tmp_path / "cache")
+    return tmp_path / "cache" / "datasets"
+
+
+def saved(root, **columns):
+    """A data set as `save_to_disk` writes it: five pictures of each of two classes, encoded as they were."""
+    datasets = pytest.importorskip("datasets")
+    classes(root / "img", "x", "y")
+    paths = sorted(map(str, (root / "img").glob("*/*.png")))
+    features = {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a/b cat", "dog"])}
+    values = {"image": paths, "label": [0] * 5 + [1] * 5}
+    features |= {name: datasets.ClassLabel(names=["u"]) for name in columns}
+    data = datasets.Dataset.from_dict({**values, **columns}, features=datasets.Features(features))
+    datasets.DatasetDict({"train": data, "test": data.select([0, 9])}).save_to_disk(root / "saved")
+    return root / "saved", paths
+
+
+def test_a_data_set_of_hugging_face_is_written_once(tmp_path, cache):
+    place, paths = saved(tmp_path)
+    data = load_(place)
+    assert data.classes == ("a/b cat", "dog") and data.source == "datasets"
+    assert [len(split) for split in data.splits.values()] == [8, 2, 2]
+    assert data.test.paths[0].read_bytes() == open(paths[0], "rb").read()
+    (folder,) = cache.iterdir()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert load_(place).origin() == data.origin()
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_data_set_with_two_columns_of_classes(tmp_path, cache):
+    place, _ = saved(tmp_path, coarse=[0] * 10)
+    with pytest.raises(ValueError, match=r"columns image, label, coarse; needed are .*one of classes .*label, coarse"):
+        load_(place)
+    assert not [path for path in cache.iterdir() if not path.name.startswith(".")]
+
+
 # ---------------------------------------------------------------------------------------------------------- refused
 
 

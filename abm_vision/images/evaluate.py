@@ -106,7 +106,7 @@ def evaluate(
         FileNotFoundError, ValueError: images or adapter are missing or broken, or the folder has classes that the
             adapter does not know.
     """
-    photos, part = _held_out(find(Path(place)).photos)
+    photos, part = _held_out(find(place).photos)
     bad = check_readable([photo.path for photo in photos], skip_broken)
     photos = [photo for photo in photos if photo.path not in bad]
     if not photos:

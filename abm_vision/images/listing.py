@@ -16,11 +16,12 @@ from typing import Any
 from PIL import Image
 
 from abm_vision.abm.arguments import count
+from abm_vision.images.hub import is_hub, table_of
 from abm_vision.runs.folder import CONFIG
 
 PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 COLUMNS = ("path", "label")
-LAYOUTS = "FOLDER/CLASS/*, FOLDER/train|val|test/CLASS/*, or a CSV file with the columns path and label"
+LAYOUTS = "FOLDER/CLASS/*, FOLDER/train|val|test/CLASS/*, a CSV file with columns path and label, or hf:NAME"
 
 
 @dataclass(frozen=True)
@@ -34,20 +35,23 @@ class Photo:
 
 @dataclass
 class Listing:
-    """What is found at a place: its kind (`folder` or `csv`), pictures in order, other files by suffix."""
+    """What is found at a place: its kind (`folder`, `csv` or `datasets`), pictures in order, other files by suffix."""
 
     source: str
     photos: list[Photo]
     others: Counter[str] = field(default_factory=Counter)
 
 
-def find(place: Path) -> Listing:
-    """List the pictures at a place.
+def find(given: str | Path) -> Listing:
+    """List the pictures at a place: a folder, a CSV file, or a data set (see `images.hub`).
 
     Raises:
         FileNotFoundError: there is no such place, or the CSV names a file that is not there.
         ValueError: it holds no pictures by class; or the CSV has other columns, or a row without a label.
     """
+    place = Path(given)
+    if is_hub(str(given)):
+        return Listing("datasets", list(_from_csv(table_of(str(given)))))
     if place.is_dir():
         return _from_folder(place)
     if place.is_file():

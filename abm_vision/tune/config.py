@@ -12,6 +12,8 @@ from abm_vision.images.settings import ImageSettings
 SCHEMA = "tune-1"
 SUBJECT = "images"  # there is one task
 AUGMENTATIONS = ("none", "light", "timm")
+EVALUATIONS = ("test", "val")
+AUTO, SWEPT = "auto", (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)  # of --lr: a word for the best of these rates
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,9 @@ class _First:
     """The field that help and listings begin with."""
 
     data: str | None = flag(
-        None, "folder of FOLDER/CLASS/*, of FOLDER/train|val|test/CLASS/*, or a CSV file of path, label (and split)"
+        None,
+        "folder of FOLDER/CLASS/*, of FOLDER/train|val|test/CLASS/*, a CSV file of path, label (and split), or hf:NAME "
+        "(a data set of Hugging Face)",
     )
 
 
@@ -42,6 +46,9 @@ class TuneConfig(ImageSettings, _First):
         "of training images: none (decoded once, kept in memory), light (crops of at least 60 % and mirror images), "
         "timm (its recipe of ImageNet: small crops, RandAugment, random erasing)",
         choices=AUGMENTATIONS,
+    )
+    evaluate: str = flag(
+        "test", "test: score the test part, if there is one; val: leave it closed", choices=EVALUATIONS
     )
     skip_broken: bool = flag(False, "leave out files that cannot be read, and list them; otherwise they are an error")
 

@@ -24,7 +24,7 @@ class Dataset:
     """One's own images, whole.
 
     Attributes:
-        source: `folder` or `csv`.
+        source: `folder`, `csv` or `datasets`.
         location: as it was given.
         classes: names, sorted; a label is a position in them.
         train, validation: images to train on, and to choose the epoch by.
@@ -75,7 +75,7 @@ def load(place: str | None, validation: float, seed: int, skip_broken: bool) -> 
     """
     if place is None:
         raise ValueError(f"no data are given: give {LAYOUTS}")
-    listing = find(Path(place))
+    listing = find(place)
     bad = check_readable([photo.path for photo in listing.photos], skip_broken)
     photos = [photo for photo in listing.photos if photo.path not in bad]
     classes = _classes(place, photos)

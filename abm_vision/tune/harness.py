@@ -180,7 +180,7 @@ def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
     """Open the test part, if there is one, and say how many of its images are classified correctly."""
     config, dataset, best, test = run.config, run.dataset, best_epoch(progress), None
     validation = _score("validation", round(progress.accuracies[best] * len(run.validation)), len(run.validation))
-    if dataset.test is not None:
+    if dataset.test is not None and config.evaluate == "test":
         with run.stage("test"):
             test = _score("test", *_count(run, stream(dataset.test, run.preprocessing, config.workers)))
         if run.session.log:

@@ -15,7 +15,7 @@ from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.records import Positive, Record, Share, settings_of
 from abm_vision.tune.config import TuneConfig
 
-SOURCES = ("folder", "csv")
+SOURCES = ("folder", "csv", "datasets")
 
 
 class Part(Record):

@@ -28,6 +28,8 @@ VIEW = View(
     content=lambda result: {
         name: value for name, value in result["origin"].items() if name.endswith((" images", " labels"))
     },
+    selection={"evaluate": "val"},
+    selection_split="validation",
     seeded=True,
     asked=("data", "workers"),
     task=lambda config: SUBJECT,

@@ -14,7 +14,7 @@ from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser, add_place, add_settings, run_guarded, say
 from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.records import read_config
-from abm_vision.runs.settings import AdapterSettings, Settings
+from abm_vision.runs.settings import AdapterSettings
 
 
 def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parser], None]) -> Parser:
@@ -44,9 +44,7 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     kind, as_json = options.pop("log"), options.pop("json")
     quiet, print_config = options.pop("quiet") or as_json, options.pop("print_config")
     how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
-    settings = _settings_of(options, view.config)
-    if view.place and getattr(settings, view.place) is None:
-        raise ValueError(f"no data are given: name them first, or after --{view.place}")
+    settings = settings_of(options, view)
     if print_config:
         print(json.dumps({"schema": settings.schema, "config": settings.to_dict()}, indent=2))
         return 0
@@ -67,18 +65,20 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
+def settings_of(options: dict[str, Any], view: View) -> AdapterSettings:
     """The configuration that a run's flags say; takes `config` out of `options`.
 
     Raises:
-        ValueError, FileNotFoundError: as `make` and `read_config`, or a flag is given that the initialisation has no
-            use for.
+        ValueError, FileNotFoundError: as `make` and `read_config`; a flag is given that the initialisation has no use
+            for; or no data are given.
     """
-    path = options.pop("config")
+    path, config = options.pop("config"), view.config
     if path and "preset" in options:
         raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
     made = config.make(**{**(read_config(path, config.schema) if path else {}), **options})
     made.check_used(options, [made.init])  # what a file or a preset sets beyond that is not the user's mistake
+    if view.place and getattr(made, view.place) is None:
+        raise ValueError(f"no data are given: name them first, or after --{view.place}")
     return made
 
 
