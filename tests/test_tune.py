@@ -124,7 +124,7 @@ def test_the_best_epoch_on_validation_is_kept(folder, tmp_path, monkeypatch):
         kept.append({name: tensor.clone() for name, tensor in checkpoint.trained(run.model).items()})
 
     monkeypatch.setattr(checkpoint, "save", keep)
-    monkeypatch.setattr("abm_vision.tune.harness._count", lambda run, chunks: (next(scores, 7), 12))
+    monkeypatch.setattr("abm_vision.tune.harness._count", lambda run, part, chunks: (next(scores, 7), 12))
     result = run(tiny(folder), tmp_path)
     assert result["best_epoch"] == 2 and result["top1_per_epoch"] == {"1": 1 / 12, "2": 5 / 12, "3": 3 / 12}
     saved = tensors(result)
@@ -153,7 +153,9 @@ def test_a_run_that_is_resumed_after_its_last_epoch_has_the_best_one(folder, tmp
     """Killed between the last epoch and the score: the best weights are in the checkpoint."""
     scores = {1: 5, 2: 6, 3: 4}
     epochs = iter([1, 2, 3])
-    monkeypatch.setattr("abm_vision.tune.harness._count", lambda run, chunks: (scores.get(next(epochs, 0), 7), 12))
+    monkeypatch.setattr(
+        "abm_vision.tune.harness._count", lambda run, part, chunks: (scores.get(next(epochs, 0), 7), 12)
+    )
 
     def say(line):
         if line.startswith("epoch   3"):
@@ -217,7 +219,7 @@ def test_printed_settings_are_read_again(folder, capsys, tmp_path):
         (["--model", "vit_smal"], "timm has no model 'vit_smal'"),
         (["--out", "a/runs"], r"a/runs holds runs, not pictures of a class: move it, or choose another --out"),
         (["a", "b"], "unrecognized arguments: b"),
-        (["predict", "absent", "absent.png"], "no image absent.png"),
+        (["predict", "absent", "absent.png"], r"1 of 1 file cannot be read.*\n.*no image absent\.png"),
         (["predict", "absent", __file__], r"test_tune\.py cannot be read as an image"),
         (["evaluate", "absent", "absent"], "there is no absent"),
         (["suite", "a", "--init", "kaiming", "--grid", "evaluate=val,test"], "the suite itself sets evaluate"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from abm_vision.images.data import Preprocessing
+from abm_vision.images.data import Preprocessing, load_all
 from abm_vision.images.photos import Photos, PhotoSplit, read_photo
 from abm_vision.tune.augment import Augmented
 from abm_vision.tune.data import load
@@ -200,6 +200,29 @@ def test_other_files_are_counted_and_hidden_ones_are_not_seen(tmp_path):
     (tmp_path / ".git" / "objects").mkdir(parents=True)
     (tmp_path / "readme.md").write_text("x")
     assert load_(tmp_path).notes == ("2 files left out, no pictures by name: 1 .txt, 1 .heic",)
+
+
+def test_links_are_followed_once_and_broken_ones_named(tmp_path):
+    classes(tmp_path / "photos", "a", "b")
+    classes(tmp_path / "elsewhere", "c", seed=50)
+    (tmp_path / "photos" / "c").symlink_to(tmp_path / "elsewhere" / "c")
+    (tmp_path / "photos" / "a" / "again").symlink_to(tmp_path / "photos" / "a")
+    assert len(load_(tmp_path / "photos").train.items.paths) == 15
+    (tmp_path / "photos" / "b" / "gone.png").symlink_to(tmp_path / "absent.png")
+    with pytest.raises(ValueError, match=r"1 of 16 files cannot be read.*\n  no image .*gone\.png"):
+        load_(tmp_path / "photos")
+    assert len(load_(tmp_path / "photos", skip_broken=True).skipped) == 1
+
+
+def test_few_photographs_are_in_memory_before_they_are_resized(split, monkeypatch):
+    sizes = []
+    images = Photos.images
+    monkeypatch.setattr(
+        Photos, "images", lambda self, positions: sizes.append(len(positions)) or images(self, positions)
+    )
+    pixels, labels = load_all(split, PRE)
+    assert sizes == [4, 4] and labels.tolist() == [0] * 4 + [1] * 4
+    assert torch.equal(pixels, torch.cat([PRE.resize([read_photo(path)]) for path in split.paths]))
 
 
 def test_broken_files_are_named_all_at_once_or_left_out(tmp_path):

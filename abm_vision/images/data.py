@@ -74,6 +74,7 @@ class Split(Protocol):
     Attributes:
         items: reads images and labels by position.
         positions: int64 (n,), those of the split.
+        at_once: how many are held in memory before they are resized; `CHUNK` if it has no such attribute.
     """
 
     items: Items
@@ -93,6 +94,7 @@ class _Chunks(Dataset):
         self.data = data
         self.preprocessing = preprocessing
         self.parts = np.array_split(np.arange(len(data)), -(-len(data) // CHUNK))
+        self.at_once = getattr(data, "at_once", CHUNK)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -101,7 +103,9 @@ class _Chunks(Dataset):
         indices = self.parts[k]
         try:
             labels = self.data.items.labels(self.data.positions[indices])  # of these alone: every process has its part
-            return self.preprocessing.resize(self.data.images(indices)), torch.from_numpy(labels)
+            groups = np.split(indices, range(self.at_once, len(indices), self.at_once))
+            pixels = torch.cat([self.preprocessing.resize(self.data.images(group)) for group in groups])
+            return pixels, torch.from_numpy(labels)
         except (ValueError, OSError) as error:  # torch would wrap one of another process into its traceback
             return error
 

@@ -157,7 +157,7 @@ def write_files(found: Evaluation, folder: Path) -> list[Path]:
     if shown:
         names = [(found.classes[found.labels[k]], found.classes[found.predicted[k]]) for k in shown]
         captions = [f"{a}\ntaken for {b} ({found.probability[k]:.2f})" for k, (a, b) in zip(shown, names, strict=True)]
-        sheet = draw_mistakes([read_photo(found.paths[k]) for k in shown], captions)
+        sheet = draw_mistakes((read_photo(found.paths[k]) for k in shown), captions)
         save_figure(sheet, folder / "mistakes.png")
         written.insert(1, folder / "mistakes.png")
     return written

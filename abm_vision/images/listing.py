@@ -6,12 +6,13 @@ No file is opened here but a CSV. What is neither a picture nor a folder by its 
 from __future__ import annotations
 
 import csv
+import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from PIL import Image
 
@@ -126,9 +127,20 @@ def _folders(place: Path) -> list[Path]:
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files in a folder and below it, in order, but for hidden ones."""
-    paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+    """All files in a folder and below it, in order, but for hidden ones; links are followed, once."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise error
+
+    found: list[Path] = []
+    seen = {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        visible = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders) if name[0] != "."}
+        folders[:] = [name for name, real in visible.items() if real not in seen]
+        seen |= set(visible.values())
+        paths = (Path(root, name) for name in sorted(names) if name[0] != ".")
+        found += [path for path in paths if path.is_file() or not path.exists()]  # a link that leads nowhere, too
+    return found
 
 
 def _name(text: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,6 +70,7 @@ class PhotoSplit:
 
     items: Photos
     positions: NDArray[np.int64]
+    at_once: ClassVar[int] = 4  # a photograph is tens of MB until it is resized
 
     def __len__(self) -> int:
         return len(self.positions)
@@ -94,18 +96,17 @@ def check_readable(paths: Sequence[Path], skip_broken: bool) -> dict[Path, str]:
     Every file is decoded, on all cores; what came of it is cached while the files are unchanged.
 
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: there are such files, and they are not to be skipped; the message names them.
+        ValueError: there are such files, or some are missing, and they are not to be skipped; the message names them.
     """
-    if absent := [path for path in paths if not path.is_file()]:
-        raise FileNotFoundError(f"no image {absent[0]}")
+    there = [path for path in paths if path.is_file()]
 
     def read() -> str:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
-            return json.dumps({k: reason for k, reason in enumerate(pool.map(_fault, paths)) if reason})
+            return json.dumps({k: reason for k, reason in enumerate(pool.map(_fault, there)) if reason})
 
-    found = json.loads(remembered(paths, "photos 1", read)) if paths else {}
-    bad = {paths[int(k)]: reason for k, reason in found.items()}
+    found = json.loads(remembered(there, "photos 1", read)) if there else {}
+    unread = {there[int(k)]: reason for k, reason in found.items()}
+    bad = {path: f"no image {path}" for path in paths if not path.is_file()} | unread
     if bad and not skip_broken:
         named = "".join(f"\n  {reason}" for reason in list(bad.values())[:SHOWN])
         more = f"\n  and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""

@@ -127,10 +127,11 @@ def count_correct(
     device: torch.device,
     precision: str,
     quiet: bool,
+    title: str = "test",
 ) -> tuple[int, int]:
-    """(correct, counted) over every image of the chunks."""
+    """(correct, counted) over every image of the chunks; the title is that of the progress bar."""
     correct = counted = 0
-    bar = bars.progress(chunks, "test", show=not quiet)
+    bar = bars.progress(chunks, title, show=not quiet)
     for logits, labels in classify(model, bar, preprocessing, device, precision):
         correct += int((logits.argmax(-1) == labels).sum())
         counted += len(labels)

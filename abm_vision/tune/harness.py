@@ -144,7 +144,7 @@ def train(run: TuneRun, notes: dict[str, Any], checkpoint: Checkpoint | None) ->
 
     def after_epoch(progress: Progress) -> None:
         nonlocal best
-        correct, count = _count(run, _in_chunks(run.validation))
+        correct, count = _count(run, "validation", _in_chunks(run.validation))
         progress.accuracies[progress.epoch] = correct / count
         if best_epoch(progress) == progress.epoch:
             best = {name: tensor.clone() for name, tensor in checkpoints.trained(run.model).items()}
@@ -172,8 +172,8 @@ def _in_chunks(images: Images, size: int = 256) -> Iterator[tuple[Tensor, Tensor
     return zip(images.pixels.split(size), images.labels.cpu().split(size), strict=True)
 
 
-def _count(run: TuneRun, chunks: Iterator[tuple[Tensor, Tensor]]) -> tuple[int, int]:
-    return count_correct(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet)
+def _count(run: TuneRun, part: str, chunks: Iterator[tuple[Tensor, Tensor]]) -> tuple[int, int]:
+    return count_correct(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet, part)
 
 
 def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
     validation = _score("validation", round(progress.accuracies[best] * len(run.validation)), len(run.validation))
     if dataset.test is not None and config.evaluate == "test":
         with run.stage("test"):
-            test = _score("test", *_count(run, stream(dataset.test, run.preprocessing, config.workers)))
+            test = _score("test", *_count(run, "test", stream(dataset.test, run.preprocessing, config.workers)))
         if run.session.log:
             run.session.log("test/top1", test["top1"], len(progress.losses))
     parts = dict.fromkeys(("training", "validation", "test")) | dataset.splits

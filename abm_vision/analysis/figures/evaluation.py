@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -35,10 +35,10 @@ def draw_confusion(matrix: NDArray[np.int64], classes: Sequence[str]) -> Figure:
     return figure
 
 
-def draw_mistakes(images: Sequence[NDArray[np.uint8]], captions: Sequence[str]) -> Figure:
+def draw_mistakes(images: Iterable[NDArray[np.uint8]], captions: Sequence[str]) -> Figure:
     """Pictures (height, width, 3), each with its caption, in rows."""
-    columns = min(COLUMNS, len(images))
-    rows = -(-len(images) // columns)
+    columns = min(COLUMNS, len(captions))
+    rows = -(-len(captions) // columns)
     figure = Figure(figsize=(2.3 * columns, 2.7 * rows), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axes in panels:
