@@ -26,6 +26,7 @@ from abm_vision.tune import make_config, run
 from abm_vision.tune.__main__ import main
 from abm_vision.tune.rate import choose_rate
 
+ROOT = Path(__file__).parent.parent
 COLOURS = {"grün": (60, 160, 60), "red cat": (200, 40, 40), "синий": (40, 40, 200)}
 TINY = {
     "model": "test_vit",
@@ -99,6 +100,8 @@ def test_result_and_lines(finished, folder):
     assert "3 classes; 24 training, 6 validation, 12 test images" in lines[1]
     files = {path.name for path in Path(result["folder"]).iterdir()}
     assert files == {".lock", "adapter", "config.json", "curves.png", "result.json"}
+    explained = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "results.md").read_text()))
+    assert (set(result) | set(result["data"]) | set(result["test"])) - {"folder"} <= explained
     card = (Path(result["folder"]) / "adapter" / "README.md").read_text()
     assert "grün, red cat, синий" in card and "of 12 test images" in card
 
@@ -240,7 +243,7 @@ def test_compare_takes_the_folder(folder, capsys, tmp_path):
     assert code == 0, err
     assert "kaiming" in out and "orthogonal" in out and (tmp_path / "runs" / "compare.png").is_file()
     code, out, err = answer(["report", tmp_path / "runs"], capsys, main)
-    assert code == 0 and "held-out top-1" in out, err
+    assert code == 0 and "held-out top-1" in out and "scored at its best epoch on validation" in out, err
     runs = [path.parent for path in (tmp_path / "runs").glob("*/result.json")]
     assert answer(["compare", *runs, "--report", tmp_path], capsys, main)[0] == 0
 

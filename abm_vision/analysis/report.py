@@ -157,7 +157,7 @@ def run_cells(run: Result, view: View) -> list[str]:
 
 def notes(report: Report) -> list[str]:
     """What a reader of the tables must know."""
-    lines = ["± is the standard deviation over seeds. Every run is scored after its last epoch."]
+    lines = [f"± is the standard deviation over seeds. Every run is scored {report.view.moment}."]
     if any(cell.subset for section in report.sections for cell in section.cells.values()):
         lines.append(f"† {report.view.subset}; see the list of runs.")
     for section in report.sections:

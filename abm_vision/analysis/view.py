@@ -102,6 +102,7 @@ class View:
         groups: task to the group that it belongs to.
         model: the model in words, from a run's settings.
         place: the setting that says where the data are, which commands take without its flag, too; empty for none.
+        moment: when a run is scored, in words.
         estimate: how long runs are likely to take, as `module:name` of a function of a configuration like theirs and
             of a folder that may hold finished ones. It returns a function of a configuration to seconds, and in words
             what it is founded on. Empty where that is not known before the data are read.
@@ -137,6 +138,7 @@ class View:
     groups: Mapping[str, str] = field(default_factory=dict)
     model: Callable[[Mapping[str, Any]], str] = lambda settings: settings["model"]
     place: str = ""
+    moment: str = "after its last epoch"
     estimate: str = ""
 
     @property

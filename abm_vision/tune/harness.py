@@ -217,7 +217,7 @@ def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
     """What `predict` and `evaluate` need beside the adapter's own files."""
     keep = ("model", "weights", "init", "seed")
     return {
-        "run": {"task": result["data"]["train"]["location"], **{k: result["config"][k] for k in keep}},
+        "run": {"task": Path(result["data"]["train"]["location"]).name, **{k: result["config"][k] for k in keep}},
         "num_classes": result["num_classes"],
         "classes": result["classes"],
         "weights": result["weights"],

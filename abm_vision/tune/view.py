@@ -6,6 +6,10 @@ from abm_vision.analysis.view import Kind, View
 from abm_vision.tune.config import SUBJECT
 from abm_vision.tune.results import KEPT, scored
 
+_NOTE = (
+    "Without a test part the score is that of validation, which has chosen the epoch, and is a little too good for it."
+)
+
 VIEW = View(
     program="abm-tune",
     name="Your images",
@@ -22,7 +26,8 @@ VIEW = View(
     details=lambda result: {key: scored(result)[key] for key in ("top1", "correct", "count", "split")},
     counted=lambda result: (scored(result)["count"],) * 2,
     samples="images",
-    kinds=(Kind("real", "Your images", (SUBJECT,)),),
+    moment="at its best epoch on validation",
+    kinds=(Kind("real", "Your images", (SUBJECT,), note=_NOTE),),
     kind=lambda result: "real",
     sources=lambda result: dict.fromkeys(("training data", "held-out data"), result["data"]["train"]["source"]),
     content=lambda result: {

@@ -90,7 +90,7 @@ def _final_score(axes: Axes, comparison: Comparison, rows: Sequence[Row], colour
         axes.plot(scores, [position] * len(scores), "o", color=colours[row.init], alpha=0.5, markersize=5)
         axes.plot(np.mean(scores), position, "|", color=colours[row.init], markersize=18, markeredgewidth=2)
     _name_rows(axes, rows)
-    axes.set(xlabel=f"{comparison.view.label} after the last epoch")
+    axes.set(xlabel=f"{comparison.view.label} {comparison.view.moment}")
 
 
 def _score_by_rate(axes: Axes, comparison: Comparison, rows: Sequence[Row], colours: dict[str, Any]) -> None:
