@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from abm_vision.abm.files import write_atomically, write_json, writing
-from abm_vision.analysis.figures import save_figure
-from abm_vision.analysis.figures.evaluation import draw_confusion, draw_mistakes
+from abm_vision.drawing import save_figure
 from abm_vision.images.classifier import load_classifier
+from abm_vision.images.figures import draw_confusion, draw_mistakes
 from abm_vision.images.listing import Photo, find
 from abm_vision.images.photos import check_readable, read_photo
 

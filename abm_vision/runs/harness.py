@@ -197,6 +197,10 @@ def _alone(config: AdapterSettings) -> Processes:
     return Processes()
 
 
+def _nothing_next(result: dict[str, Any]) -> str:
+    return ""
+
+
 def _unmeasured(run: Prepared) -> Prepared:
     return run
 
@@ -214,7 +218,8 @@ class Harness:
         resume: what an interrupted run left, None if it left nothing.
         train: trains to the end, from the checkpoint if there is one. What it saves on its way holds the notes, which
             `resume` gives back.
-        score: the fields of the result that are this harness's own, `data.train.source` among them.
+        score: the fields of the result that are this harness's own; an analysis reads `weights.sha256`,
+            `data.train.source` and what its `View` says.
         summary: what was scored, on which data, and how well, in one line.
         card: the adapter's model card.
         next_steps: what a user can do with a finished run, in lines; none by default.
@@ -267,7 +272,7 @@ class Harness:
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
     measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured
-    next_steps: Callable[[dict[str, Any]], str] = lambda result: ""
+    next_steps: Callable[[dict[str, Any]], str] = _nothing_next
     device: Callable[[str], torch.device] = resolve_device
     processes: Callable[[AdapterSettings], Processes] = _alone
     hushed: Callable[[], AbstractContextManager[None]] = nullcontext

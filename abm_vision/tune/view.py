@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abm_vision.analysis.view import Kind, View
+from abm_vision.runs.view import Data, Kind, Score, Selection, View
 from abm_vision.tune.config import SUBJECT
 from abm_vision.tune.results import KEPT, scored
 
@@ -16,27 +16,29 @@ VIEW = View(
     kept=KEPT,
     harness="abm_vision.tune.harness:HARNESS",
     place="data",
-    key="top1",
-    score="top-1",
-    split="held-out",
-    unit="%",
-    value=lambda result: scored(result)["top1"],
-    scale=100.0,
-    limits=(0, 100),
-    details=lambda result: {key: scored(result)[key] for key in ("top1", "correct", "count", "split")},
-    counted=lambda result: (scored(result)["count"],) * 2,
-    samples="images",
-    moment="at its best epoch on validation",
-    kinds=(Kind("real", "Your images", (SUBJECT,), note=_NOTE),),
-    kind=lambda result: "real",
-    sources=lambda result: dict.fromkeys(("training data", "held-out data"), result["data"]["train"]["source"]),
-    content=lambda result: {
-        name: value for name, value in result["origin"].items() if name.endswith((" images", " labels"))
-    },
-    selection={"evaluate": "val"},
-    selection_split="validation",
-    seeded=True,
-    asked=("data", "workers"),
+    score=Score(
+        key="top1",
+        name="top-1",
+        split="held-out",
+        value=lambda result: scored(result)["top1"],
+        unit="%",
+        scale=100.0,
+        limits=(0, 100),
+        details=lambda result: {key: scored(result)[key] for key in ("correct", "count", "split")},
+        moment="at its best epoch on validation",
+    ),
+    data=Data(
+        kinds=(Kind("real", "Your images", (SUBJECT,), note=_NOTE),),
+        source=lambda result: result["data"]["train"]["source"],
+        content=lambda result: {
+            name: value for name, value in result["origin"].items() if name.endswith((" images", " labels"))
+        },
+        counted=lambda result: (scored(result)["count"],) * 2,
+        samples="images",
+        seeded=True,
+    ),
+    selection=Selection({"evaluate": "val"}, split="validation"),
     task=lambda config: SUBJECT,
     model=lambda settings: f"{settings['model']}, {settings['image_size']} px",
+    asked=("data", "workers"),
 )

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from abm_vision.abm.arguments import nearest
-from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser, guarded, load_plugins
 from abm_vision.runs.commands import compare, report, run, suite
+from abm_vision.runs.view import View
 
 SHARED = {
     "suite": (suite, "many runs"),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
-from abm_vision.analysis.view import View
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
 from abm_vision.runs.commands.suite import add_executors, executor
 from abm_vision.runs.folder import CONFIG
+from abm_vision.runs.view import View
 
 # What is compared unless it is said otherwise.
 COMPARED = {"init": "kaiming,abm", "lr": "5e-4,1e-3,2e-3,4e-3", "seeds": 3}
@@ -29,7 +31,7 @@ def parser(view: View) -> Parser:
         "folders.",
     )
     data = f"where the data are, as --{view.place}, or " if view.place else ""
-    flags.add_argument("runs", nargs="*", metavar="RUN", help=f"{data}folders of finished runs, instead of running any")
+    flags.add_argument("runs", nargs="*", metavar="RUN", help=f"{data}folders of finished runs, or of several (--out)")
     texts = {
         "task": "tasks with commas between",
         "init": "initialisations with commas between, kaiming among them",
@@ -52,7 +54,7 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     """Make the runs that are lacking, and print the table."""
     options = vars(parsed)
     folders, out, report, as_json, quiet = (options.pop(k) for k in ("runs", "out", "report", "json", "quiet"))
-    if view.place and len(folders) == 1 and not (Path(folders[0]) / CONFIG).is_file():
+    if view.place and len(folders) == 1 and not _holds_runs(Path(folders[0])):
         options[view.place] = folders.pop()
 
     from abm_vision.analysis import compare, load
@@ -61,7 +63,9 @@ def command(view: View, parsed: argparse.Namespace) -> int:
         options.pop("executor")
         if options:
             raise ValueError(f"finished runs have their settings: leave out {', '.join(options)}")
-        found, diverged = [load.read_finished(folder, view) for folder in folders], []
+        (found, left_out), diverged = load.read_results(folders, view), []
+        for name, why in left_out:
+            warnings.warn(f"no result: {name} ({why})", stacklevel=1)
     else:
         found, diverged = _run(view, options, out, quiet or as_json)
     compared = compare.compare(found, view, diverged)
@@ -73,13 +77,18 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     return 0
 
 
+def _holds_runs(folder: Path) -> bool:
+    """Whether it is a run's folder, or that of several."""
+    return (folder / CONFIG).is_file() or any(folder.glob(f"*/{CONFIG}"))
+
+
 def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[list[dict[str, Any]], list[Any]]:
     """The results of all runs, and the settings of those that diverged.
 
     Raises:
         ValueError: a list is empty or has a name twice, or a run failed.
     """
-    from abm_vision.analysis.load import BASELINE, read_finished
+    from abm_vision.analysis.load import read_finished
     from abm_vision.runs.harness import Session, silent
     from abm_vision.runs.run_suite import run_suite
     from abm_vision.runs.suite import Suite

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from abm_vision.analysis.figures import shown
+from abm_vision.drawing import shown
 
 COLUMNS, THUMBNAIL = 6, 200  # pictures in a row of the sheet; their longer side in pixels
 NUMBERED = 20  # classes up to which every cell has its number
