@@ -1,5 +1,5 @@
 # The public names and where they lie: `__init__.py` loads them on first use, type checkers read them here.
-from . import abm, analysis, initializers, runs, vtab
+from . import abm, analysis, images, initializers, runs, tune, vtab
 from .abm.align import AlignReport, initialize_lora_aligned_weights
 from .abm.checks import check_adapters
 from .abm.host import Backbone, find_backbone, register_backbone
@@ -33,6 +33,7 @@ __all__ = [
     "check_adapters",
     "create_backbone",
     "find_backbone",
+    "images",
     "information_loss",
     "initialize_lora",
     "initialize_lora_abm_weights",
@@ -43,5 +44,6 @@ __all__ = [
     "register_initializer",
     "runs",
     "save_adapter",
+    "tune",
     "vtab",
 ]

@@ -39,11 +39,11 @@ from abm_vision import (
     initialize_lora_aligned_weights,
 )
 from abm_vision.abm.files import write_json
+from abm_vision.images.data import Images, load_all, preprocessing_for
+from abm_vision.images.train import Progress, choose_attention, make_optimiser, train
 from abm_vision.runs.device import autocast, has_fast_bf16
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
-from abm_vision.vtab.data import Images, load_all, preprocessing_for
-from abm_vision.vtab.train import Progress, choose_attention, make_optimiser, train
 
 RESULT = Path(__file__).parent / "results" / "abm_init.json"
 SAMPLES, MARGIN = 100, 0.5

@@ -3,7 +3,7 @@
     python benchmarks/attention.py
 
 timm takes the fused kernel wherever torch has one. In bfloat16 its backward pass on CPU is slow, so that the harness
-uses the plain one there (`abm_vision.vtab.train.choose_attention`). Both take turns in one process; reported is the
+uses the plain one there (`abm_vision.images.train.choose_attention`). Both take turns in one process; reported is the
 median over rounds of fused / plain: above 1, plain is faster.
 """
 

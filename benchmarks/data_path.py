@@ -18,10 +18,10 @@ from directions import adapted
 
 import vtab_tasks
 from abm_vision.abm.files import write_json
+from abm_vision.images.data import stream
+from abm_vision.images.train import Progress, count_correct, make_optimiser, train
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
-from abm_vision.vtab.data import stream
-from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 RESULT = Path(__file__).parent / "results" / "data_path.json"
 TASKS = ("dsprites_loc", "clevr_count")  # drawn every time; from the cache

@@ -26,11 +26,11 @@ import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora_abm_weights
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.gradient import weight_gradients
+from abm_vision.images.data import Images, load_all, preprocessing_for
+from abm_vision.images.train import Progress, choose_attention, make_optimiser, train
 from abm_vision.runs.device import autocast, has_fast_bf16
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
-from abm_vision.vtab.data import Images, load_all, preprocessing_for
-from abm_vision.vtab.train import Progress, choose_attention, make_optimiser, train
 
 IMAGES, EPOCHS, RANK = 128, 5, 8
 

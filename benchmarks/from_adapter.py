@@ -28,12 +28,12 @@ import vtab_tasks
 from abm_vision import initialize_lora
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import load_reference
+from abm_vision.images.data import Images, stream
+from abm_vision.images.train import Progress, count_correct, make_optimiser, train
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import RunConfig, make_config, run
-from abm_vision.vtab.data import Images, stream
-from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 OTHER = {"dsprites_loc": "dsprites_ori", "dsprites_ori": "dsprites_loc"}
 SEEDS = (0,)

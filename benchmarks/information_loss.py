@@ -21,9 +21,9 @@ from peak import peak_mib
 
 from abm_vision import VIT, add_lora, information_loss
 from abm_vision.abm.files import write_json
+from abm_vision.images.train import choose_attention
 from abm_vision.runs.device import autocast, has_fast_bf16
 from abm_vision.runs.provenance import environment
-from abm_vision.vtab.train import choose_attention
 
 RESULT = Path(__file__).parent / "results" / "information_loss.json"
 IMAGES, BATCHES = 64, (4, 16, 64)

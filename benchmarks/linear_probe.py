@@ -18,10 +18,10 @@ from torch import Tensor
 import vtab_tasks
 from abm_vision import create_backbone
 from abm_vision.abm.files import write_json
+from abm_vision.images.data import preprocessing_for, stream
+from abm_vision.images.train import choose_attention
 from abm_vision.runs.device import autocast, has_fast_bf16
 from abm_vision.runs.provenance import environment
-from abm_vision.vtab.data import preprocessing_for, stream
-from abm_vision.vtab.train import choose_attention
 
 RESULT = Path(__file__).parent / "results" / "linear_probe.json"
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)

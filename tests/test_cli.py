@@ -106,14 +106,14 @@ def test_list(capsys, tmp_path):
 def test_predict(capsys, tmp_path):
     result = run(tiny(epochs=1), tmp_path)
     Image.new("RGB", (64, 64)).save(tmp_path / "black.png")
-    words = ["predict", "--adapter", result["folder"], str(tmp_path / "black.png"), "--device", "cpu"]
+    words = ["predict", result["folder"], str(tmp_path / "black.png"), "--device", "cpu"]
     assert main(words) == 0
-    assert re.fullmatch(
-        r".*black\.png: class \d+ of dsprites_loc \[rendered\], probability 0\.\d{3}\n", capsys.readouterr().out
-    )
+    assert re.fullmatch(r".*black\.png: \d+ 0\.\d{3}\n", capsys.readouterr().out)
     assert main([*words, "--json"]) == 0
-    assert set(json.loads(capsys.readouterr().out)[0]) == {"image", "task", "trained_on", "label", "probability"}
-    assert main(["predict", "--adapter", result["folder"], str(tmp_path / "no.png")]) == 2
+    (row,) = json.loads(capsys.readouterr().out)
+    assert set(row) == {"image", "task", "trained_on", "label", "class", "probability", "top"}
+    assert row["task"] == "dsprites_loc" and row["trained_on"] == "rendered" and row["class"] == str(row["label"])
+    assert main(["predict", result["folder"], str(tmp_path / "no.png")]) == 2
     assert "no image" in capsys.readouterr().err
 
 
@@ -155,8 +155,8 @@ def test_predict(capsys, tmp_path):
         (["--image-size", "33"], r"does not run at 33 px .* divisible by patch size \(16\)"),
         (["--source", "folder"], 'source="folder" needs data_dir'),
         (["--config", "absent.json"], r"there is no absent\.json; write the settings as flags"),
-        (["predict", "--adapter", "absent", "x.png"], r"no abm\.json in absent"),
-        (["predict", "x.png"], "required: --adapter"),
+        (["predict", "absent", __file__], r"test_cli\.py cannot be read as an image"),
+        (["predict", "x.png"], r"required: IMAGE\|FOLDER"),
         (["--batch", "8"], "unrecognized arguments: --batch 8"),
         (["list", "--all"], "unrecognized arguments: --all"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from abm_vision.initializers import INITIALIZERS
+from abm_vision.tune import __main__ as tune
 from abm_vision.vtab import __main__ as vtab
 from nlp_ext.glue import __main__ as glue
 from nlp_ext.instruct import __main__ as instruct
@@ -56,10 +57,11 @@ def code(page):
     return found.code
 
 
+COMMANDS = {tune: ("", "predict", "evaluate"), vtab: ("", "suite"), glue: ("",), instruct: ("", "mt-bench")}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("program", "command"), [(vtab, ""), (vtab, "suite"), (glue, ""), (instruct, ""), (instruct, "mt-bench")]
-)
+@pytest.mark.parametrize(("program", "command"), [(p, command) for p, found in COMMANDS.items() for command in found])
 def test_every_option_is_there(site, program, command):
     actions = program.COMMANDS[command].parser()._actions
     flags = {flag for action in actions for flag in action.option_strings} - {"-h", "--help"}

@@ -12,6 +12,8 @@ ROOT = Path(__file__).parent.parent
 FORBIDDEN = {
     "abm_vision/abm": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
     "abm_vision/runs": {"timm", "torchvision", "transformers", "datasets", "vtab_tasks", "nlp_ext"},
+    "abm_vision/images": {"transformers", "nlp_ext"},
+    "abm_vision/tune": {"transformers", "datasets", "nlp_ext"},
     "abm_vision/analysis": {"torch", "peft", "timm", "torchvision", "transformers", "datasets", "nlp_ext"},
     "nlp_ext": {"timm", "torchvision", "vtab_tasks"},
     "vtab_tasks": {"abm_vision", "nlp_ext", "torch", "timm", "peft"},
@@ -67,10 +69,10 @@ def test_no_test_imports_another():
     assert not {path: names for path in files if (names := [n for n in imported(path) if n.startswith("test_")])}
 
 
-def test_nothing_imports_the_harness_but_itself():
+def test_nothing_imports_a_harness_but_itself():
     for path in [*(ROOT / "abm_vision").rglob("*.py"), *(ROOT / "nlp_ext").rglob("*.py")]:
-        if "vtab" not in path.parts:
-            assert not [name for name in imported(path) if name.startswith("abm_vision.vtab")], path
+        for harness in {"vtab", "tune"} - set(path.parts):
+            assert not [name for name in imported(path) if name.startswith(f"abm_vision.{harness}")], path
 
 
 def test_an_analysis_reads_runs_and_not_the_other_way():
@@ -96,8 +98,12 @@ def test_importing_loads_nothing_heavy_until_it_is_used():
 ANSWERED = {  # program to what it answers at once, in a process for each
     "abm_vision.vtab": [
         *("--help", "--bogus", "--task nothing", "--epochs none"),
-        *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "prepare", "list")),
+        *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "evaluate", "prepare", "list")),
         *("suite --bogus", "compare --lr", "suite --tasks nothing", "suite --init nothing", "suite --grid nothing"),
+    ],
+    "abm_vision.tune": [
+        *("--help", "--bogus", "--augment much", "--epochs none", "--validation 1"),
+        *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "evaluate")),
     ],
     "nlp_ext.glue": [
         *("--help", "--bogus", "--task nothing", "suite --help", "compare --help", "report --help"),
@@ -130,10 +136,11 @@ def test_settings_are_made_without_torch():
     """So that a command's help and a wrong setting are answered at once."""
     code = (
         "import sys, abm_vision.initializers, abm_vision.abm.settings\n"
+        "from abm_vision.tune.config import TuneConfig\n"
         "from abm_vision.vtab.config import RunConfig\n"
         "from nlp_ext.glue.config import GlueConfig\n"
         "from nlp_ext.instruct.config import InstructConfig\n"
-        "made = [kind.make(device='cpu').run_name() for kind in (RunConfig, GlueConfig, InstructConfig)]\n"
+        "made = [kind.make(device='cpu').run_name() for kind in (RunConfig, TuneConfig, GlueConfig, InstructConfig)]\n"
         "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib', 'datasets'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)"
     )
@@ -144,6 +151,7 @@ def test_settings_are_made_without_torch():
 def test_an_analysis_loads_no_torch_and_draws_only_figures():
     code = (
         "import sys, abm_vision.analysis.compare, abm_vision.analysis.report, abm_vision.vtab.view, nlp_ext.glue.view\n"
+        "import abm_vision.tune.view\n"
         "heavy = {'torch', 'peft', 'timm', 'transformers', 'matplotlib'} & set(sys.modules); assert not heavy, heavy"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

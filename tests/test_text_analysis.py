@@ -11,6 +11,7 @@ from helpers import GLUE, answer
 
 from abm_vision.analysis.compare import compare, records, to_text
 from abm_vision.analysis.report import collect, notes, to_csv, to_html, to_latex, to_markdown
+from abm_vision.tune.view import VIEW as TUNE
 from abm_vision.vtab.view import VIEW as VTAB
 from nlp_ext.glue.__main__ import main as glue
 from nlp_ext.glue.tasks import TASKS
@@ -110,7 +111,7 @@ def test_a_result_of_the_vision_harness(tmp_path, capsys):
     assert code == 2 and err.endswith("; run is a result of abm-vtab: use abm-vtab report\n")
 
 
-@pytest.mark.parametrize("view", [GLUE_VIEW, VIEW, VTAB])
+@pytest.mark.parametrize("view", [GLUE_VIEW, VIEW, VTAB, TUNE])
 def test_a_harness_can_be_sent_to_another_process(view):
     harness = resolve_name(view.harness)
     assert pickle.loads(pickle.dumps(harness)).kept.config is harness.kept.config

@@ -128,7 +128,7 @@ def _final_scores(axes: Axes, lines: Sequence[Line], score: Score) -> None:
         axes.plot(scores, [position] * len(scores), "o", color=colour, alpha=0.5, markersize=5)
         axes.plot(np.mean(scores), position, "|", color=colour, markersize=18, markeredgewidth=2)
     _name_rows(axes, lines)
-    axes.set(xlabel=f"{score.label} after the last epoch")
+    axes.set(xlabel=f"{score.label} {score.moment}")
 
 
 def _scores_by_rate(axes: Axes, lines: Sequence[Line], score: Score) -> None:

@@ -140,7 +140,7 @@ def run_table(report: Report) -> Table:
 
 def notes(report: Report) -> list[str]:
     """What a reader of the tables must know."""
-    lines = ["± is the standard deviation over seeds. Every run is scored after its last epoch."]
+    lines = [f"± is the standard deviation over seeds. Every run is scored {report.view.score.moment}."]
     if any(cell.subset for section in report.sections for cell in section.cells.values()):
         lines.append(f"† {report.view.data.subset}; see the list of runs.")
     for section in report.sections:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from abm_vision.abm.files import write_atomically
 from abm_vision.runs.folder import CHECKPOINT
@@ -39,11 +39,26 @@ class Content(Record):
     accuracies: dict[int, Share]
 
 
-def save(run: Prepared, optimiser: torch.optim.Optimizer, progress: Progress, notes: dict[str, Any]) -> None:
-    """What an interrupted run is resumed from: trained weights, optimiser, progress, notes (plain JSON values)."""
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that are trained, by name, as they are: not copied."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def save(
+    run: Prepared,
+    optimiser: torch.optim.Optimizer,
+    progress: Progress,
+    notes: dict[str, Any],
+    best: dict[str, Tensor] | None = None,
+) -> None:
+    """What an interrupted run is resumed from: trained weights, optimiser, progress, notes (plain JSON values).
+
+    `best` is for a harness that keeps the weights of its best epoch, too; it finds them in `Checkpoint.state`.
+    """
     state = {
         "schema": run.config.schema,
-        "trained": {name: p.detach() for name, p in run.model.named_parameters() if p.requires_grad},
+        "trained": trained(run.model),
+        "best": best,
         "optimiser": optimiser.state_dict(),
         "progress": asdict(progress),
         "notes": json.dumps(notes),

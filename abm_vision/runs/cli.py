@@ -73,6 +73,13 @@ def load_plugins(program: str, config: type[AdapterSettings], words: Sequence[st
         load_plugin(early.plugin)
 
 
+def add_place(parser: Parser, setting: str) -> None:
+    """Take a setting without its flag, too: where the data are."""
+    if setting:
+        text = f"the same as --{setting}"
+        parser.add_argument(setting, nargs="?", metavar="FOLDER", default=argparse.SUPPRESS, help=text)
+
+
 def add_settings(parser: Parser, config: type[AdapterSettings], without: Collection[str] = ()) -> None:
     """A flag for every setting, those of initialisations among them; those not given are not set."""
     for setting, field in config.settings().items():

@@ -13,7 +13,7 @@ from abm_vision.runs.view import stand_in
 
 
 def draw_training(result: dict[str, Any], title: str) -> Figure:
-    """Training loss, with test accuracy where it was followed; beside it what the matching did to every layer."""
+    """Training loss, with accuracy where it was followed; beside it what the matching did to every layer."""
     matched = result["abm"]
     figure = Figure(figsize=(11 if matched else 7, 4.2), layout="constrained")
     panels = figure.subplots(1, 2, width_ratios=[3, 2]) if matched else [figure.subplots()]
@@ -43,8 +43,9 @@ def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     if followed:
         right = axes.twinx()
         points = {int(k): 100 * v for k, v in followed.items()}
-        right.plot(list(points), list(points.values()), "s-", color=ORANGE, markersize=4, label="test top-1")
-        right.set_ylabel("test top-1 (%)", color=ORANGE)
+        split = "validation" if "validation" in result else "test"
+        right.plot(list(points), list(points.values()), "s-", color=ORANGE, markersize=4, label=f"{split} top-1")
+        right.set_ylabel(f"{split} top-1 (%)", color=ORANGE)
         right.set_ylim(0, 100)
         right.spines[["top"]].set_visible(False)
         handles, labels = [a + b for a, b in zip((handles, labels), right.get_legend_handles_labels(), strict=True)]

@@ -197,6 +197,10 @@ def _alone(config: AdapterSettings) -> Processes:
     return Processes()
 
 
+def _nothing_next(result: dict[str, Any]) -> str:
+    return ""
+
+
 def _unmeasured(run: Prepared) -> Prepared:
     return run
 
@@ -218,6 +222,7 @@ class Harness:
             `data.train.source` and what its `View` says.
         summary: what was scored, on which data, and how well, in one line.
         card: the adapter's model card.
+        next_steps: what a user can do with a finished run, in lines; none by default.
         settings: what `abm.json` says of the adapter besides.
         leaves: other files that a run leaves.
         extras: file or folder to what makes it of a finished run (see `Session.extras`).
@@ -267,6 +272,7 @@ class Harness:
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
     measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured
+    next_steps: Callable[[dict[str, Any]], str] = _nothing_next
     device: Callable[[str], torch.device] = resolve_device
     processes: Callable[[AdapterSettings], Processes] = _alone
     hushed: Callable[[], AbstractContextManager[None]] = nullcontext

@@ -32,6 +32,7 @@ class Score:
         limits: of its axis in a figure.
         followed: epoch to score, as it is recorded, where it was measured during the training.
         details: what belongs to it, as further columns of a run in CSV.
+        moment: when a run is scored, in words.
     """
 
     key: str
@@ -45,6 +46,7 @@ class Score:
     limits: tuple[float, float] | None = None
     followed: Callable[[Result], Mapping[str, float]] = lambda result: {}
     details: Callable[[Result], Mapping[str, Any]] = lambda result: {}
+    moment: str = "after its last epoch"
 
     @property
     def title(self) -> str:
@@ -195,6 +197,7 @@ class View:
         model: the model in words, from a run's settings.
         circumstances: what else must be equal for two results to be comparable, by name.
         asked: settings for which a result says in another field what came of them, or that decide nothing.
+        place: the setting that says where the data are, which commands take without its flag, too; empty for none.
         estimate: how long runs are likely to take, as `module:name` of a function of a configuration like theirs and
             of a folder that may hold finished ones. It returns a function of a configuration to seconds, and in words
             what it is founded on. Empty where that is not known before the data are read.
@@ -231,6 +234,7 @@ class View:
     model: Callable[[Mapping[str, Any]], str] = lambda settings: settings["model"]
     circumstances: Callable[[Result], Mapping[str, Any]] = lambda result: {}
     asked: tuple[str, ...] = ()
+    place: str = ""
     estimate: str = ""
 
     @property

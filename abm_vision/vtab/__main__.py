@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
+from abm_vision.images.commands import evaluate, predict
 from abm_vision.runs import commands
 from abm_vision.runs.commands import Command
 from abm_vision.vtab.commands import list as tasks
-from abm_vision.vtab.commands import predict, prepare
+from abm_vision.vtab.commands import prepare
 from abm_vision.vtab.view import VIEW
 
 COMMANDS = commands.commands_of(
@@ -17,7 +19,8 @@ COMMANDS = commands.commands_of(
     {
         "prepare": Command(prepare.parser, prepare.command, "fetch datasets, or write them as image folders"),
         "list": Command(tasks.parser, tasks.command, "the tasks and where their data is"),
-        "predict": Command(predict.parser, predict.command, "classify image files"),
+        "predict": Command(partial(predict.parser, VIEW.program), predict.command, "classify images"),
+        "evaluate": Command(partial(evaluate.parser, VIEW.program), evaluate.command, "on labelled images"),
     },
 )
 

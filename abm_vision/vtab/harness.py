@@ -7,24 +7,21 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from peft import PeftModel
 from torch import Tensor
 
 import vtab_tasks
-from abm_vision.abm.checks import check_adapters
-from abm_vision.abm.lora import add_lora
+from abm_vision.images.data import Images, Preprocessing, load_all, stream
+from abm_vision.images.model import adapted, found_weights, pretrained, weights_origin
+from abm_vision.images.train import count_correct, make_optimiser
+from abm_vision.images.train import train as train_epochs
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.checkpoint import Progress
 from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session, SessionOptions
 from abm_vision.runs.run import run as run_spine
 from abm_vision.vtab.config import EVALUATIONS, RunConfig
-from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
 from abm_vision.vtab.results import KEPT, model_card, summary
-from abm_vision.vtab.train import choose_attention, count_correct, make_optimiser
-from abm_vision.vtab.train import train as train_epochs
-from abm_vision.weights import WeightSource, create_backbone, find_weights
+from abm_vision.weights import WeightSource
 from vtab_tasks.content import content
 
 if TYPE_CHECKING:
@@ -84,25 +81,16 @@ def prepare(run: Run) -> VtabRun:
         (train_data, _), (test_data, split_size) = _load(config, "training"), _load(config, "test")
         test_split = test_data.split
         say(f"data      {train_data.description}; {len(train_data)} training and {len(test_data)} {test_split} images")
-    with run.stage("weights"):
-        torch.manual_seed(config.seed)
-        num_classes = train_data.task.num_classes
-        backbone, weights = create_backbone(
-            config.model, num_classes, config.image_size, config.weights, drop_path_rate=config.drop_path
-        )
-        preprocessing = preprocessing_for(backbone, config.image_size, config.normalisation, config.interpolation)
-        say(f"weights   {weights}")
+    backbone, weights, preprocessing = pretrained(run, train_data.task.num_classes)
     with run.stage("data"):
         images = Images(*load_all(train_data, preprocessing), preprocessing, run.device)
-    with run.stage("lora"):
-        model = _adapted(backbone, config, images, run.device)
-    choose_attention(model, run.device, run.precision)
+    model = adapted(run, backbone, images)
     data = {**_data_origin("training", train_data), **_data_origin("test", test_data)}
     return VtabRun(
         **vars(run),
         model=model,
         samples=len(images),
-        origin={**data, **_weights_origin(weights), **initialisation(config)},
+        origin={**data, **weights_origin(weights), **initialisation(config)},
         weights_sha256=weights.sha256,
         images=images,
         train_data=train_data,
@@ -124,7 +112,7 @@ def origin_parts(config: RunConfig) -> list[partial[Origin]]:
     return [
         partial(_found_data, "training", data),
         partial(_found_data, "test", data),
-        partial(_found_weights, config.model, config.weights),
+        partial(found_weights, config.model, config.weights),
         partial(initialisation, config),
     ]
 
@@ -137,14 +125,6 @@ def _data_origin(part: str, data: vtab_tasks.TaskData) -> Origin:
     return {f"{part} {name}": found for name, found in content(data, remembered).items()}
 
 
-def _found_weights(model: str, weights: str) -> Origin:
-    return _weights_origin(find_weights(model, weights))
-
-
-def _weights_origin(weights: WeightSource) -> Origin:
-    return {"weights": f"sha256 {weights.sha256}" if weights.sha256 else "random"}
-
-
 def _load(config: RunConfig, part: str) -> tuple[vtab_tasks.TaskData, int]:
     """Training or test data, and how many images their split has."""
     split = dict(zip(("training", "test"), EVALUATIONS[config.evaluate], strict=True))[part]
@@ -152,21 +132,6 @@ def _load(config: RunConfig, part: str) -> tuple[vtab_tasks.TaskData, int]:
     if part == "test" and 0 < config.test_images < len(data):
         return data.subset(config.test_images, TEST_SUBSET_SEED), len(data)
     return data, len(data)
-
-
-def _adapted(backbone: torch.nn.Module, config: RunConfig, images: Images, device: torch.device) -> PeftModel:
-    torch.manual_seed(config.seed)
-    model = add_lora(
-        backbone,
-        config.rank,
-        config.alpha,
-        targets=config.lora_targets(),
-        qkv=config.qkv,
-        dropout=config.dropout,
-    ).to(device)
-    pixels, _ = next(images.batches(2, config.seed, 0))
-    check_adapters(model.eval(), pixels)
-    return model
 
 
 # ---------------------------------------------------------------------------------------------------- train and score
@@ -206,7 +171,7 @@ def score(run: VtabRun, progress: Progress) -> dict[str, Any]:
     test = {"top1": correct / count, "correct": correct, "count": count}
     return {
         "test": {**test, "split": test_data.split, "split_size": run.split_size},
-        "data": {"train": data_record(run.train_data), "test": data_record(test_data)},
+        "data": {"train": _data_record(run.train_data), "test": _data_record(test_data)},
         "num_classes": run.train_data.task.num_classes,
         "weights": asdict(run.weights),
         "preprocessing": asdict(run.preprocessing),
@@ -215,6 +180,17 @@ def score(run: VtabRun, progress: Progress) -> dict[str, Any]:
             "train": len(run.images) * config.epochs / seconds["train"],
             "test": count / seconds["test"],
         },
+    }
+
+
+def _data_record(data: vtab_tasks.TaskData) -> dict[str, Any]:
+    """What a result says of its data."""
+    return {
+        "task": data.task.name,
+        "split": data.split,
+        "source": data.source,
+        "description": data.description,
+        "images": len(data),
     }
 
 

@@ -14,7 +14,7 @@ import os
 import posixpath
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 
@@ -54,27 +54,6 @@ class FolderItems:
             raise ValueError(f"{_line(self.list_file, position)}: {error}: fetch this file again") from error
 
 
-def read_image(path: str | os.PathLike[str]) -> NDArray[np.uint8]:
-    """Read an image file of any format that Pillow reads, as RGB, uint8 (H, W, 3).
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is no image or damaged, or its pixels have more than 8 bits.
-    """
-    try:
-        with open(path, "rb") as file:
-            with Image.open(file) as image:
-                if image.format == "PNG":
-                    image.verify()  # the checksum of every part, which decoding does not check
-            file.seek(0)
-            with Image.open(file) as image:
-                return np.array(_eight_bits(image).convert("RGB"))
-    except FileNotFoundError:
-        raise FileNotFoundError(f"no image {path}") from None
-    except _BROKEN as error:
-        raise ValueError(f"{path} cannot be read as an image ({error})") from error
-
-
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Return the image if its pixels have 8 bits: of more bits, Pillow would turn all brighter ones white.
 
@@ -84,6 +63,33 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):
         raise ValueError(f"its pixels are of Pillow's mode {image.mode}: write it with 8 bits")
     return image
+
+
+def read_image(
+    path: str | os.PathLike[str], prepare: Callable[[Image.Image], Image.Image] = _eight_bits
+) -> NDArray[np.uint8]:
+    """Read an image file of any format that Pillow reads, as RGB, uint8 (H, W, 3).
+
+    Args:
+        path: the file.
+        prepare: what is done with the open image before it is converted to RGB; it may raise a ValueError.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no image or damaged, or `prepare` refuses it (its pixels have more than 8 bits).
+    """
+    try:
+        with open(path, "rb") as file:
+            with Image.open(file) as image:
+                if image.format == "PNG":
+                    image.verify()  # the checksum of every part, which decoding does not check
+            file.seek(0)
+            with Image.open(file) as image:
+                return np.array(prepare(image).convert("RGB"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"no image {path}") from None
+    except _BROKEN as error:
+        raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
 
 def layouts(task: Task) -> list[str]:

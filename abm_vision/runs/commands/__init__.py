@@ -10,6 +10,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from abm_vision.abm.arguments import nearest
@@ -69,7 +70,9 @@ def main(view: View, commands: Mapping[str, Command], arguments: Sequence[str] |
 
     def work() -> int:
         if words and command is commands[""] and not words[0].startswith("-"):
-            raise ValueError(f"there is no command {words[0]}{nearest(words[0], commands)}")
+            meant = nearest(words[0], commands)
+            if not view.place or (meant and not Path(words[0]).exists()):
+                raise ValueError(f"there is no command {words[0]}{meant}")
         load_plugins(view.program, view.config, words)
         return command.body(command.parser().parse_args(words))
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import warnings
+from pathlib import Path
 from typing import Any
 
 from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
 from abm_vision.runs.commands.suite import add_executors, executor
+from abm_vision.runs.folder import CONFIG
 from abm_vision.runs.view import View
 
 # What is compared unless it is said otherwise.
@@ -28,7 +30,8 @@ def parser(view: View) -> Parser:
         "own best rate. Finished runs are reused, interrupted ones resumed. Or compare the finished runs in given "
         "folders.",
     )
-    flags.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, or of several (--out)")
+    data = f"where the data are, as --{view.place}, or " if view.place else ""
+    flags.add_argument("runs", nargs="*", metavar="RUN", help=f"{data}folders of finished runs, or of several (--out)")
     texts = {
         "task": "tasks with commas between",
         "init": "initialisations with commas between, kaiming among them",
@@ -51,6 +54,8 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     """Make the runs that are lacking, and print the table."""
     options = vars(parsed)
     folders, out, report, as_json, quiet = (options.pop(k) for k in ("runs", "out", "report", "json", "quiet"))
+    if view.place and len(folders) == 1 and not _holds_runs(Path(folders[0])):
+        options[view.place] = folders.pop()
 
     from abm_vision.analysis import compare, load
 
@@ -70,6 +75,11 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     else:
         print(compare.to_text(compared), *paths, sep="\n")
     return 0
+
+
+def _holds_runs(folder: Path) -> bool:
+    """Whether it is a run's folder, or that of several."""
+    return (folder / CONFIG).is_file() or any(folder.glob(f"*/{CONFIG}"))
 
 
 def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[list[dict[str, Any]], list[Any]]:

@@ -10,18 +10,20 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
+from abm_vision.runs.cli import Parser, add_place, add_settings, run_guarded, say
 from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.records import read_config
-from abm_vision.runs.settings import AdapterSettings, Settings
+from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.view import View
 
 
 def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parser], None]) -> Parser:
     """A flag for every setting, and those that do not change a result."""
     flags = Parser(view.program, description=description, epilog=epilog)
+    add_place(flags, view.place)
     add_settings(flags, view.config)
     flags.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
+    flags.add_argument("--print-config", action="store_true", help="print the settings as --config reads them, and end")
     flags.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
     flags.add_argument(
         "--rerun", action="store_true", help="make the run afresh even if it is finished or was interrupted"
@@ -40,9 +42,12 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     """Make the run, and print its result. The harness is loaded when the settings are known to be good: it is slow."""
     options = vars(parsed)
     kind, as_json = options.pop("log"), options.pop("json")
-    quiet = options.pop("quiet") or as_json
+    quiet, print_config = options.pop("quiet") or as_json, options.pop("print_config")
     how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
-    settings = _settings_of(options, view.config)
+    settings = settings_of(options, view)
+    if print_config:
+        print(json.dumps({"schema": settings.schema, "config": settings.to_dict()}, indent=2))
+        return 0
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes the first
         _print_config(settings)
 
@@ -55,21 +60,25 @@ def command(view: View, parsed: argparse.Namespace) -> int:
         result = run_guarded(view.program, lambda: run(harness, settings, session))
     if harness.processes(settings).main:
         print(json.dumps(result) if as_json else _in_one_line(harness.summary(result), result))
+        if not quiet and (steps := harness.next_steps(result)):
+            print(steps)
     return 0
 
 
-def _settings_of(options: dict[str, Any], config: type[Settings]) -> Settings:
+def settings_of(options: dict[str, Any], view: View) -> AdapterSettings:
     """The configuration that a run's flags say; takes `config` out of `options`.
 
     Raises:
-        ValueError, FileNotFoundError: as `make` and `read_config`, or a flag is given that the initialisation has no
-            use for.
+        ValueError, FileNotFoundError: as `make` and `read_config`; a flag is given that the initialisation has no use
+            for; or no data are given.
     """
-    path = options.pop("config")
+    path, config = options.pop("config"), view.config
     if path and "preset" in options:
         raise ValueError("--config sets every field, so --preset would only change the name: give one of them")
     made = config.make(**{**(read_config(path, config.schema) if path else {}), **options})
     made.check_used(options, [made.init])  # what a file or a preset sets beyond that is not the user's mistake
+    if view.place and getattr(made, view.place) is None:
+        raise ValueError(f"no data are given: name them first, or after --{view.place}")
     return made
 
 

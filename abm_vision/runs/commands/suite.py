@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from abm_vision.abm.arguments import are, count
 from abm_vision.initializers import BASELINE
-from abm_vision.runs.cli import Parser, add_settings, run_guarded, say, value_of
+from abm_vision.runs.cli import Parser, add_place, add_settings, run_guarded, say, value_of
 from abm_vision.runs.suite import Suite, parse_tasks, plan
 from abm_vision.runs.view import View
 
@@ -27,6 +27,7 @@ def parser(view: View) -> Parser:
         description="Run tasks, initialisations and seeds. Finished runs are reused, interrupted ones resumed, failed "
         "ones are recorded and do not stop the rest; several suites may share one --out.",
     )
+    add_place(flags, view.place)
     if len(view.tasks) > 1:
         choices = ", ".join(["all", *dict.fromkeys(view.groups.values())])
         flags.add_argument("--tasks", default="all", help=f"{choices}, or names with commas between (default: all)")

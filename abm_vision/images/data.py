@@ -1,14 +1,15 @@
-"""From a task's images to batches on the device: uint8 until the last moment."""
+"""From images to batches on the device: uint8 until the last moment."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import timm.data
 import torch
+from numpy.typing import ArrayLike, NDArray
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -16,7 +17,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2.functional import resize
 
 from abm_vision.runs.order import shuffled
-from vtab_tasks import TaskData
+from vtab_tasks.sources.items import Items
 
 CHUNK = 256  # images that are drawn or decoded, and resized, together
 
@@ -67,13 +68,33 @@ def preprocessing_for(
     return Preprocessing(image_size, interpolation, mean, std)
 
 
+class Split(Protocol):
+    """Labelled images: a `vtab_tasks.TaskData`, or another of the same form. Can be pickled.
+
+    Attributes:
+        items: reads images and labels by position.
+        positions: int64 (n,), those of the split.
+        at_once: how many are held in memory before they are resized; `CHUNK` if it has no such attribute.
+    """
+
+    items: Items
+    positions: NDArray[np.int64]
+
+    def __len__(self) -> int: ...
+
+    def images(self, indices: ArrayLike) -> Sequence[NDArray[np.uint8]]:
+        """Read the images (height, width, 3) at these indices into `positions`."""
+        ...
+
+
 class _Chunks(Dataset):
     """Item k is the k-th chunk of resized images and labels."""
 
-    def __init__(self, data: TaskData, preprocessing: Preprocessing) -> None:
+    def __init__(self, data: Split, preprocessing: Preprocessing) -> None:
         self.data = data
         self.preprocessing = preprocessing
         self.parts = np.array_split(np.arange(len(data)), -(-len(data) // CHUNK))
+        self.at_once = getattr(data, "at_once", CHUNK)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -82,12 +103,14 @@ class _Chunks(Dataset):
         indices = self.parts[k]
         try:
             labels = self.data.items.labels(self.data.positions[indices])  # of these alone: every process has its part
-            return self.preprocessing.resize(self.data.images(indices)), torch.from_numpy(labels)
+            groups = np.split(indices, range(self.at_once, len(indices), self.at_once))
+            pixels = torch.cat([self.preprocessing.resize(self.data.images(group)) for group in groups])
+            return pixels, torch.from_numpy(labels)
         except (ValueError, OSError) as error:  # torch would wrap one of another process into its traceback
             return error
 
 
-def stream(data: TaskData, preprocessing: Preprocessing, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+def stream(data: Split, preprocessing: Preprocessing, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Chunks of (uint8 images (n, 3, size, size), int64 labels (n,)) in order, never the whole set at once.
 
     Raises:
@@ -99,9 +122,9 @@ def stream(data: TaskData, preprocessing: Preprocessing, workers: int = 0) -> It
         yield chunk
 
 
-def load_all(data: TaskData, preprocessing: Preprocessing) -> tuple[Tensor, Tensor]:
+def load_all(data: Split, preprocessing: Preprocessing, workers: int = 0) -> tuple[Tensor, Tensor]:
     """The whole set in memory: uint8 (n, 3, size, size) and int64 (n,)."""
-    chunks = list(stream(data, preprocessing))
+    chunks = list(stream(data, preprocessing, workers))
     return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
 
 
@@ -110,7 +133,7 @@ class Images:
 
     def __init__(self, pixels: Tensor, labels: Tensor, preprocessing: Preprocessing, device: torch.device) -> None:
         self.pixels, self.labels = pixels.to(device), labels.to(device)
-        self.preprocessing = preprocessing
+        self.preprocessing, self.device = preprocessing, device
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -122,16 +145,5 @@ class Images:
 
     def select(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """(float images (b, 3, size, size), labels (b,)) of the given positions."""
-        indices = indices.to(self.pixels.device)
+        indices = indices.to(self.device)
         return self.preprocessing.normalise(self.pixels[indices]), self.labels[indices]
-
-
-def data_record(data: TaskData) -> dict[str, Any]:
-    """What a result says of its data."""
-    return {
-        "task": data.task.name,
-        "split": data.split,
-        "source": data.source,
-        "description": data.description,
-        "images": len(data),
-    }

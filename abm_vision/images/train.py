@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abm_vision.abm import bars
+from abm_vision.images.data import Images, Preprocessing
+from abm_vision.images.settings import ImageSettings
 from abm_vision.runs.checkpoint import Progress
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.log import Log
-from abm_vision.vtab.config import RunConfig
-from abm_vision.vtab.data import Images, Preprocessing
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
@@ -30,7 +30,7 @@ def choose_attention(model: nn.Module, device: torch.device, precision: str) -> 
                 module.fused_attn = False
 
 
-def learning_rate(config: RunConfig, step: int, steps_per_epoch: int) -> float:
+def learning_rate(config: ImageSettings, step: int, steps_per_epoch: int) -> float:
     """Linear warm-up, then constant, or cosine to a hundredth of the peak."""
     warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
     if step < warmup:
@@ -49,7 +49,7 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def make_optimiser(model: nn.Module, config: RunConfig) -> torch.optim.AdamW:
+def make_optimiser(model: nn.Module, config: ImageSettings) -> torch.optim.AdamW:
     """AdamW on what trains: adapter and head."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
@@ -59,7 +59,7 @@ def train(
     model: nn.Module,
     optimiser: torch.optim.Optimizer,
     images: Images,
-    config: RunConfig,
+    config: ImageSettings,
     precision: str,
     progress: Progress,
     after_epoch: Callable[[Progress], None],
@@ -71,7 +71,7 @@ def train(
     Raises:
         Diverged: the loss is NaN or infinite.
     """
-    device = images.pixels.device
+    device = images.device
     steps = math.ceil(len(images) / config.batch_size)
     while progress.epoch < config.epochs:
         start, epoch = time.perf_counter(), progress.epoch
@@ -105,15 +105,34 @@ def train(
 
 
 @torch.no_grad()
-def count_correct(
-    model: nn.Module, chunks: object, preprocessing: Preprocessing, device: torch.device, precision: str, quiet: bool
-) -> tuple[int, int]:
-    """(correct, counted) over every image of the chunks."""
+def classify(
+    model: nn.Module,
+    chunks: Iterable[tuple[Tensor, Tensor]],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(logits (n, classes), labels (n,)), on CPU, of every chunk of uint8 images."""
     model.eval()
-    correct = counted = 0
-    for pixels, labels in bars.progress(chunks, "test", show=not quiet):
+    for pixels, labels in chunks:
         with autocast(device, precision):
             logits = model(preprocessing.normalise(pixels.to(device)))
-        correct += int((logits.argmax(-1).cpu() == labels).sum())
+        yield logits.float().cpu(), labels
+
+
+def count_correct(
+    model: nn.Module,
+    chunks: Iterable[tuple[Tensor, Tensor]],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str,
+    quiet: bool,
+    title: str = "test",
+) -> tuple[int, int]:
+    """(correct, counted) over every image of the chunks; the title is that of the progress bar."""
+    correct = counted = 0
+    bar = bars.progress(chunks, title, show=not quiet)
+    for logits, labels in classify(model, bar, preprocessing, device, precision):
+        correct += int((logits.argmax(-1) == labels).sum())
         counted += len(labels)
     return correct, counted
