@@ -222,6 +222,7 @@ def test_printed_settings_are_read_again(folder, capsys, tmp_path):
         (["--model", "vit_smal"], "timm has no model 'vit_smal'"),
         (["--out", "a/runs"], r"a/runs holds runs, not pictures of a class: move it, or choose another --out"),
         (["a", "b"], "unrecognized arguments: b"),
+        (["predikt"], r"there is no command predikt; did you mean predict\?"),
         (["predict", "absent", "absent.png"], r"1 of 1 file cannot be read.*\n.*no image absent\.png"),
         (["predict", "absent", __file__], r"test_tune\.py cannot be read as an image"),
         (["evaluate", "absent", "absent"], "there is no absent"),
@@ -231,7 +232,7 @@ def test_printed_settings_are_read_again(folder, capsys, tmp_path):
 def test_refused(more, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     photos(tmp_path / "a", 2)
-    commands, place = ("predict", "evaluate", "suite", "absent", "a"), ["a"] if more else []
+    commands, place = ("predict", "predikt", "evaluate", "suite", "absent", "a"), ["a"] if more else []
     given = [*words("")[1:], *place, *more] if not more or more[0] not in commands else more
     code, _, err = answer(given, capsys, main)
     assert code == 2 and re.search(message, err) and err.startswith("abm-tune") and "Traceback" not in err

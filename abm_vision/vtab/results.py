@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from abm_vision.abm.arguments import count
 from abm_vision.images.records import Score, Shape, Weights
 from abm_vision.runs import records
 from abm_vision.runs.folder import CHECKPOINT, Kept
@@ -104,7 +105,7 @@ def model_card(result: dict[str, Any]) -> str:
 
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}, qkv: {config["qkv"]}), initialised by
 {code(config["init"])}.
-Trained for {config["epochs"]} epochs on {train_data}, seed {config["seed"]}.
+Trained for {count(config["epochs"], "epoch")} on {train_data}, seed {config["seed"]}.
 
 Top-1 on {test["split"]}: {100 * test["top1"]:.2f} % of {test_data}.
 """
