@@ -1,15 +1,17 @@
 """An adapter says which model it is for, and is loaded and used from its folder alone."""
 
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
 from conftest import build_vit, images, randomise
+from huggingface_hub import HfApi, RepoUrl
 from PIL import Image
 
-from abm_vision import add_lora, create_backbone, load_adapter, save_adapter
+from abm_vision import add_lora, create_backbone, load_adapter, push_to_hub, save_adapter
 from abm_vision.images.predict import predict
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -133,8 +135,6 @@ UNBUILT = {
 
 @pytest.mark.parametrize("kind", UNBUILT)
 def test_a_model_that_cannot_be_built(saved, tmp_path, kind):
-    import shutil
-
     entries, message = UNBUILT[kind]
     shutil.copytree(saved[0], tmp_path / "adapter")
     changed(tmp_path / "adapter", **entries)
@@ -187,3 +187,22 @@ def test_a_card_that_somebody_wrote_stays(tmp_path):
     (tmp_path / "README.md").write_text("# My own words\n")
     save_adapter(model, tmp_path)
     assert "My own words" in (tmp_path / "README.md").read_text()
+
+
+def test_push_to_hub_uploads_all_that_is_saved(saved, tmp_path, monkeypatch):
+    """Into a folder that stands for the hub."""
+    hub, asked = tmp_path / "hub", []
+
+    def create(self, repo_id, **options):
+        asked.append((repo_id, options))
+        return RepoUrl(f"https://huggingface.co/me/{repo_id}")
+
+    def upload(self, *, repo_id, folder_path, commit_message):
+        return shutil.copytree(folder_path, hub / repo_id)
+
+    monkeypatch.setattr(HfApi, "create_repo", create)
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    place = push_to_hub(saved[1], "name", private=True, classes=NAMES, init="kaiming", card="Trained on 20 drawings.")
+    assert asked == [("name", {"private": True, "exist_ok": True})] and place == hub / "me" / "name"
+    assert {p.name: p.read_bytes() for p in place.iterdir()} == {p.name: p.read_bytes() for p in saved[0].iterdir()}
+    torch.testing.assert_close(load_adapter(place)(images()), saved[1](images()))

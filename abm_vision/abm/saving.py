@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -99,6 +101,30 @@ def save_adapter(
             _name_base(folder / "adapter_config.json", own["hub"])
         if active and not kept and (text := _card(backbone, own, model, card)):
             write_atomically(folder / CARD, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
+
+
+def push_to_hub(model: PeftModel, repo_id: str, *, private: bool | None = None, **saved: Any) -> CommitInfo:
+    """Save an adapter into a repository on the Hugging Face hub, which is made if it does not exist.
+
+    Unlike `model.push_to_hub`, which uploads peft's own files, this uploads all that `save_adapter` writes.
+    `load_adapter(huggingface_hub.snapshot_download(repo_id))` reads it. The token is the one that
+    `huggingface_hub.login` has kept, or HF_TOKEN.
+
+    Args:
+        model: the adapted model.
+        repo_id: "user/name".
+        private: whether a new repository is private; None takes the account's default.
+        saved: as for `save_adapter`: classes, preprocessing, card, ...
+
+    Raises:
+        ValueError: as `save_adapter`.
+        HfHubHTTPError: an `OSError`: the hub refuses it.
+    """
+    with TemporaryDirectory() as folder:
+        save_adapter(model, folder, **saved)
+        api = HfApi()
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload an adapter")
 
 
 def _versions() -> dict[str, str]:
