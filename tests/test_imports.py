@@ -93,9 +93,6 @@ ANSWERED = {  # program to what it answers at once, in a process for each
         *("--help", "--bogus", "--task nothing", "--epochs none"),
         *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "evaluate", "prepare", "list")),
         *("export --help", "export --to nothing", "merge --help"),
-            f"{c} --help"
-            for c in ("suite", "compare", "report", "predict", "evaluate", "export", "merge", "prepare", "list")
-        ),
         *("suite --bogus", "compare --lr", "suite --tasks nothing", "suite --init nothing", "suite --grid nothing"),
     ],
     "abm_vision.tune": [
