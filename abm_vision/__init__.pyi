@@ -7,7 +7,7 @@ from .abm.loading import load_adapter
 from .abm.lora import add_lora
 from .abm.match import initialize_lora_abm_weights
 from .abm.report import ABMReport
-from .abm.saving import save_adapter
+from .abm.saving import push_to_hub, save_adapter
 from .abm.settings import ABMConfig, AlignConfig
 from .abm.tangent import InformationLoss, information_loss
 from .initializers import INITIALIZERS, Initializer, initialize_lora, register_initializer
@@ -40,6 +40,7 @@ __all__ = [
     "initialize_lora_aligned_weights",
     "initializers",
     "load_adapter",
+    "push_to_hub",
     "register_backbone",
     "register_initializer",
     "runs",

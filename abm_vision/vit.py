@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.nn.functional as F
@@ -122,6 +123,24 @@ def _valid_patches(batch: Any, stack: str) -> Tensor | None:
     return inputs.get("patch_valid") if isinstance(inputs, Mapping) else None
 
 
+def _describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
+    from abm_vision.images.description import describe
+
+    return dict(given) if hasattr(model, "timm_model") else describe(model, given)
+
+
+def _card(facts: Mapping[str, Any], model: nn.Module, text: str) -> str:
+    from abm_vision.images.card import model_card
+
+    return model_card(facts, model, text)
+
+
+def _build(folder: Path, weights: str | None) -> nn.Module:
+    from abm_vision.images.description import build  # loads timm
+
+    return build(folder, weights)
+
+
 VIT = Backbone(
     name="timm vision transformer",
     matches=_is_timm_transformer,
@@ -137,4 +156,7 @@ VIT = Backbone(
     forward_fn=_forward,
     loss_fn=_loss,
     token_mask_fn=_valid_patches,
+    describe=_describe,
+    card=_card,
+    build=_build,
 )

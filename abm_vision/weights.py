@@ -6,7 +6,7 @@ import os
 import pickle
 import struct
 import zipfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -81,7 +81,8 @@ def create_backbone(
     name = _full_name(name)
     probe, options = _probe(name, num_classes, img_size, drop_path_rate)
     if weights == "none":
-        return timm.create_model(name, **options), WeightSource(name, "none", "random weights", None)
+        model = timm.create_model(name, **options)
+        return _noted(model, img_size, WeightSource(name, "none", "random weights", None))
     origin, location, path = locate(name, weights)
     try:
         if path.suffix == ".npz":
@@ -93,7 +94,13 @@ def create_backbone(
         # The probe was built with the same arguments: what fails now is the file.
         raise ValueError(f"{location} cannot be loaded into {name}: {shorten(str(error), 400)}") from error
     check_finite(model, f"{location}, loaded into {name}")
-    return model, WeightSource(name, origin, location, sha256_of([path]))
+    return _noted(model, img_size, WeightSource(name, origin, location, sha256_of([path])))
+
+
+def _noted(model: nn.Module, img_size: int | None, source: WeightSource) -> tuple[nn.Module, WeightSource]:
+    """The model with a note of what timm does not record, for `save_adapter`."""
+    model.made_from = {"image_size": img_size, "weights": asdict(source)}
+    return model, source
 
 
 def find_weights(name: str, weights: str | os.PathLike[str] = "auto") -> WeightSource:

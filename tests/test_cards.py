@@ -5,7 +5,9 @@ import re
 from html import unescape
 
 import pytest
+from conftest import build_vit
 
+from abm_vision.images.card import model_card
 from abm_vision.vtab import results
 from nlp_ext.glue import results as glue
 from nlp_ext.instruct import results as instruct
@@ -22,7 +24,9 @@ TEST = {"split": "test", "top1": 0.5, "count": 60}
 def vision():
     data = dict.fromkeys(("train", "test"), {"images": 60, "description": f"folder: {ODD}"})
     weights = {"origin": "file", "sha256": "0" * 64}
-    return results.model_card({"config": CONFIG, "test": TEST, "weights": weights, "data": data, "num_classes": 47})
+    text = results.model_card({"config": CONFIG, "test": TEST, "weights": weights, "data": data, "num_classes": 47})
+    facts = {"model": ODD, "hub": f"timm/{ODD}", "license": ODD, "num_classes": 2, "classes": [ODD, "b"], "init": ODD}
+    return model_card({**facts, "weights": weights}, build_vit(), text)
 
 
 def language(module, tiny):

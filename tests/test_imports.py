@@ -99,11 +99,12 @@ ANSWERED = {  # program to what it answers at once, in a process for each
     "abm_vision.vtab": [
         *("--help", "--bogus", "--task nothing", "--epochs none"),
         *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "evaluate", "prepare", "list")),
+        *("export --help", "export --to nothing", "merge --help"),
         *("suite --bogus", "compare --lr", "suite --tasks nothing", "suite --init nothing", "suite --grid nothing"),
     ],
     "abm_vision.tune": [
         *("--help", "--bogus", "--augment much", "--epochs none", "--validation 1"),
-        *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "evaluate")),
+        *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "evaluate", "export", "merge")),
     ],
     "nlp_ext.glue": [
         *("--help", "--bogus", "--task nothing", "suite --help", "compare --help", "report --help"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
@@ -54,6 +55,11 @@ class Backbone:
         head_modules: the names of the classifier's modules, trained and saved with the adapter.
         prepare: called with the names of the adapted modules before LoRA is added; puts right what would keep
             an adapter from running, and raises what it cannot put right.
+        describe: (model, what `save_adapter` was given) to what `abm.json` says of the model; raises a ValueError.
+            `hub` in it is the base model's name on the hub.
+        card: (what `abm.json` says, the model, Markdown on data and results) to the adapter's model card; None leaves
+            peft's.
+        build: (an adapter's folder, weights or None) to the model that it is for; None where that is not known.
     """
 
     name: str
@@ -68,6 +74,9 @@ class Backbone:
     fused_qkv: Callable[[nn.Module], list[str]] = lambda model: []
     head_modules: Callable[[nn.Module], list[str]] = lambda model: []
     prepare: Callable[[nn.Module, list[str]], None] = lambda model, adapted: None
+    describe: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] = lambda model, given: dict(given)
+    card: Callable[[Mapping[str, Any], nn.Module, str], str] | None = None
+    build: Callable[[Path, str | None], nn.Module] | None = None
 
     def input_mask(self, batch: Any, name: str) -> Tensor | None:
         """The tokens that count of what goes into an adapted layer: boolean (batch, tokens), or None for all."""
@@ -113,6 +122,11 @@ def register_backbone(backbone: Backbone) -> None:
     _registered.insert(0, backbone)
 
 
+def known_backbones() -> list[Backbone]:
+    """All records, in the order in which they are asked."""
+    return [*_registered, *map(resolve_name, _SHIPPED)]
+
+
 def find_backbone(model: nn.Module) -> Backbone:
     """The record of the family that a model (bare or adapted by peft) belongs to.
 
@@ -120,7 +134,7 @@ def find_backbone(model: nn.Module) -> Backbone:
         ValueError: the model is of no known family.
     """
     bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    backbones = [*_registered, *map(resolve_name, _SHIPPED)]
+    backbones = known_backbones()
     for backbone in backbones:
         if backbone.matches(bare):
             return backbone

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from abm_vision.abm.adapter import absence, adapted_layers, check_room, guard
 from abm_vision.abm.base_change import changes_base
 from abm_vision.abm.files import read_object
-from abm_vision.abm.host import Backbone, find_backbone
+from abm_vision.abm.host import Backbone, find_backbone, known_backbones
 from abm_vision.abm.lora import UNFIT, restrict_to_blocks, settle_modes, taken_off_on_error
 from abm_vision.abm.merged_linear import merged_linear_factory
 from abm_vision.abm.names import plain_name
@@ -31,19 +31,23 @@ REMEDY = "save or copy the adapter again"  # of a damaged file
 
 
 def load_adapter(
-    model: nn.Module,
-    directory: str | os.PathLike[str],
+    model: nn.Module | str | os.PathLike[str],
+    directory: str | os.PathLike[str] | None = None,
     *,
     is_trainable: bool = False,
     adapter_name: str = "default",
     merged_linear: bool = True,
     backbone: Backbone | None = None,
+    weights: str | None = None,
 ) -> PeftModel:
     """Put a saved adapter (ours or stock peft's) on a model, ready to run or to be trained further.
 
     Unlike `PeftModel.from_pretrained` it makes a fused qkv run that the model would bypass, keeps the k rows of an
     adapter for q and v alone at zero, and takes files only that are whole: every tensor that the configuration asks
     for, no other one, and finite numbers. After an error the model is as it was.
+
+    `load_adapter(directory)` builds the timm model that `abm.json` describes, on CPU, with its pretrained weights; they
+    must be those that the adapter was trained on, where `abm.json` says which (`create_backbone` records it).
 
     Args:
         model: a bare model, or a `PeftModel` to which the adapter is added under a new name, inactive.
@@ -52,12 +56,20 @@ def load_adapter(
         adapter_name: as in `add_lora`.
         merged_linear: as in `add_lora`.
         backbone: as in `add_lora`.
+        weights: of a model that is built here, as in `create_backbone`; None means those that `abm.json` names.
 
     Raises:
         FileNotFoundError: the directory holds no adapter.
-        ValueError: the adapter is no LoRA, its files are damaged, they do not fit the model, or the model takes no
-            further adapter (the name is taken, it is merged, compiled, on the meta device, or its base is changed).
+        WeightsNotFound: an `OSError`: there are no weights for a model that is built here.
+        ValueError: no model is given and `abm.json` does not describe one, the adapter is no LoRA, its files are
+            damaged, they do not fit the model, or the model takes no further adapter (the name is taken, it is merged,
+            compiled, on the meta device, or its base is changed).
     """
+    if directory is None:
+        directory, model = model, _built(model, weights)
+        model.train(is_trainable)
+    elif weights is not None:
+        raise ValueError(f"weights is {weights!r}, and the model is given, which has weights: leave one of them out")
     folder, config = Path(directory), _read_config(Path(directory))
     bare = check_room(model, adapter_name)
     backbone = backbone or find_backbone(bare)
@@ -90,6 +102,20 @@ def load_adapter(
         _check_blocks(adapted, adapter_name, blocks, backbone)
         restrict_to_blocks(adapted, adapter_name, blocks)
     return guard(adapted)
+
+
+def _built(directory: str | os.PathLike[str] | nn.Module, weights: str | None) -> nn.Module:
+    """The model that an adapter's `abm.json` describes."""
+    if isinstance(directory, nn.Module):
+        raise ValueError("a model is given without the adapter's folder: load_adapter(model, folder)")
+    folder = Path(directory)
+    _read_config(folder)
+    host = read_settings(folder).get("host") if (folder / ABM_FILE).is_file() else None
+    build = next((one.build for one in known_backbones() if one.name == host), None)
+    if build is None:
+        kind = f"a {host}, which is not built from its name" if host else "not described there"
+        raise ValueError(f"the model of {folder} is {kind}: build it and pass it, load_adapter(model, folder)")
+    return build(folder, weights)
 
 
 def load_reference(

@@ -9,10 +9,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from huggingface_hub import CommitInfo, HfApi
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -20,11 +23,15 @@ from torch import Tensor
 
 from abm_vision.abm.adapter import Adapter, adapted_layers, check_base, check_some_adapter
 from abm_vision.abm.base_change import base_changes, lora_layers
-from abm_vision.abm.files import write_json, writing
+from abm_vision.abm.files import read_object, write_atomically, write_json, writing
+from abm_vision.abm.host import Backbone, known_backbones
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.names import plain_name
 
 ABM_FILE, FORMAT = "abm.json", 1
+CARD = "README.md"
+CARD_MARK = "<!-- written by save_adapter, which writes it anew -->"
+_PACKAGES = ("abm-lora", "torch", "peft", "timm", "transformers")
 PEFT_PREFIX = "base_model.model."  # of every tensor in an adapter's file
 
 
@@ -33,9 +40,14 @@ def save_adapter(
     directory: str | os.PathLike[str],
     *,
     state_dict: Mapping[str, Tensor] | None = None,
+    card: str = "",
     **settings: Any,
 ) -> None:
-    """`model.save_pretrained` (stock peft's files), and beside them `abm.json` with what peft has no word for.
+    """`model.save_pretrained` (stock peft's files), and beside them `abm.json` and a model card.
+
+    `abm.json` has what peft has no word for. Of a timm model that is its name and tag, size, number of classes, how
+    images are made into its input, the licence and the origin of its weights, as far as timm or `create_backbone`
+    recorded them, so that `load_adapter(directory)` builds it again.
 
     An adapter that `initialize_lora` started by changing the base weights (PiSSA and others) is written as a plain
     one of twice the rank, for the untouched base. Compiled parts are saved under the names that they had before.
@@ -44,7 +56,12 @@ def save_adapter(
         model: the adapted model.
         directory: made if it does not exist.
         state_dict: what the model cannot give by itself, as in peft: the parameters of a sharded one (FSDP), whole.
-        settings: JSON values to keep in the active adapter's `abm.json`, such as `report=report.to_dict()`.
+        card: Markdown for the model card, on data, results and limits; text with a head (`---`) is the whole card. A
+            README.md that was there and that this function has not written stays.
+        settings: JSON values to keep in the active adapter's `abm.json`, such as `report=report.to_dict()` and
+            `init="abm"`. Of a timm model `classes`, the names of its classes in the order of its outputs, and
+            `preprocessing`, where images are not made into its input as timm records it: image_size, interpolation,
+            mean, std, crop_pct (of the shorter side), crop_mode ("center", or "squash" to a square).
 
     Raises:
         ValueError: the model has no LoRA adapter, or one that a loader would not find: a module that belongs to it was
@@ -59,12 +76,17 @@ def save_adapter(
         json.dumps(settings, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise ValueError(f"the settings {', '.join(settings)} cannot be written as JSON: {error}") from None
+    bare = model.get_base_model()
+    backbone = next((one for one in known_backbones() if one.matches(bare)), None)
+    facts = backbone.describe(bare, settings) if backbone else settings
+    embeds = "auto" if hasattr(bare, "get_input_embeddings") else False  # "auto" asks the hub for the base model
+    kept = _foreign_card(Path(directory) / CARD)
     with _uncompiled(model), as_plain_lora(model, state_dict) as state:
         for name in model.peft_config:
             check_base(model, "an adapter beside it is of no use on the unchanged base", but=name)
             _check_loadable(Adapter(model, name), state)
         with writing(Path(directory)):
-            model.save_pretrained(str(directory), state_dict=state)
+            model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=embeds)
         blocks = {
             name: [n for n, layer in adapted_layers(model, name).items() if _is_block(layer, n, name, state)]
             for name in model.peft_config
@@ -72,7 +94,62 @@ def save_adapter(
     for name, modules in blocks.items():  # peft puts every adapter but "default" into a folder of its own
         folder = Path(directory) if name == "default" else Path(directory) / name
         active = name in model.active_adapters
-        write_json(folder / ABM_FILE, {"format": FORMAT, "qv_only": modules, **(settings if active else {})})
+        about = {"host": backbone.name if backbone else None, "versions": _versions()}
+        own = facts if active else backbone.describe(bare, {}) if backbone else {}
+        write_json(folder / ABM_FILE, {"format": FORMAT, "qv_only": modules, **about, **own})
+        if own.get("hub"):
+            _name_base(folder / "adapter_config.json", own["hub"])
+        if active and not kept and (text := _card(backbone, own, model, card)):
+            write_atomically(folder / CARD, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
+
+
+def push_to_hub(model: PeftModel, repo_id: str, *, private: bool | None = None, **saved: Any) -> CommitInfo:
+    """Save an adapter into a repository on the Hugging Face hub, which is made if it does not exist.
+
+    Unlike `model.push_to_hub`, which uploads peft's own files, this uploads all that `save_adapter` writes.
+    `load_adapter(huggingface_hub.snapshot_download(repo_id))` reads it. The token is the one that
+    `huggingface_hub.login` has kept, or HF_TOKEN.
+
+    Args:
+        model: the adapted model.
+        repo_id: "user/name".
+        private: whether a new repository is private; None takes the account's default.
+        saved: as for `save_adapter`: classes, preprocessing, card, ...
+
+    Raises:
+        ValueError: as `save_adapter`.
+        HfHubHTTPError: an `OSError`: the hub refuses it.
+    """
+    with TemporaryDirectory() as folder:
+        save_adapter(model, folder, **saved)
+        api = HfApi()
+        name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return api.upload_folder(repo_id=name, folder_path=folder, commit_message="Upload an adapter")
+
+
+def _versions() -> dict[str, str]:
+    return {found.name: found.version for found in map(_installed, _PACKAGES) if found}
+
+
+def _installed(package: str) -> metadata.Distribution | None:
+    return next(iter(metadata.distributions(name=package)), None)
+
+
+def _name_base(path: Path, hub: str) -> None:
+    """Put the base model's name on the hub where peft has none: peft, given it earlier, would ask the hub for it."""
+    content = read_object(path, "save the adapter again")
+    write_json(path, {**content, "base_model_name_or_path": content["base_model_name_or_path"] or hub})
+
+
+def _foreign_card(path: Path) -> bool:
+    """Whether somebody else has written the model card that lies in the folder."""
+    return path.is_file() and CARD_MARK not in path.read_text(encoding="utf-8")
+
+
+def _card(backbone: Backbone | None, facts: Mapping[str, Any], model: PeftModel, text: str) -> str:
+    if text.startswith("---"):
+        return f"{text.rstrip()}\n\n{CARD_MARK}\n"
+    return f"{backbone.card(facts, model, text).rstrip()}\n\n{CARD_MARK}\n" if backbone and backbone.card else ""
 
 
 def _is_block(layer: LoraLayer, name: str, adapter_name: str, state: Mapping[str, Tensor]) -> bool:

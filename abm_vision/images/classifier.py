@@ -9,40 +9,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from peft import PeftModel
-from pydantic import ConfigDict
 from torch import Tensor
 
-from abm_vision.abm.loading import load_adapter, read_settings
-from abm_vision.abm.saving import ABM_FILE
+from abm_vision.abm.loading import load_adapter
 from abm_vision.images.data import Preprocessing, stream
+from abm_vision.images.description import build, read_description
 from abm_vision.images.photos import Photos, PhotoSplit
-from abm_vision.images.records import Shape, Weights
 from abm_vision.images.train import classify
 from abm_vision.runs.folder import ADAPTER
-from abm_vision.runs.records import Count, Positive, Record, checked
-from abm_vision.weights import create_backbone
-
-
-class Run(Record):
-    """Settings of the run that the adapter is from."""
-
-    model: str
-    weights: str
-    seed: Count
-    task: str
-    init: str
-
-
-class Trained(Record):
-    """What `abm.json` says of a run; other entries are of the adapter itself."""
-
-    model_config = ConfigDict(extra="ignore")
-    run: Run
-    num_classes: Positive
-    classes: list[str] | None = None
-    weights: Weights
-    preprocessing: Shape
-    data_source: str
 
 
 @dataclass(frozen=True)
@@ -78,7 +52,7 @@ class Classifier:
 
 
 def load_classifier(adapter: str | Path, weights: str | None = None, device: str | torch.device = "cpu") -> Classifier:
-    """The classifier that a run has trained.
+    """The classifier that a run or `save_adapter` has left.
 
     Args:
         adapter: a run's folder, or the adapter's own.
@@ -91,25 +65,13 @@ def load_classifier(adapter: str | Path, weights: str | None = None, device: str
     """
     folder = Path(adapter)
     folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
-    settings = read_settings(folder)
-    if "run" not in settings:
-        raise ValueError(f"{folder} was not written by a run, so model and image size are not known: use load_adapter")
-    checked(settings, Trained, str(folder / ABM_FILE), "it is damaged, or was not written by a run on images")
-    run, shape = settings["run"], Preprocessing(**settings["preprocessing"])
-    sha256, location = settings["weights"]["sha256"], settings["weights"]["location"]
-    torch.manual_seed(run["seed"])  # a run on random weights drew them from its seed
-    backbone, source = create_backbone(
-        run["model"], settings["num_classes"], shape.image_size, run["weights"] if weights is None else weights
-    )
-    if source.sha256 != sha256:
-        raise ValueError(
-            f"{folder} was trained on {location} (sha256 {sha256}), found was {source}: pass the same weights"
-        )
+    settings = read_description(folder)
+    shape, run = settings["preprocessing"], settings.get("run") or {"task": folder.name}
     return Classifier(
-        model=load_adapter(backbone, folder).eval().to(device),
-        preprocessing=shape,
+        model=load_adapter(build(folder, weights), folder).eval().to(device),
+        preprocessing=Preprocessing(**shape),
         classes=tuple(settings.get("classes") or map(str, range(settings["num_classes"]))),
         task=run["task"],
-        trained_on=settings["data_source"],
+        trained_on=settings.get("data_source", "images that were not recorded"),
         device=torch.device(device),
     )

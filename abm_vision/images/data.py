@@ -14,7 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2.functional import resize
+from torchvision.transforms.v2.functional import center_crop, resize
 
 from abm_vision.runs.order import shuffled
 from vtab_tasks.sources.items import Items
@@ -24,25 +24,35 @@ CHUNK = 256  # images that are drawn or decoded, and resized, together
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What the pretrained model expects: square images without cropping, normalised by its own statistics.
+    """What the pretrained model expects: square images, normalised by its own statistics.
 
     Args:
         image_size: pixels.
         interpolation: a torchvision name, antialiased.
         mean, std: per channel, of pixels in [0, 1].
+        crop_mode: "squash" does not keep the aspect ratio, as in VTAB; "center" cuts a square out of the middle.
+        crop_pct: the square's side, as a share of the shorter side.
     """
 
     image_size: int
     interpolation: str
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    crop_pct: float = 1.0
+    crop_mode: str = "squash"
 
     def resize(self, images: Sequence[np.ndarray]) -> Tensor:
-        """n images, uint8 (height, width, 3), to uint8 (n, 3, size, size); the aspect ratio is not kept, as in VTAB."""
+        """n images, uint8 (height, width, 3), to uint8 (n, 3, size, size)."""
         groups = [np.stack(images)] if len({i.shape for i in images}) == 1 else [np.array(i[None]) for i in images]
-        size, interpolation = [self.image_size] * 2, InterpolationMode(self.interpolation)
         pixels = (torch.from_numpy(group).permute(0, 3, 1, 2) for group in groups)
-        return torch.cat([resize(group, size, interpolation, antialias=True) for group in pixels])
+        return torch.cat([self._square(group) for group in pixels])
+
+    def _square(self, pixels: Tensor) -> Tensor:
+        side, interpolation = self.image_size, InterpolationMode(self.interpolation)
+        if self.crop_mode == "squash":
+            return resize(pixels, [side, side], interpolation, antialias=True)
+        shorter = int(side / self.crop_pct)  # as timm rounds it
+        return center_crop(resize(pixels, [shorter], interpolation, antialias=True), [side, side])
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, size, size) to float32, on the device of the pixels."""

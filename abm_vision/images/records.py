@@ -42,3 +42,5 @@ class Shape(Record):
     interpolation: Literal["nearest", "nearest-exact", "bilinear", "bicubic"]  # what torchvision knows of tensors
     mean: Annotated[list[float], Field(min_length=3, max_length=3)]
     std: Annotated[list[Annotated[float, Field(gt=0)]], Field(min_length=3, max_length=3)]
+    crop_pct: Annotated[float, Field(gt=0, le=1)] = 1.0
+    crop_mode: Literal["squash", "center"] = "squash"

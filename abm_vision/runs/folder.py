@@ -210,8 +210,7 @@ def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) ->
     beside = folder / f".{ADAPTER}.{os.getpid()}.part"
     with writing(folder / ADAPTER):
         try:
-            save_adapter(model, beside, **settings)
-            (beside / "README.md").write_text(card, encoding="utf-8")
+            save_adapter(model, beside, card=card, **settings)
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)
             os.replace(beside, folder / ADAPTER)
         finally:

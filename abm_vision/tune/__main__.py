@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from abm_vision.export import commands as export
 from abm_vision.images.commands import evaluate, predict
 from abm_vision.runs import commands
 from abm_vision.runs.cli import Parser, run_guarded, say
@@ -20,6 +21,8 @@ _ALL = commands.commands_of(
     {
         "predict": Command(partial(predict.parser, VIEW.program), predict.command, "classify images"),
         "evaluate": Command(partial(evaluate.parser, VIEW.program), evaluate.command, "on labelled images"),
+        "export": Command(partial(export.export_parser, VIEW.program), export.command, "as ONNX, .pt2 or for timm"),
+        "merge": Command(partial(export.merge_parser, VIEW.program), export.command, "as a checkpoint for timm"),
     },
 )
 

@@ -11,7 +11,7 @@ from abm_vision.images.records import Score, Shape, Weights
 from abm_vision.initializers import BASELINE
 from abm_vision.runs import records
 from abm_vision.runs.folder import CHECKPOINT, Kept
-from abm_vision.runs.markup import code, markdown, quoted
+from abm_vision.runs.markup import code, markdown
 from abm_vision.runs.records import Positive, Record, Share, settings_of
 from abm_vision.tune.config import TuneConfig
 
@@ -104,33 +104,14 @@ def next_steps(result: dict[str, Any]) -> str:
 
 
 def model_card(result: dict[str, Any]) -> str:
-    """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
-    config, held_out, weights = result["config"], scored(result), result["weights"]
-    name, file = quoted(config["model"]), quoted(config["weights"])
-    arguments = f"{name}, {result['num_classes']}, {config['image_size']}, {file}"
+    """What the adapter's model card says of its training: what it does and how well."""
+    config, held_out = result["config"], scored(result)
     images = f"{result['data']['train']['images']} images of {result['num_classes']} classes"
-    return f"""---
-library_name: peft
-base_model: {quoted(f"timm/{config['model']}")}
-tags: [lora, abm-lora, timm, image-classification]
----
-# {markdown(config["model"])}, adapted to one's own images
+    return f"""# {markdown(config["model"])}, adapted to one's own images
 
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}, qkv: {config["qkv"]}), initialised by
 {code(config["init"])}. Trained for {config["epochs"]} epochs on {images}, seed {config["seed"]}; the weights are
 those of epoch {result["best_epoch"]}, the best on the validation images.
 
 Top-1: {100 * held_out["top1"]:.2f} % of {held_out["count"]} {held_out["split"]} images.
-Base weights: {weights["origin"]}, sha256 {weights["sha256"]}.
-
-Classes, in the order of the outputs: {", ".join(markdown(name) for name in result["classes"])}.
-
-```python
-from abm_vision import create_backbone, load_adapter
-
-model, _ = create_backbone({arguments})  # name, classes, pixels, weights
-model = load_adapter(model, "path/to/this/folder").eval()
-```
-
-Stock peft loads it too: `PeftModel.from_pretrained(model, "path/to/this/folder")`.
 """

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 
+from abm_vision.export import commands as export
 from abm_vision.images.commands import evaluate, predict
 from abm_vision.runs import commands
 from abm_vision.runs.commands import Command
@@ -21,6 +22,8 @@ COMMANDS = commands.commands_of(
         "list": Command(tasks.parser, tasks.command, "the tasks and where their data is"),
         "predict": Command(partial(predict.parser, VIEW.program), predict.command, "classify images"),
         "evaluate": Command(partial(evaluate.parser, VIEW.program), evaluate.command, "on labelled images"),
+        "export": Command(partial(export.export_parser, VIEW.program), export.command, "as ONNX, .pt2 or for timm"),
+        "merge": Command(partial(export.merge_parser, VIEW.program), export.command, "as a checkpoint for timm"),
     },
 )
 

@@ -10,7 +10,7 @@ from abm_vision.abm.arguments import count
 from abm_vision.images.records import Score, Shape, Weights
 from abm_vision.runs import records
 from abm_vision.runs.folder import CHECKPOINT, Kept
-from abm_vision.runs.markup import code, markdown, quoted
+from abm_vision.runs.markup import code, markdown
 from abm_vision.runs.records import Positive, Record, Share, settings_of
 from abm_vision.vtab.config import RunConfig
 
@@ -95,34 +95,17 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def model_card(result: dict[str, Any]) -> str:
-    """What a person needs to know of a saved adapter: what it does, how well, and how to load it."""
-    config, test, weights = result["config"], result["test"], result["weights"]
-    name, file = quoted(config["model"]), quoted(config["weights"])
-    arguments = f"{name}, {result['num_classes']}, {config['image_size']}, {file}"
+    """What the adapter's model card says of its training: what it does and how well."""
+    config, test = result["config"], result["test"]
     train_data, test_data = (
         f"{result['data'][k]['images']} images ({markdown(result['data'][k]['description'])})"
         for k in ("train", "test")
     )
-    return f"""---
-library_name: peft
-base_model: {quoted(f"timm/{config['model']}")}
-tags: [lora, abm-lora, timm]
----
-# {markdown(config["model"])}, adapted to {config["task"]}
+    return f"""# {markdown(config["model"])}, adapted to {config["task"]}
 
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}, qkv: {config["qkv"]}), initialised by
 {code(config["init"])}.
 Trained for {count(config["epochs"], "epoch")} on {train_data}, seed {config["seed"]}.
 
 Top-1 on {test["split"]}: {100 * test["top1"]:.2f} % of {test_data}.
-Base weights: {weights["origin"]}, sha256 {weights["sha256"]}.
-
-```python
-from abm_vision import create_backbone, load_adapter
-
-model, _ = create_backbone({arguments})  # name, classes, pixels, weights
-model = load_adapter(model, "path/to/this/folder").eval()
-```
-
-Stock peft loads it too: `PeftModel.from_pretrained(model, "path/to/this/folder")`.
 """
