@@ -20,7 +20,7 @@ import vtab_tasks
 from abm_vision.abm.files import write_json
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
-from abm_vision.vtab.data import stream
+from abm_vision.vtab.data import Stream
 from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 RESULT = Path(__file__).parent / "results" / "data_path.json"
@@ -40,7 +40,7 @@ def measure(task: str) -> dict[str, object]:
     test.images(range(1000))  # the cache is filled
 
     def test_data() -> None:
-        for pixels, _ in stream(test, images.preprocessing):
+        for pixels, _ in Stream(test, images.preprocessing):
             images.preprocessing.normalise(pixels.to(device))
 
     def epoch() -> None:
@@ -51,7 +51,7 @@ def measure(task: str) -> dict[str, object]:
         "train": seconds(epoch),
         "test": seconds(
             lambda: count_correct(
-                model, stream(test, images.preprocessing), images.preprocessing, device, precision, True
+                model, Stream(test, images.preprocessing), images.preprocessing, device, precision, True
             )
         ),
     }

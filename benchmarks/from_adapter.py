@@ -32,7 +32,7 @@ from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import RunConfig, make_config, run
-from abm_vision.vtab.data import Images, stream
+from abm_vision.vtab.data import Images, Stream
 from abm_vision.vtab.train import Progress, count_correct, make_optimiser, train
 
 OTHER = {"dsprites_loc": "dsprites_ori", "dsprites_ori": "dsprites_loc"}
@@ -81,7 +81,7 @@ def trial(task: str, name: str, seed: int, out: str) -> dict[str, Any]:
     progress = Progress()
     train(model, make_optimiser(model, config), images, config, precision, progress, lambda _: None, quiet=True)
     test = vtab_tasks.load(task, "test", source="rendered").subset(config.test_images, seed)
-    chunks = stream(test, images.preprocessing)
+    chunks = Stream(test, images.preprocessing)
     correct, counted = count_correct(model, chunks, images.preprocessing, device, precision, quiet=True)
     steps = len(progress.losses) // config.epochs
     epochs = [statistics.mean(progress.losses[k * steps : (k + 1) * steps]) for k in range(config.epochs)]

@@ -20,7 +20,7 @@ from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session, SessionOptions
 from abm_vision.runs.run import run as run_spine
 from abm_vision.vtab.config import EVALUATIONS, RunConfig
-from abm_vision.vtab.data import Images, Preprocessing, data_record, load_all, preprocessing_for, stream
+from abm_vision.vtab.data import Images, Preprocessing, Stream, data_record, load_all, preprocessing_for
 from abm_vision.vtab.results import KEPT, model_card, summary
 from abm_vision.vtab.train import choose_attention, count_correct, make_optimiser
 from abm_vision.vtab.train import train as train_epochs
@@ -219,7 +219,7 @@ def score(run: VtabRun, progress: Progress) -> dict[str, Any]:
 
 
 def _test(run: VtabRun) -> tuple[int, int]:
-    chunks = stream(run.test_data, run.preprocessing, run.config.workers)
+    chunks = Stream(run.test_data, run.preprocessing, run.config.workers)
     return count_correct(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet)
 
 

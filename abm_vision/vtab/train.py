@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -106,7 +106,12 @@ def train(
 
 @torch.no_grad()
 def count_correct(
-    model: nn.Module, chunks: object, preprocessing: Preprocessing, device: torch.device, precision: str, quiet: bool
+    model: nn.Module,
+    chunks: Iterable[tuple[Tensor, Tensor]],
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str,
+    quiet: bool,
 ) -> tuple[int, int]:
     """(correct, counted) over every image of the chunks."""
     model.eval()
