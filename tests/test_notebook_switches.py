@@ -86,15 +86,8 @@ def test_quick_start():
 
 
 def test_activation_boundaries():
-    given = run(
-        "02",
-        LARGE,
-        ("else 600", "else 3"),
-        ("else 256", "else 4"),
-        ("1500", "5"),
-        ("subplots(2, 6,", "subplots(2, 3,"),
-        ("range(12)", "range(6)"),
-    )
+    blocks = [("subplots(2, 6,", "subplots(2, 3,"), ("range(12)", "range(6)"), ("range(1, 13)", "range(1, 7)")]
+    given = run("02", LARGE, ("else 600", "else 3"), ("else 256", "else 4"), ("1500", "5"), *blocks)
     assert given["count"] == 4
 
 
