@@ -9,7 +9,7 @@ from IPython.display import DisplayHandle, Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from abm_vision.analysis.figures import BLUE, OKABE_ITO
+from abm_vision.drawing import BLUE, OKABE_ITO
 
 
 class LivePlot:

@@ -1,10 +1,10 @@
-"""What the views of GLUE and of instructions (`abm_vision.analysis.view`) have in common."""
+"""What the views of GLUE and of instructions (`abm_vision.runs.view`) have in common."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from abm_vision.analysis.view import Kind, Mean
+from abm_vision.runs.view import Kind, Mean
 
 ASKED = ("data",)  # a folder or a name; the content is in the result's origin
 STAND_IN = "stand-in"

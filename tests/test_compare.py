@@ -229,6 +229,23 @@ def test_the_command(tmp_path, capsys):
     assert (code, err) == (0, "")
     assert {row["init"] for row in json.loads(out)} == {"kaiming", "random_b"}
     assert (tmp_path / "again" / "compare.md").read_text() == (tmp_path / "compare.md").read_text()
+    # The folder that they are in says the same, and what it holds besides.
+    foreign, failed = tmp_path / "rte-abm", tmp_path / "dtd-abm"
+    for folder, name, content in (
+        (foreign, "result.json", {"schema": "glue-2"}),
+        (failed, "failure.json", {"schema": 5, "reason": "Diverged:\n not finite", "time": ""}),
+    ):
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / name).write_text(json.dumps(content))
+    code, out, err = answer(["compare", tmp_path, "--report", tmp_path / "third"], capsys)
+    assert code == 0 and (tmp_path / "third" / "compare.md").read_text() == (tmp_path / "compare.md").read_text()
+    assert err.splitlines() == [
+        "abm-vtab: warning: no result: dtd-abm (Diverged: not finite)",
+        "abm-vtab: warning: no result: rte-abm (a result of abm-glue: use abm-glue report)",
+    ]
+    err = refused(["compare", *folders, foreign], capsys)
+    assert "rte-abm/result.json has schema 'glue-2', it is of abm-glue: give it to abm-glue" in err
 
 
 @pytest.mark.parametrize(

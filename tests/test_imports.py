@@ -23,7 +23,7 @@ def imported(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            yield node.module
+            yield from (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
 
 
 def against(root, folder):
@@ -71,6 +71,13 @@ def test_nothing_imports_the_harness_but_itself():
     for path in [*(ROOT / "abm_vision").rglob("*.py"), *(ROOT / "nlp_ext").rglob("*.py")]:
         if "vtab" not in path.parts:
             assert not [name for name in imported(path) if name.startswith("abm_vision.vtab")], path
+
+
+def test_an_analysis_reads_runs_and_not_the_other_way():
+    """But for the commands, which are above both."""
+    for path in [ROOT / "abm_vision" / "drawing.py", *(ROOT / "abm_vision" / "runs").rglob("*.py")]:
+        if "commands" not in path.parts:
+            assert not [name for name in imported(path) if name.startswith("abm_vision.analysis")], path
 
 
 def test_importing_loads_nothing_heavy_until_it_is_used():

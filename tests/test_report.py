@@ -16,8 +16,8 @@ from conftest import TINY
 
 import vtab_tasks
 from abm_vision import vtab
+from abm_vision.analysis import figures
 from abm_vision.analysis import report as module
-from abm_vision.analysis.figures import report as figures
 from abm_vision.analysis.published import PUBLISHED
 from abm_vision.analysis.report import notes, published_means, to_csv, to_html, to_latex, to_markdown, write_files
 from abm_vision.runs.markup import latex, one_line
@@ -249,6 +249,7 @@ def test_files_that_are_damaged_are_named(put, tmp_path, capsys):
         ("result.json", '{"schema": 5}', "result.json: it lacks config"),
         ("result.json", '{"schema": 1}', "has schema 1, this version reads 5"),
         ("result.json", "[]", "result.json holds no JSON object"),
+        ("result.json", '{"schema": "glue-2"}', "(a result of abm-glue: use abm-glue report)"),
         ("failure.json", "", "failure.json is not JSON"),
         ("failure.json", '{"schema": 5, "reason": 3, "time": ""}', "failure.json: reason is 3"),
     ):
@@ -318,8 +319,8 @@ def test_latex(whole):
 def test_published_means(method, means):
     """Recomputed for the fact sheet from the same rows."""
     row = next(row for row in PUBLISHED if row.method == method)
-    assert [float(mean) for mean in published_means(row, VIEW.kinds[0].means)] == pytest.approx(means, abs=0.101)
-    assert set(row.top1) == set(vtab_tasks.TASKS)
+    assert [float(mean) for mean in published_means(row, VIEW.data.kinds[0].means)] == pytest.approx(means, abs=0.101)
+    assert set(row.scores) == set(vtab_tasks.TASKS)
 
 
 @pytest.mark.parametrize(
@@ -343,6 +344,14 @@ def test_a_result_of_another_schema(put, tmp_path, capsys):
     (folder / "result.json").write_text('{"schema": 1}')
     assert main(["report", str(tmp_path / "runs")]) == 2
     assert "has schema 1, this version reads 5" in capsys.readouterr().err
+
+
+def test_a_folder_of_another_harness(put, tmp_path, capsys):
+    names = [put("dtd").name, put("pets").name]
+    for name in names:
+        (tmp_path / "runs" / name / "result.json").write_text('{"schema": "instruct-2"}')
+    assert main(["report", str(tmp_path / "runs")]) == 2
+    assert f"; {', '.join(names)} is a result of abm-instruct: use abm-instruct report\n" in capsys.readouterr().err
 
 
 def test_the_command(whole, tmp_path, capsys):
@@ -408,7 +417,7 @@ def test_names_in_markdown_come_back(odd):
         "ul",
         "li",
     }
-    for name in (*section.methods, *(one["file"] for one in report.runs)):
+    for name in (*section.methods, *(one.file for one in report.runs)):
         assert one_line(name) in texts
     assert any(f"(ValueError: {SHOWN})" in text for text in texts)
 
@@ -418,10 +427,10 @@ def test_names_in_html_come_back(odd):
     (section,) = report.sections
     tags, texts = read_page(to_html(report, "../runs #1"))
     assert [tag for tag, _ in tags].count("script") == 1 and not {"b", "em", "code"} & {tag for tag, _ in tags}
-    for name in (*section.methods, *(one["file"] for one in report.runs)):
+    for name in (*section.methods, *(one.file for one in report.runs)):
         assert name in texts
     links = [urllib.parse.unquote(a["href"]) for tag, a in tags if tag == "a" and not a["href"].startswith("#")]
-    assert sorted(links) == sorted(f"../runs #1/{one['file']}" for one in report.runs)
+    assert sorted(links) == sorted(f"../runs #1/{one.file}" for one in report.runs)
     assert not any("#" in a["href"][1:] or "?" in a["href"] for tag, a in tags if tag == "a" and a["href"][0] != "#")
 
 

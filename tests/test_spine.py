@@ -1,6 +1,8 @@
 """A harness of one's own on the spine: a network of two layers on a table of numbers."""
 
+import csv
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,12 +17,14 @@ from torch import nn
 from abm_vision import Backbone, add_lora, register_backbone
 from abm_vision.abm import host
 from abm_vision.runs import checkpoint as checkpoints
+from abm_vision.runs.commands import commands_of, main
 from abm_vision.runs.content import initialisation
 from abm_vision.runs.folder import CHECKPOINT, Busy, Kept, locked
 from abm_vision.runs.harness import Harness, Prepared, Processes, Session
 from abm_vision.runs.records import Positive, Result, Share
 from abm_vision.runs.run import run
 from abm_vision.runs.settings import AdapterSettings, flag
+from abm_vision.runs.view import Data, Kind, Score, View
 
 
 class Net(nn.Sequential):
@@ -64,7 +68,9 @@ class TableConfig(AdapterSettings):
 
 class TableResult(Result):
     accuracy: Share
+    rows: Positive
     data: dict[str, Any]
+    weights: dict[str, Any]
     processes: Positive
 
 
@@ -117,8 +123,15 @@ def train(run, notes, checkpoint):
 def score(run, progress):
     with torch.no_grad():
         correct = run.model(run.table).argmax(1) == run.labels
-    data = {"train": {"source": "table"}}
-    return {"accuracy": correct.float().mean().item(), "data": data, "processes": run.processes.count}
+    data = {"train": {"source": "table"}, "test": {"source": "table"}}
+    accuracy, weights = correct.float().mean().item(), {"sha256": None}
+    return {
+        "accuracy": accuracy,
+        "rows": len(correct),
+        "data": data,
+        "weights": weights,
+        "processes": run.processes.count,
+    }
 
 
 def write_notice(run):
@@ -137,6 +150,40 @@ HARNESS = Harness(
     settings=lambda result: {"accuracy": result["accuracy"]},
     extras={"notice.txt": write_notice},
 )
+
+VIEW = View(  # that of View's own example
+    program="abm-table",
+    name="Tables",
+    kept=HARNESS.kept,
+    harness=f"{__name__}:HARNESS",
+    score=Score("accuracy", "accuracy", "test", value=lambda result: result["accuracy"], unit="%", scale=100.0),
+    data=Data(
+        kinds=(Kind("real", "Tables", tasks=("table",)),),
+        source=lambda result: result["data"]["test"]["source"],
+        counted=lambda result: (result["rows"], result["rows"]),
+        samples="rows",
+    ),
+    task=lambda config: "table",
+)
+
+
+def test_a_view_gives_its_commands(tmp_path, capsys):
+    words = ["--init", "kaiming,gaussian", "--lr", "1e-2", "--seeds", "2", "--out", str(tmp_path), "--device", "cpu"]
+    commands = commands_of(VIEW, "Train a network on a table.", {})
+    for line in (["compare", *words], ["report", str(tmp_path)]):
+        assert main(VIEW, commands, line, smaller="--rows") == 0
+    shown = capsys.readouterr()
+    results = [json.loads(path.read_text()) for path in tmp_path.glob("*/result.json")]
+    rows = {row["init"]: row for row in csv.DictReader((tmp_path / "compare.csv").open())}
+    means = []
+    for init in ("kaiming", "gaussian"):
+        accuracy = [result["accuracy"] for result in results if result["config"]["init"] == init]
+        means.append(sum(accuracy) / 2)
+        assert len(accuracy) == 2 and float(rows[init]["accuracy"]) == pytest.approx(means[-1])
+    table, (ours, others) = re.sub(" +", " ", shown.out), (f"{100 * mean:.1f} ± [0-9.]+" for mean in means)
+    assert re.search(rf"\| table \| {ours} \| {others} \|", table)
+    assert "table [table], 2 seeds\n" in table and "## Tables, test accuracy in %" in table
+    assert "kaiming lr 0.01 seed 1: accuracy " in table and shown.err == ""
 
 
 def adapter(result):

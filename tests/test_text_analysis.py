@@ -102,6 +102,14 @@ def test_refusals(tmp_path, monkeypatch, capsys, command, words, message):
     assert code == 2 and message in err and "Traceback" not in err and not list(tmp_path.iterdir())
 
 
+def test_a_result_of_the_vision_harness(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    for name in ("config.json", "result.json"):
+        (tmp_path / "run" / name).write_text('{"schema": 5}')
+    code, _, err = answer(["report", tmp_path], capsys, glue)
+    assert code == 2 and err.endswith("; run is a result of abm-vtab: use abm-vtab report\n")
+
+
 @pytest.mark.parametrize("view", [GLUE_VIEW, VIEW, VTAB])
 def test_a_harness_can_be_sent_to_another_process(view):
     harness = resolve_name(view.harness)

@@ -9,15 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from abm_vision.abm.files import write_atomically
 from abm_vision.analysis import stats
-from abm_vision.analysis.load import BASELINE, check_seeds, common_settings
-from abm_vision.analysis.tables import csv_table, markdown_table, plain_table
-from abm_vision.analysis.view import Result, View
+from abm_vision.analysis.comparable import check_seeds, common_settings
+from abm_vision.analysis.tables import Table, csv_table, markdown_table, plain_table, write_texts
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.markup import markdown
 from abm_vision.runs.settings import AdapterSettings
-
-FILES = ("compare.md", "compare.csv", "compare.png")
+from abm_vision.runs.view import Result, View
 
 
 @dataclass(frozen=True)
@@ -130,13 +128,13 @@ def compare(results: Sequence[Result], view: View, diverged: Sequence[AdapterSet
 
 
 def _means(runs: Sequence[Result], view: View) -> tuple[float, float]:
-    return float(np.mean([*map(stats.training_loss, runs)])), float(np.mean([*map(view.value, runs)]))
+    return float(np.mean([*map(stats.training_loss, runs)])), float(np.mean([*map(view.score.value, runs)]))
 
 
 def _row(task: str, runs: Sequence[Result], baseline: Sequence[Result], view: View) -> Row:
     losses, other_losses, scores, other_scores = (
         np.array([figure(run) for run in found])
-        for figure in (stats.training_loss, view.value)
+        for figure in (stats.training_loss, view.score.value)
         for found in (runs, baseline)
     )
     costs = [stats.cost(run) for run in runs]
@@ -146,7 +144,7 @@ def _row(task: str, runs: Sequence[Result], baseline: Sequence[Result], view: Vi
     score_low, score_high = stats.interval(scores - other_scores)
     return Row(
         task=task,
-        source=next(iter(view.sources(runs[0]).values())),
+        source=runs[0]["data"]["train"]["source"],
         init=runs[0]["config"]["init"],
         lr=runs[0]["config"]["lr"],
         seeds=len(runs),
@@ -184,7 +182,7 @@ def _mean_loss(runs: Sequence[Result], moment: str) -> float | None:
 
 def _columns(view: View) -> Mapping[str, Callable[[Row], str]]:
     def score(value: float | None, sign: str = "") -> str:
-        return f"{view.scale * value:{sign}.{view.digits}f}"
+        return f"{view.score.scale * value:{sign}.{view.score.digits}f}"
 
     return {
         "initialisation": lambda r: r.init,
@@ -197,8 +195,8 @@ def _columns(view: View) -> Mapping[str, Callable[[Row], str]]:
         "ratio, cost counted": lambda r: "unknown" if r.timed_ratio is None else f"{r.timed_ratio:.2f}",
         "epochs to baseline's last loss": lambda r: "never" if r.epochs_to is None else f"{r.epochs_to:.1f}",
         "costs (epochs)": lambda r: "unknown" if r.init_epochs is None else f"{r.init_epochs:.2f}",
-        view.label: lambda r: _with(score(r.score), r.seeds, f" ± {score(r.score_error or 0)}"),
-        "gain" if view.higher else "difference (less is better)": lambda r: _with(
+        view.score.label: lambda r: _with(score(r.score), r.seeds, f" ± {score(r.score_error or 0)}"),
+        "gain" if view.score.higher else "difference (less is better)": lambda r: _with(
             score(r.score_gain, "+"), r.seeds, f" ({score(r.score_low, '+')} to {score(r.score_high, '+')})"
         ),
     }
@@ -208,63 +206,59 @@ def _with(value: str, seeds: int, spread: str) -> str:
     return value + spread if seeds > 1 else value
 
 
-def _tables(comparison: Comparison) -> list[tuple[str, list[str], list[list[str]]]]:
-    """Of every task the title, the head and the rows of its table."""
-    columns = _columns(comparison.view)
-    return [
-        (_title(task, rows), list(columns), [[column(row) for column in columns.values()] for row in rows])
-        for task, rows in comparison.by_task.items()
-    ]
-
-
-def _title(task: str, rows: Sequence[Row]) -> str:
-    seeds = rows[0].seeds
-    return f"{task} [{rows[0].source}], {seeds} seed{'s' if seeds > 1 else ''}"
+def _tables(comparison: Comparison) -> dict[str, tuple[str, Table]]:
+    """Task to the title of its table, and the table."""
+    columns, found = _columns(comparison.view), {}
+    for task, rows in comparison.by_task.items():
+        seeds = rows[0].seeds
+        title = f"{task} [{rows[0].source}], {seeds} seed{'s' if seeds > 1 else ''}"
+        found[task] = title, Table([*columns], [[column(row) for column in columns.values()] for row in rows])
+    return found
 
 
 def to_text(comparison: Comparison) -> str:
     """The tables for a terminal."""
-    parts = [f"{title}\n{plain_table(head, rows)}" for title, head, rows in _tables(comparison)]
+    parts = [f"{title}\n{plain_table(*table)}" for title, table in _tables(comparison).values()]
     return "\n\n".join([*parts, _legend(comparison)])
 
 
 def to_markdown(comparison: Comparison) -> str:
     """The tables, and what every learning rate gave."""
     parts = ["# Initialisations compared\n"]
-    for task, (title, head, rows) in zip(comparison.by_task, _tables(comparison), strict=True):
-        parts.append(f"## {markdown(title)}\n\n{markdown_table(head, rows)}")
-        parts.append(_rates_table(comparison, task))
+    for task, (title, table) in _tables(comparison).items():
+        parts.append(f"## {markdown(title)}\n\n{markdown_table(*table)}")
+        rates = markdown_table(*_rates_table(comparison, task))
+        parts.append(f"Training loss and {comparison.view.score.title} at every learning rate:\n\n{rates}")
     parts.append(markdown(_legend(comparison)))
     return "\n\n".join(parts) + "\n"
 
 
-def _rates_table(comparison: Comparison, task: str) -> str:
-    view = comparison.view
+def _rates_table(comparison: Comparison, task: str) -> Table:
     spread = {init: rates for (t, init), rates in comparison.rates.items() if t == task}
     rates = sorted({lr for found in spread.values() for lr in found})
+    score = comparison.view.score
 
     def cell(found: Mapping[float, tuple[float, float] | None], lr: float) -> str:
         if found.get(lr) is None:
             return "diverged" if lr in found else "-"
-        loss, score = found[lr]
-        return f"{loss:.3f}, {view.scale * score:.{view.digits}f} {view.unit}".rstrip()
+        loss, value = found[lr]
+        return f"{loss:.3f}, {score.scale * value:.{score.digits}f} {score.unit}".rstrip()
 
-    rows = ([init, *(cell(found, lr) for lr in rates)] for init, found in spread.items())
-    table = markdown_table(["initialisation", *(f"lr {lr:g}" for lr in rates)], rows)
-    return f"Training loss and {view.title} at every learning rate:\n\n{table}"
+    rows = [[init, *(cell(found, lr) for lr in rates)] for init, found in spread.items()]
+    return Table(["initialisation", *(f"lr {lr:g}" for lr in rates)], rows)
 
 
 def records(comparison: Comparison) -> list[dict[str, Any]]:
     """The rows as plain values, for CSV and JSON; the score goes by its own name, such as `top1`."""
     return [
-        {name.replace("score", comparison.view.key): value for name, value in asdict(row).items()}
+        {name.replace("score", comparison.view.score.key): value for name, value in asdict(row).items()}
         for row in comparison.rows
     ]
 
 
 def _legend(comparison: Comparison) -> str:
     s = comparison.settings
-    difference = "gain" if comparison.view.higher else "difference"
+    difference = "gain" if comparison.view.score.higher else "difference"
     return (
         f"{comparison.view.model(s)}, rank {s['rank']} on {s['targets']}, {s['epochs']} epochs, {s['device']}. "
         "Every initialisation at the learning rate with its lowest training loss (mean over all steps). Ratio and "
@@ -275,12 +269,10 @@ def _legend(comparison: Comparison) -> str:
 
 def write_files(comparison: Comparison, folder: str | Path) -> list[Path]:
     """Write `compare.md`, `compare.csv` and `compare.png`; returns their paths."""
-    from abm_vision.analysis.figures import save_figure
-    from abm_vision.analysis.figures.compare import draw_comparison
+    from abm_vision.analysis.figures import draw_comparison
+    from abm_vision.drawing import save_figure
 
-    paths = [Path(folder) / name for name in FILES]
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for path, text in zip(paths, (to_markdown(comparison), csv_table(records(comparison))), strict=False):
-        write_atomically(path, lambda beside, text=text: beside.write_text(text, encoding="utf-8"))
-    save_figure(draw_comparison(comparison), paths[2])
+    texts = {"compare.md": to_markdown(comparison), "compare.csv": csv_table(records(comparison))}
+    paths = [*write_texts(folder, texts), Path(folder) / "compare.png"]
+    save_figure(draw_comparison(comparison), paths[-1])
     return paths

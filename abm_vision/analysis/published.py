@@ -8,7 +8,7 @@ github.com/OSU-MLB/ViT_PEFT_Vision (CVPR 2025), last epoch.
 from __future__ import annotations
 
 import vtab_tasks
-from abm_vision.analysis.view import Published
+from abm_vision.runs.view import Published
 
 _ORDER = (
     "cifar100 caltech101 dtd flowers102 pets svhn sun397 "

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
-from abm_vision.analysis.load import BASELINE, OTHER_DATA, facts
+from abm_vision.analysis.load import OTHER_DATA, Finished
 from abm_vision.analysis.stats import deviation, signed_rank_p, training_loss
-from abm_vision.analysis.view import Kind, Mean, Result, View
+from abm_vision.initializers import BASELINE
+from abm_vision.runs.view import Kind, Mean, Result, View
 
 
 @dataclass(frozen=True)
 class Cell:
     """Scores of one method on one task, over seeds."""
 
-    runs: tuple[Result, ...]
+    runs: tuple[Finished, ...]
     view: View
+
+    @property
+    def results(self) -> list[Result]:
+        return [run.result for run in self.runs]
 
     @property
     def values(self) -> np.ndarray:
         """One a seed, in the score's unit."""
-        return np.array([*map(self.view.shown, self.runs)])
+        return np.array([*map(self.view.score.shown, self.results)])
 
     @property
     def mean(self) -> float:
@@ -37,25 +40,25 @@ class Cell:
 
     @property
     def seeds(self) -> list[int]:
-        return [run["config"]["seed"] for run in self.runs]
+        return [run.seed for run in self.runs]
 
     @property
     def subset(self) -> bool:
         """Whether fewer samples than the split has were scored."""
-        return any(count < whole for count, whole in map(self.view.counted, self.runs))
+        return any(count < whole for count, whole in map(self.view.data.counted, self.results))
 
     @property
     def files(self) -> list[str]:
         """The result files, relative to the folder of the runs."""
-        return [run["file"] for run in self.runs]
+        return [run.file for run in self.runs]
 
     def __str__(self) -> str:
-        return _in_words(self.mean, self.std, self.subset, self.view)
+        return _in_words(self.mean, self.std, self.subset, self.view.score.digits)
 
 
-def _in_words(value: float, std: float | None, subset: bool, view: View) -> str:
-    spread = "" if std is None else f" ± {std:.{view.digits}f}"
-    return f"{value:.{view.digits}f}{spread}{'†' if subset else ''}"
+def _in_words(value: float, std: float | None, subset: bool, digits: int) -> str:
+    spread = "" if std is None else f" ± {std:.{digits}f}"
+    return f"{value:.{digits}f}{spread}{'†' if subset else ''}"
 
 
 @dataclass(frozen=True)
@@ -118,8 +121,8 @@ class Section:
 
     @property
     def title(self) -> str:
-        unit = f" in {self.view.unit}" if self.view.unit else ""
-        return f"{self.kind.title}, {self.view.title}{unit}"
+        score = self.view.score
+        return f"{self.kind.title}, {score.title}{f' in {score.unit}' if score.unit else ''}"
 
     def averages(self, method: str) -> list[Average]:
         """Every mean of this kind of data."""
@@ -135,7 +138,7 @@ class Section:
         std = None
         if all(cell.seeds == found[0].seeds for cell in found):
             std = deviation(np.mean([np.mean([cell.values for cell in part], axis=0) for part in parts], axis=0))
-        text = _in_words(value, std, any(cell.subset for cell in found), self.view)
+        text = _in_words(value, std, any(cell.subset for cell in found), self.view.score.digits)
         return Average(mean, text, value, std, there, of)
 
     def missing(self, method: str) -> list[str]:
@@ -144,48 +147,49 @@ class Section:
 
     def paired(self) -> list[Paired]:
         """Every method against the baseline of the same settings, over the tasks and seeds that both have."""
-        found = ((m, self._baseline(m)) for m in self.methods if self._init(m) != BASELINE)
+        found = ((m, self._baseline(m)) for m in self._others)
         return [p for method, base in found if base is not None and (p := self._paired(method, base)) is not None]
 
     def unpaired(self) -> list[str]:
         """The methods that have no baseline of the same settings."""
-        return [m for m in self.methods if self._init(m) != BASELINE and self._baseline(m) is None]
+        return [m for m in self._others if self._baseline(m) is None]
 
-    def _init(self, method: str) -> str:
-        return self._run(method)["config"]["init"]
+    @cached_property
+    def _one(self) -> dict[str, Finished]:
+        """The first run of each method."""
+        return {method: cell.runs[0] for (_, method), cell in reversed(self.cells.items())}
 
-    def _run(self, method: str) -> Result:
-        return next(cell.runs[0] for (_, m), cell in self.cells.items() if m == method)
+    @property
+    def _others(self) -> list[str]:
+        """The methods that are no baseline."""
+        return [m for m in self.methods if self._one[m].init != BASELINE]
 
     def _baseline(self, method: str) -> str | None:
         """The one baseline there is; of several that whose settings, where they differ, are the method's."""
-        known = facts(self._run(method), self.view)
-        own = {m: self._run(m)["own"] for m in self.methods if self._init(m) == BASELINE}
-        baselines = [m for m in own if own[m].get(OTHER_DATA) == known[OTHER_DATA]]
-        if len(baselines) > 1:
-            baselines = [m for m in baselines if own[m].items() <= known.items()]
-        return baselines[0] if len(baselines) == 1 else None
+        facts = self._one[method].facts
+        own = {m: run.own for m, run in self._one.items() if run.init == BASELINE}
+        found = [m for m in own if own[m].get(OTHER_DATA) == facts[OTHER_DATA]]
+        if len(found) > 1:
+            found = [m for m in found if own[m].items() <= facts.items()]
+        return found[0] if len(found) == 1 else None
 
     def _paired(self, method: str, baseline: str) -> Paired | None:
-        gains, ratios = [], []
+        score, gains, ratios = self.view.score, [], []
         for task in self.tasks:
-            pairs = self._pairs(task, method, baseline)
-            if pairs:
-                gains.append(self.view.scale * np.mean([self.view.value(a) - self.view.value(b) for a, b in pairs]))
+            if pairs := self._pairs(task, method, baseline):
+                gains.append(score.scale * np.mean([score.value(a) - score.value(b) for a, b in pairs]))
                 ratios.append(np.mean([training_loss(a) / training_loss(b) for a, b in pairs]))
         if not gains:
             return None
         gain = np.array(gains)
         better, worse = int((gain > 0).sum()), int((gain < 0).sum())
-        if not self.view.higher:
+        if not score.higher:
             better, worse = worse, better
         p = signed_rank_p(gain)
         return Paired(method, baseline, len(gain), better, worse, float(gain.mean()), float(np.mean(ratios)), p)
 
-    def _pairs(self, task: str, method: str, baseline: str) -> list[tuple[Any, Any]]:
-        """Runs of the same seed."""
-        found: Sequence[Cell | None] = [self.cells.get((task, name)) for name in (method, baseline)]
-        if None in found:
-            return []
-        ours, theirs = ({run["config"]["seed"]: run for run in cell.runs} for cell in found)
+    def _pairs(self, task: str, method: str, baseline: str) -> list[tuple[Result, Result]]:
+        """Results of the same seed."""
+        cells = (self.cells.get((task, name)) for name in (method, baseline))
+        ours, theirs = ({run.seed: run.result for run in cell.runs} if cell else {} for cell in cells)
         return [(ours[seed], theirs[seed]) for seed in sorted(set(ours) & set(theirs))]

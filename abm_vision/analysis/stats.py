@@ -26,15 +26,16 @@ def delayed_training_loss(result: dict[str, Any], epochs: float) -> float:
     return float(total / len(losses))
 
 
-def cost(result: dict[str, Any]) -> float | None:
-    """What the initialisation took, its tuned reference included, in median training epochs of the same run.
+def seconds_before(result: dict[str, Any]) -> float:
+    """What the initialisation took, its tuned reference included, in seconds."""
+    return result["seconds"]["init"] + result["seconds"].get("reference", 0.0)
 
-    None where the cost of a given reference is not known.
-    """
-    seconds, reference = result["seconds"], result["reference"]
-    if reference and reference["seconds"] is None:
+
+def cost(result: dict[str, Any]) -> float | None:
+    """The same in median training epochs of the run; None where the cost of a given reference is not known."""
+    if result["reference"] and result["reference"]["seconds"] is None:
         return None
-    return (seconds["init"] + seconds.get("reference", 0.0)) / float(np.median(result["seconds_per_epoch"]))
+    return seconds_before(result) / float(np.median(result["seconds_per_epoch"]))
 
 
 def epoch_losses(runs: Sequence[dict[str, Any]]) -> np.ndarray:

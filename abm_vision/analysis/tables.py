@@ -5,10 +5,12 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from tabulate import SEPARATING_LINE, DataRow, Line, TableFormat, tabulate
 
+from abm_vision.abm.files import write_text
 from abm_vision.runs.markup import latex, markdown, one_line
 
 _LATEX_ROW = DataRow("", " & ", r" \\")
@@ -22,6 +24,13 @@ _BOOKTABS = TableFormat(  # tabulate's own escapes what is escaped here already,
     padding=0,
     with_header_hide=None,
 )
+
+
+class Table(NamedTuple):
+    """A head, and rows of cells."""
+
+    head: list[str]
+    rows: list[list[str]]
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str | TableFormat) -> str:
@@ -63,3 +72,16 @@ def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return stream.getvalue()
+
+
+def write_texts(folder: str | Path, texts: Mapping[str, str]) -> list[Path]:
+    """Write a file of each name into a folder, which is made; returns their paths.
+
+    Raises:
+        OSError: nothing can be written there.
+    """
+    paths = [Path(folder) / name for name in texts]
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for path, text in zip(paths, texts.values(), strict=True):
+        write_text(path, text)
+    return paths

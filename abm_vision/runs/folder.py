@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from abm_vision.abm.files import write_json, writing
 from abm_vision.runs import records
-from abm_vision.runs.records import read_record
+from abm_vision.runs.records import OtherHarness, read_record
 from abm_vision.runs.settings import AdapterSettings
 
 if TYPE_CHECKING:
@@ -26,6 +26,22 @@ CONFIG, RESULT, ADAPTER = "config.json", "result.json", "adapter"
 CURVES, INFORMATION_LOSS, CHECKPOINT = "curves.png", "information_loss.png", "checkpoint.pt"
 LOCK, FAILURE = ".lock", "failure.json"
 ABANDONED = 60.0  # seconds after which nobody is at a configuration half written
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run is.
+
+    Args:
+        name: `finished`, `failed`, `interrupted` or `not begun`; `not readable` or `another harness` if its folder
+            holds a result that cannot be taken.
+        result: of a finished one.
+        reason: why it has none, if more is known than the name says.
+    """
+
+    name: str
+    result: dict[str, Any] | None = None
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,9 +66,28 @@ class Kept:
         """
         return read_record(folder / RESULT, self.result, self.config.schema) if (folder / RESULT).is_file() else None
 
-    def is_interrupted(self, folder: Path) -> bool:
-        """Whether a run has begun and is not finished."""
-        return any((folder / name).exists() for name in self.unfinished)
+    def state(self, folder: Path) -> State:
+        """How far the run in a folder is."""
+        try:
+            result = self.read(folder)
+        except OtherHarness as error:
+            return State("another harness", reason=f"a result of {error.program}: use {error.program} report")
+        except ValueError as error:
+            return State("not readable", reason=str(error))
+        if result is not None:
+            return State("finished", result)
+        if (folder / FAILURE).is_file():
+            return State("failed", reason=_failure(folder))
+        begun = any((folder / name).exists() for name in self.unfinished)
+        return State("interrupted" if begun else "not begun")
+
+
+def _failure(folder: Path) -> str:
+    """Why a run has failed."""
+    try:
+        return read_record(folder / FAILURE, records.Failure)["reason"]
+    except ValueError as error:
+        return f"failed; why is not readable: {error}"
 
 
 def open_folder(out: str | Path, config: AdapterSettings) -> Path:

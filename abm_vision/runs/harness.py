@@ -214,7 +214,8 @@ class Harness:
         resume: what an interrupted run left, None if it left nothing.
         train: trains to the end, from the checkpoint if there is one. What it saves on its way holds the notes, which
             `resume` gives back.
-        score: the fields of the result that are this harness's own, `data.train.source` among them.
+        score: the fields of the result that are this harness's own; an analysis reads `weights.sha256`,
+            `data.train.source` and what its `View` says.
         summary: what was scored, on which data, and how well, in one line.
         card: the adapter's model card.
         settings: what `abm.json` says of the adapter besides.

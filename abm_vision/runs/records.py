@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,6 +23,23 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Times = dict[str, Seconds]
 Precision = Literal["bf16", "fp32"]
+
+
+NUMBERED = "vtab"  # the harness whose schema is a number alone
+
+
+class OtherHarness(ValueError):
+    """A record is another harness's.
+
+    Args:
+        path: of the record.
+        schema: its own.
+        program: the command that writes such records.
+    """
+
+    def __init__(self, path: Path, schema: int | str, program: str) -> None:
+        super().__init__(f"{path} has schema {schema!r}, it is of {program}: give it to {program}")
+        self.program = program
 
 
 class Record(BaseModel):
@@ -84,15 +102,25 @@ def read_record(
 
     Raises:
         FileNotFoundError: it is not there.
+        OtherHarness: it is of another one than the schema that is given.
         ValueError: it is damaged, of another schema than is given, or a field is missing, of another type or out of
             its range.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; {remedy}")
     content = read_object(path, remedy)
-    if schema is not None and content.get("schema") != schema:
-        raise ValueError(f"{path} has schema {content.get('schema')!r}, this version reads {schema!r}; {remedy}")
+    found = content.get("schema")
+    if schema is not None and found != schema:
+        if (program := _program(found)) not in (None, _program(schema)):
+            raise OtherHarness(path, found, program)
+        raise ValueError(f"{path} has schema {found!r}, this version reads {schema!r}; {remedy}")
     return checked(content, kind, str(path), remedy)
+
+
+def _program(schema: Any) -> str | None:
+    """The command whose records have this schema, `abm-glue` of `glue-2`; None if it is none."""
+    name = re.fullmatch(r"(?:([a-z_]+)-)?\d+", str(schema))
+    return f"abm-{name[1] or NUMBERED}" if name else None
 
 
 class Recorded(BaseModel):

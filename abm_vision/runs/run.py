@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from abm_vision.abm.files import write_json
-from abm_vision.analysis.figures import save_figure
-from abm_vision.analysis.figures.run import draw_information_loss, draw_training
+from abm_vision.drawing import save_figure
 from abm_vision.initializers import Properties
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
+from abm_vision.runs.figures import draw_information_loss, draw_training
 from abm_vision.runs.folder import ADAPTER, CURVES, FAILURE, INFORMATION_LOSS, RESULT
 from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Request, Run, Session, silent
 from abm_vision.runs.initialise import Tune, check_same_initialisation, initialise

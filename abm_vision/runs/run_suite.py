@@ -12,7 +12,6 @@ from typing import Any
 
 from abm_vision.abm.arguments import count
 from abm_vision.abm.files import CannotWrite
-from abm_vision.analysis.view import View
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import Origin, check_finished
 from abm_vision.runs.folder import Diverged
@@ -20,6 +19,7 @@ from abm_vision.runs.harness import Harness, Say, Session
 from abm_vision.runs.run import run
 from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.suite import Suite
+from abm_vision.runs.view import View
 
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
 
@@ -92,7 +92,7 @@ def _choose(suite: Suite, outcomes: Mapping[AdapterSettings, Outcome], say: Say)
             chosen[task, init] = {name: values[name] for name in suite.grid if name in values}
             words = ", ".join(f"{name} {value}" for name, value in chosen[task, init].items())
             if words:
-                say(f"{task} {init}: selected {words}, {view.in_words(scores[best])} of {view.selection_split}")
+                say(f"{task} {init}: selected {words}, {view.score.in_words(scores[best])} of {view.selection.split}")
         elif tried:
             say(f"{task} {init}: every run of the selection has diverged, so there is no final run")
         else:  # there is nothing to choose
@@ -114,8 +114,8 @@ def _run_all(
         if outcome.state == "unwritable":
             raise CannotWrite(outcome.reason)
         if outcome.state == "done":
-            outcome = replace(outcome, score=view.value(view.kept.read(folders[config])))
-            said = view.in_words(outcome.score)
+            outcome = replace(outcome, score=view.score.value(view.kept.read(folders[config])))
+            said = view.score.in_words(outcome.score)
         else:
             files.write_failure(folders[config], config.schema, outcome.reason)
             said = f"FAILED {outcome.reason}"

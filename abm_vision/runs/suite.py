@@ -16,9 +16,9 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
 from abm_vision.abm.arguments import are
-from abm_vision.analysis.view import View
-from abm_vision.runs.folder import FAILURE
+from abm_vision.runs.folder import State
 from abm_vision.runs.settings import AdapterSettings
+from abm_vision.runs.view import View
 
 if TYPE_CHECKING:
     from abm_vision.runs.harness import Harness
@@ -58,7 +58,7 @@ class Suite:
                 raise ValueError(f"{name} is {', '.join(map(str, values)) or 'empty'}; give one or more, each once")
         if self.seeds < 1:
             raise ValueError(f"seeds is {self.seeds}; it must be 1 or more")
-        if self.grid and not self.view.selection:
+        if self.grid and not self.view.selection.settings:
             raise ValueError(
                 f"{self.view.name} has no samples to choose settings on but those that are scored at the end: leave "
                 "--grid out"
@@ -75,7 +75,7 @@ class Suite:
         if not self.grid:
             return []
         runs = (
-            self._config(task, init, SELECTION_SEED, {**point, **self.view.selection})
+            self._config(task, init, SELECTION_SEED, {**point, **self.view.selection.settings})
             for task, init in itertools.product(self.tasks, self.inits)
             for point in self._points()
         )
@@ -147,21 +147,15 @@ class Planned:
     @property
     def is_settled(self) -> bool:
         """Whether it would not be run."""
-        return self.state in ("finished", "not readable")
+        return self.state in ("finished", "not readable", "another harness")
 
 
 def plan(suite: Suite, out: str | Path) -> list[Planned]:
     """What the suite would run, selection first. Final runs stand there with the grid's first point."""
-    return [_planned(suite, config, Path(out) / config.run_name()) for config in (*suite.selection(), *suite.final())]
+    configs = (*suite.selection(), *suite.final())
+    return [_planned(config, suite.view.kept.state(Path(out) / config.run_name())) for config in configs]
 
 
-def _planned(suite: Suite, config: AdapterSettings, folder: Path) -> Planned:
-    kept = suite.view.kept
-    try:
-        if kept.read(folder):
-            return Planned(config, "finished")
-    except ValueError as error:
-        return Planned(config, "not readable", str(error))
-    if (folder / FAILURE).is_file():
-        return Planned(config, "failed before")
-    return Planned(config, "interrupted" if kept.is_interrupted(folder) else "to run")
+def _planned(config: AdapterSettings, state: State) -> Planned:
+    words = {"not begun": "to run", "failed": "failed before"}
+    return Planned(config, words.get(state.name, state.name), "" if state.name == "failed" else state.reason)

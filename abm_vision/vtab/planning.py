@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import tempfile
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,10 +43,8 @@ def estimate(like: RunConfig, out: str | Path) -> tuple[Callable[[RunConfig], fl
 
 def _throughput(out: str | Path, like: RunConfig) -> dict[str, float] | None:
     alike = ("model", "image_size", "batch_size", "targets", "precision", "device")
-    finished = []
-    for folder in Path(out).glob("*/"):
-        with suppress(ValueError):  # a plan and a report name what cannot be read; here others will do
-            finished.append(HARNESS.kept.read(folder))
+    # A plan and a report name what cannot be read; here others will do.
+    finished = (HARNESS.kept.state(folder).result for folder in Path(out).glob("*/"))
     found = [r for r in finished if r and all(r["config"][k] == getattr(like, k) for k in alike)]
     if not found:
         return None

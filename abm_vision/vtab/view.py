@@ -6,7 +6,7 @@ from typing import Any
 
 import vtab_tasks
 from abm_vision.analysis.published import PUBLISHED
-from abm_vision.analysis.view import Kind, Mean, View
+from abm_vision.runs.view import Data, Kind, Mean, Score, Selection, View
 from abm_vision.vtab.results import KEPT
 
 _ALL = tuple(vtab_tasks.TASKS)
@@ -35,8 +35,9 @@ _RENDERED = Kind(
 )
 
 
-def _sources(result: dict[str, Any]) -> dict[str, str]:
-    return {"training data": result["data"]["train"]["source"], "test data": result["data"]["test"]["source"]}
+def _content(result: dict[str, Any]) -> dict[str, str]:
+    """Empty for records of benchmarks, which have no origin."""
+    return {part: result["origin"][part] for part in _CONTENT if "origin" in result}
 
 
 VIEW = View(
@@ -45,24 +46,28 @@ VIEW = View(
     kept=KEPT,
     harness="abm_vision.vtab.harness:HARNESS",
     estimate="abm_vision.vtab.planning:estimate",
-    key="top1",
-    score="top-1",
-    split="test",
-    unit="%",
-    value=lambda result: result["test"]["top1"],
-    scale=100.0,
-    limits=(0, 100),
-    details=lambda result: {key: result["test"][key] for key in ("top1", "correct", "count", "split_size")},
-    counted=lambda result: (result["test"]["count"], result["test"]["split_size"]),
-    samples="images",
-    subset="fewer images than the test split has, drawn with a fixed seed",
-    selection={"evaluate": "val"},
-    selection_split="val200",
-    kinds=(_REAL, _RENDERED),
-    kind=lambda result: "rendered" if result["data"]["test"]["source"] == "rendered" else "real",
-    sources=_sources,
-    content=lambda result: {part: result["origin"][part] for part in _CONTENT if "origin" in result},
-    asked=("source", "data_dir", "workers"),
+    score=Score(
+        key="top1",
+        name="top-1",
+        split="test",
+        value=lambda result: result["test"]["top1"],
+        unit="%",
+        scale=100.0,
+        limits=(0, 100),
+        followed=lambda result: result["top1_per_epoch"],
+        details=lambda result: {key: result["test"][key] for key in ("correct", "count", "split_size")},
+    ),
+    data=Data(
+        kinds=(_REAL, _RENDERED),
+        kind=lambda result: "rendered" if result["data"]["test"]["source"] == "rendered" else "real",
+        source=lambda result: result["data"]["test"]["source"],
+        content=_content,
+        counted=lambda result: (result["test"]["count"], result["test"]["split_size"]),
+        samples="images",
+        subset="fewer images than the test split has, drawn with a fixed seed",
+    ),
+    selection=Selection({"evaluate": "val"}, split="val200"),
     groups={task.name: task.group for task in vtab_tasks.TASKS.values()},
     model=lambda settings: f"{settings['model']}, {settings['image_size']} px",
+    asked=("source", "data_dir", "workers"),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from abm_vision.analysis.view import Mean, View
+from abm_vision.runs.view import Data, Mean, Score, View
 from nlp_ext import textview
 from nlp_ext.glue.data import SYNTHETIC
 from nlp_ext.glue.results import KEPT
@@ -40,7 +40,7 @@ def _counted(result: dict[str, Any]) -> tuple[int, int]:
 def _details(result: dict[str, Any]) -> dict[str, Any]:
     invalid = sum(scores["invalid"] for scores in result["scores"].values())
     count, size = _counted(result)
-    return {"score": value(result), "metric": _metric(result), "invalid": invalid, "count": count, "split_size": size}
+    return {"metric": _metric(result), "invalid": invalid, "count": count, "split_size": size}
 
 
 VIEW = View(
@@ -48,27 +48,20 @@ VIEW = View(
     name="GLUE",
     kept=KEPT,
     harness="nlp_ext.glue.harness:HARNESS",
-    key="score",
-    score="score",
-    split="validation",
-    unit="%",
-    scale=100.0,
-    value=value,
-    details=_details,
-    counted=_counted,
-    samples="examples",
-    subset="fewer examples than the validation split has, the first",
-    kinds=textview.kinds(
-        "GLUE", "Stand-ins (not GLUE)", _ALL, (Mean("mean", f"mean of the {len(_ALL)} tasks", (_ALL,)),)
+    score=Score("score", "score", "validation", value, unit="%", scale=100.0, details=_details),
+    data=Data(
+        kinds=textview.kinds(
+            "GLUE", "Stand-ins (not GLUE)", _ALL, (Mean("mean", f"mean of the {len(_ALL)} tasks", (_ALL,)),)
+        ),
+        kind=textview.kind,
+        source=lambda result: result["data"]["validation"][0]["source"],
+        content=textview.content,
+        seeded=True,
+        counted=_counted,
+        samples="examples",
+        subset="fewer examples than the validation split has, the first",
     ),
-    kind=textview.kind,
-    sources=lambda result: {
-        "training data": result["data"]["train"]["source"],
-        "validation data": result["data"]["validation"][0]["source"],
-    },
-    content=textview.content,
-    seeded=True,
+    groups={task: group for group, tasks in _GROUPS.items() for task in tasks},
     circumstances=textview.circumstances,
     asked=textview.ASKED,
-    groups={task: group for group, tasks in _GROUPS.items() for task in tasks},
 )

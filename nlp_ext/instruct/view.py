@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abm_vision.analysis.view import View
+from abm_vision.runs.view import Data, Score, View
 from nlp_ext import textview
 from nlp_ext.instruct.results import KEPT
 
@@ -13,28 +13,24 @@ VIEW = View(
     name="Instruction tuning",
     kept=KEPT,
     harness="nlp_ext.instruct.harness:HARNESS",
-    key="perplexity",
-    score="perplexity",
-    split="held-out",
-    unit="",
-    higher=False,
-    digits=2,
-    value=lambda result: result["perplexity"]["after"],
-    details=lambda result: {
-        "perplexity": result["perplexity"]["after"],
-        "before": result["perplexity"]["before"],
-        "conversations": result["perplexity"]["conversations"],
-    },
-    counted=lambda result: (result["perplexity"]["conversations"],) * 2,
-    samples="conversations",
-    kinds=textview.kinds("Instruction tuning", "Instruction tuning on stand-ins", (SUBJECT,)),
-    kind=textview.kind,
-    sources=lambda result: {
-        "training data": result["data"]["train"]["source"],
-        "held-out data": result["data"]["held_out"]["source"],
-    },
-    content=textview.content,
+    score=Score(
+        key="perplexity",
+        name="perplexity",
+        split="held-out",
+        value=lambda result: result["perplexity"]["after"],
+        digits=2,
+        higher=False,
+        details=lambda result: {key: result["perplexity"][key] for key in ("before", "conversations")},
+    ),
+    data=Data(
+        kinds=textview.kinds("Instruction tuning", "Instruction tuning on stand-ins", (SUBJECT,)),
+        kind=textview.kind,
+        source=lambda result: result["data"]["held_out"]["source"],
+        content=textview.content,
+        counted=lambda result: (result["perplexity"]["conversations"],) * 2,
+        samples="conversations",
+    ),
+    task=lambda config: SUBJECT,
     circumstances=textview.circumstances,
     asked=textview.ASKED,
-    task=lambda config: SUBJECT,
 )

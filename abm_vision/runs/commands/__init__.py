@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser, guarded
 from abm_vision.runs.commands import compare, report, run, suite
+from abm_vision.runs.view import View
 
 SHARED = {
     "suite": (suite, "many runs"),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import warnings
 from typing import Any
 
-from abm_vision.analysis.view import View
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
 from abm_vision.runs.commands.suite import add_executors, executor
+from abm_vision.runs.view import View
 
 # What is compared unless it is said otherwise.
 COMPARED = {"init": "kaiming,abm", "lr": "5e-4,1e-3,2e-3,4e-3", "seeds": 3}
@@ -26,7 +28,7 @@ def parser(view: View) -> Parser:
         "own best rate. Finished runs are reused, interrupted ones resumed. Or compare the finished runs in given "
         "folders.",
     )
-    flags.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, instead of running any")
+    flags.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs, or of several (--out)")
     texts = {
         "task": "tasks with commas between",
         "init": "initialisations with commas between, kaiming among them",
@@ -56,7 +58,9 @@ def command(view: View, parsed: argparse.Namespace) -> int:
         options.pop("executor")
         if options:
             raise ValueError(f"finished runs have their settings: leave out {', '.join(options)}")
-        found, diverged = [load.read_finished(folder, view) for folder in folders], []
+        (found, left_out), diverged = load.read_results(folders, view), []
+        for name, why in left_out:
+            warnings.warn(f"no result: {name} ({why})", stacklevel=1)
     else:
         found, diverged = _run(view, options, out, quiet or as_json)
     compared = compare.compare(found, view, diverged)
@@ -74,7 +78,7 @@ def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[li
     Raises:
         ValueError: a list is empty or has a name twice, or a run failed.
     """
-    from abm_vision.analysis.load import BASELINE, read_finished
+    from abm_vision.analysis.load import read_finished
     from abm_vision.runs.harness import Session, silent
     from abm_vision.runs.run_suite import run_suite
     from abm_vision.runs.suite import Suite

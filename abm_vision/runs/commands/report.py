@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser
+from abm_vision.runs.view import View
 
 
 def parser(view: View) -> Parser:

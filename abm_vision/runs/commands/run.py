@@ -10,11 +10,11 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
 
-from abm_vision.analysis.view import View
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
 from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.records import read_config
 from abm_vision.runs.settings import AdapterSettings, Settings
+from abm_vision.runs.view import View
 
 
 def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parser], None]) -> Parser:

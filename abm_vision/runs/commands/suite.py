@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from abm_vision.abm.arguments import are, count
-from abm_vision.analysis.view import View
 from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say, value_of
 from abm_vision.runs.suite import Suite, parse_tasks, plan
+from abm_vision.runs.view import View
 
 if TYPE_CHECKING:
     from abm_vision.runs.run_suite import Executor
@@ -33,8 +33,8 @@ def parser(view: View) -> Parser:
     default = f"abm,{BASELINE}"
     flags.add_argument("--init", default=default, help=f"initialisations with commas between (default: {default})")
     flags.add_argument("--seeds", type=int, default=1, help="runs of each, with seeds 0, 1, ... (default: 1)")
-    text = f"choose this setting on {view.selection_split}, for every task from the same values; may be repeated"
-    help_text = text if view.selection else argparse.SUPPRESS  # it is there to be refused with a reason
+    text = f"choose this setting on {view.selection.split}, for every task from the same values; may be repeated"
+    help_text = text if view.selection.settings else argparse.SUPPRESS  # it is there to be refused with a reason
     flags.add_argument("--grid", action="append", default=[], metavar="SETTING=A,B", help=help_text)
     add_settings(flags, view.config, without=view.set_by_suite)
     flags.add_argument("--out", default="results", help="folder of the runs (default: results)")

@@ -1,4 +1,4 @@
-"""Figures, drawn from result records alone: here what they share, one file for each of their readers."""
+"""What all figures have in common: colours, axes, and the map of an information loss."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
@@ -22,11 +21,6 @@ OKABE_ITO = ("#000000", ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format of the path's suffix."""
     write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
-
-
-def distinct(count: int) -> list[Any]:
-    """Okabe and Ito's seven and black while they last, then matplotlib's twenty."""
-    return list(OKABE_ITO[:count]) if count <= len(OKABE_ITO) else [colormaps["tab20"](k % 20) for k in range(count)]
 
 
 def shown(name: str) -> str:
@@ -47,13 +41,6 @@ def plain_log(axes: Axes) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def line_with_band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, label: str) -> None:
-    """The mean over seeds and one standard deviation; `values` is (seeds, points)."""
-    mean, spread = values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
-    axes.plot(x, mean, "o-", color=colour, markersize=3, linewidth=1.4, label=shown(label))
-    axes.fill_between(x, mean - spread, mean + spread, color=colour, alpha=0.15, linewidth=0)
 
 
 def by_depth(report: dict[str, Any], kinds: list[str], field: str) -> np.ndarray:

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from abm_vision.analysis.figures import BLUE, GREEN, GREY, ORANGE, by_depth, heat_map, plain_log, shown, tidy
-from abm_vision.analysis.view import stand_in
+from abm_vision.drawing import BLUE, GREEN, GREY, ORANGE, by_depth, heat_map, plain_log, shown, tidy
+from abm_vision.runs.view import stand_in
 
 
 def draw_training(result: dict[str, Any], title: str) -> Figure:
