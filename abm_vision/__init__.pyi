@@ -15,6 +15,8 @@ from .live import LivePlot
 from .vit import VIT
 from .weights import WeightSource, create_backbone
 
+__version__: str
+
 __all__ = [
     "INITIALIZERS",
     "VIT",

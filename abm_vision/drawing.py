@@ -35,11 +35,17 @@ def tidy(axes: Axes) -> None:
     axes.set_axisbelow(True)
 
 
+def epochs_axis(axes: Axes) -> None:
+    """From 0 to the end of the last epoch that is drawn, with ticks at whole ones."""
+    axes.set(xlabel="epoch", xlim=(0, np.ceil(axes.dataLim.xmax) + 0.1))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+
+
 def plain_log(axes: Axes) -> None:
     """Ticks such as 0.5, not 5 x 10^-1."""
     low, high = axes.get_ylim()
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(4))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_formatter(ScalarFormatter(useOffset=False))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 

@@ -18,7 +18,7 @@ from directions import adapted
 
 import vtab_tasks
 from abm_vision.abm.files import write_json
-from abm_vision.images.data import stream
+from abm_vision.images.data import Stream
 from abm_vision.images.train import Progress, count_correct, make_optimiser, train
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
@@ -40,7 +40,7 @@ def measure(task: str) -> dict[str, object]:
     test.images(range(1000))  # the cache is filled
 
     def test_data() -> None:
-        for pixels, _ in stream(test, images.preprocessing):
+        for pixels, _ in Stream(test, images.preprocessing):
             images.preprocessing.normalise(pixels.to(device))
 
     def epoch() -> None:
@@ -51,7 +51,7 @@ def measure(task: str) -> dict[str, object]:
         "train": seconds(epoch),
         "test": seconds(
             lambda: count_correct(
-                model, stream(test, images.preprocessing), images.preprocessing, device, precision, True
+                model, Stream(test, images.preprocessing), images.preprocessing, device, precision, True
             )
         ),
     }

@@ -28,7 +28,7 @@ import vtab_tasks
 from abm_vision import initialize_lora
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import load_reference
-from abm_vision.images.data import Images, stream
+from abm_vision.images.data import Images, Stream
 from abm_vision.images.train import Progress, count_correct, make_optimiser, train
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER
@@ -81,7 +81,7 @@ def trial(task: str, name: str, seed: int, out: str) -> dict[str, Any]:
     progress = Progress()
     train(model, make_optimiser(model, config), images, config, precision, progress, lambda _: None, quiet=True)
     test = vtab_tasks.load(task, "test", source="rendered").subset(config.test_images, seed)
-    chunks = stream(test, images.preprocessing)
+    chunks = Stream(test, images.preprocessing)
     correct, counted = count_correct(model, chunks, images.preprocessing, device, precision, quiet=True)
     steps = len(progress.losses) // config.epochs
     epochs = [statistics.mean(progress.losses[k * steps : (k + 1) * steps]) for k in range(config.epochs)]

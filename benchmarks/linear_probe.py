@@ -18,7 +18,7 @@ from torch import Tensor
 import vtab_tasks
 from abm_vision import create_backbone
 from abm_vision.abm.files import write_json
-from abm_vision.images.data import preprocessing_for, stream
+from abm_vision.images.data import Stream, preprocessing_for
 from abm_vision.images.train import choose_attention
 from abm_vision.runs.device import autocast, has_fast_bf16
 from abm_vision.runs.provenance import environment
@@ -34,7 +34,7 @@ def features(model: torch.nn.Module, data: vtab_tasks.TaskData, device: torch.de
     precision = "bf16" if has_fast_bf16(device) else "fp32"
     choose_attention(model, device, precision)
     preprocessing, found, labels = preprocessing_for(model, 70), [], []
-    for pixels, of_these in stream(data, preprocessing):
+    for pixels, of_these in Stream(data, preprocessing):
         with autocast(device, precision):
             tokens = model.forward_features(preprocessing.normalise(pixels.to(device)))
             found.append(model.forward_head(tokens, pre_logits=True).double().cpu())

@@ -95,12 +95,34 @@ def test_list(capsys, tmp_path):
     assert main(["list"]) == 0
     lines = capsys.readouterr().out.splitlines()
     row = next(line for line in lines if line.startswith("dsprites_ori"))
-    assert row.split()[1:4] == ["structured", "16", "73728"] and "rendered" in row
-    (tmp_path / "vtab-1k" / "dsprites_loc").mkdir(parents=True)
-    (tmp_path / "vtab-1k" / "dsprites_loc" / "test.txt").write_text("")
-    assert main(["list", "--data-dir", str(tmp_path), "--json"]) == 0
-    rows = {row["task"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["dsprites_loc"]["data"] == [f"folder: {tmp_path}/vtab-1k/dsprites_loc", "rendered: drawn offline"]
+    assert row.split()[1:4] == ["structured", "16", "73728"] and row.endswith("  rendered: drawn offline")
+
+
+def listed(data_dir, capsys):
+    """What `list` finds of dsprites_loc, and what it says in its line."""
+    code, out, err = answer(["list", "--data-dir", data_dir, "--json"], capsys)
+    assert (code, err) == (0, "")
+    (row,) = [row for row in json.loads(out) if row["task"] == "dsprites_loc"]
+    code, out, _ = answer(["list", "--data-dir", data_dir], capsys)
+    assert code == 0
+    return row["data"], next(line for line in out.splitlines() if line.startswith("dsprites_loc"))
+
+
+def test_list_says_what_a_run_would_accept(community, tmp_path, capsys):
+    drawn = {"source": "rendered", "location": None, "refused": None}
+    place = str(community)
+    data, line = listed(community.parents[1], capsys)
+    assert data == [{"source": "folder", "location": place, "refused": None}, drawn]
+    assert line.endswith(f"folder: {place} (accepted), rendered: drawn offline")
+    shutil.move(community / "images/test/000003.png", tmp_path / "away.png")
+    (data, other), line = listed(community.parents[1], capsys)
+    words = [*FLAGS, "--quiet", "--data-dir", community.parents[1], "--out", tmp_path / "out"]
+    assert refused(words, capsys) == f"abm-vtab: error: {data['refused']}\n" and other == drawn
+    assert f"(REFUSED: {data['refused']})" in line
+    (community / "test.txt").unlink()  # the rest of an interrupted download; the message has several lines
+    (data, _), line = listed(community.parents[1], capsys)
+    assert "does not hold dsprites_loc/test in the community layout" in data["refused"] and data["refused"] in line
+    assert "no folder" in refused(["list", "--data-dir", tmp_path / "absent"], capsys)
 
 
 def test_predict(capsys, tmp_path):

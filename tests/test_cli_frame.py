@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from abm_vision.runs.cli import Parser, guarded, say
+from abm_vision.vtab.__main__ import COMMANDS
 
 LINE = "† 87.3 ± 0.4 café \udcff"  # the last as Python holds a byte of a file's name that is no text
 
@@ -77,6 +78,16 @@ def unread():
 @pytest.mark.parametrize("command", [once, said, often, explained, carried_on])
 def test_output_that_nobody_reads_ends_a_command_without_a_word(monkeypatch, command):
     assert answer(command, monkeypatch, unread()) == (141, "")
+
+
+def test_predictions_for_head_alone(monkeypatch):
+    """`predict ... | head`, of more images than a pipe holds back."""
+    row = {"image": "image.png", "top": [{"class": "banded", "probability": 0.5}]}
+    monkeypatch.setattr("abm_vision.images.predict.predict", lambda *_, **__: [row] * 10_000)
+    monkeypatch.setattr("abm_vision.images.photos.check_readable", lambda *_: {})
+    for more in ([], ["--json"]):
+        words = COMMANDS["predict"].parser().parse_args(["a", __file__, "--device", "cpu", *more])
+        assert answer(lambda words=words: COMMANDS["predict"].body(words), monkeypatch, unread()) == (141, "")
 
 
 def test_another_broken_pipe_is_an_error(monkeypatch, tmp_path):

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import io
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from helpers import FLAGS, answer, refused
 
 from abm_vision.analysis import compare as module
 from abm_vision.analysis.compare import records, to_markdown, to_text
+from abm_vision.analysis.figures import draw_comparison
 from abm_vision.analysis.stats import delayed_training_loss, interval
 from abm_vision.runs import run_suite
 from abm_vision.runs.folder import Diverged
@@ -110,6 +112,27 @@ def test_bootstrap_against_all_resamples():
     low, high = interval(values)
     assert (low, high) == interval(values)
     assert means[0] <= low <= means[2] and means[-3] <= high <= means[-1]
+
+
+def test_axes_of_a_single_epoch():
+    """Ticks at whole epochs, and numbers as they are: no offset above an axis."""
+    runs = [
+        record(init, seed=seed, losses=(2.7712 + 0.0004 * seed, 2.7709), top1=0.5 + 0.001 * seed)
+        for init in ("kaiming", "eva")
+        for seed in (0, 1)
+    ]
+    for run in runs:
+        run["config"]["epochs"], run["seconds_per_epoch"] = 1, [10.0]
+        run["top1_per_epoch"] = {"1": run["test"]["top1"]}
+    figure = draw_comparison(compare(runs))
+    figure.savefig(io.BytesIO())
+    for axes in figure.axes:
+        texts = [axis.get_major_formatter().get_offset() for axis in (axes.xaxis, axes.yaxis)]
+        assert texts == ["", ""], axes.get_ylabel()
+    for axes in (axes for axes in figure.axes if axes.get_xlabel() == "epoch"):
+        low, high = axes.get_xlim()
+        assert [tick for tick in axes.get_xticks() if low <= tick <= high] == [0, 1]
+    assert [axes.get_xlabel() for axes in figure.axes].count("epoch") == 2
 
 
 @pytest.mark.figures

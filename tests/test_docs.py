@@ -2,7 +2,10 @@
 
 import json
 import logging
+import os
 import re
+import shlex
+import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -66,6 +69,38 @@ def test_every_option_is_there(site, program, command):
     actions = program.COMMANDS[command].parser()._actions
     flags = {flag for action in actions for flag in action.option_strings} - {"-h", "--help"}
     assert flags <= code(site / "commands" / "index.html")
+
+
+def test_commands_of_a_cluster_have_flags_that_exist():
+    page = (ROOT / "docs" / "clusters.md").read_text()
+    calls = re.findall(r"^python -m abm_vision\.vtab (\w+) (.+)$", page, re.MULTILINE)
+    calls += [("suite", words) for words in re.findall(r"sbatch examples/suite\.sbatch (.+)$", page, re.MULTILINE)]
+    assert [name for name, _ in calls] == ["list", "suite", "suite", "suite", "suite"]
+    for name, words in calls:
+        vtab.COMMANDS[name].parser().parse_args(shlex.split(words, comments=True))
+
+
+def test_the_job_array_calls_a_suite(tmp_path):
+    """With stand-ins for the scheduler and the environment."""
+    for name, text in (("bin/srun", '#!/bin/bash\nprintf "%s\\n" "$@"\n'), ("venv/bin/activate", "")):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PROJECT": str(tmp_path)}
+    script, words = ROOT / "examples" / "suite.sbatch", ["--tasks", "all", "--seeds", "3"]
+    done = subprocess.run(
+        ["bash", script, "--tasks", "all", "--seeds", "3"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    words = done.stdout.splitlines()
+    assert words[:4] == ["python", "-m", "abm_vision.vtab", "suite"]
+    found = vtab.COMMANDS["suite"].parser().parse_args(words[4:])
+    assert (found.tasks, found.seeds, found.out) == ("all", 3, f"{tmp_path}/results")
+    assert all(line.startswith("#SBATCH --") for line in script.read_text().splitlines() if "SBATCH" in line)
 
 
 @pytest.mark.slow

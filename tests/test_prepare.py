@@ -234,6 +234,19 @@ def test_export_keeps_pixels_labels_and_origin(norb, tmp_path):
     assert not list(folder.rglob(".*"))
 
 
+@pytest.mark.parametrize("out", ["vtab-1k", "vtab-1k/", "data/vtab-1k", "."])
+def test_a_folder_of_that_name_is_not_nested(norb, tmp_path, monkeypatch, out):
+    inside = tmp_path / "vtab-1k"
+    inside.mkdir()
+    monkeypatch.chdir(inside if out == "." else tmp_path)
+    words = ["prepare", "--task", "snorb_elev", "--to", "folder", "--source", "tfds", "--data-dir", str(norb)]
+    assert main([*words, "--out", out, "--quiet"]) == 0
+    (written,) = tmp_path.rglob("smallnorb_ele")
+    assert written == (tmp_path / "data" if out.startswith("data") else tmp_path) / "vtab-1k" / "smallnorb_ele"
+    for place in (written.parent, written.parents[1]):
+        assert vtab_tasks.load("snorb_elev", "test", source="folder", data_dir=place).location == str(written)
+
+
 def test_export_goes_on_where_it_was_killed(norb, tmp_path, monkeypatch):
     out = tmp_path / "out"
     real, count = vtab_tasks.TaskData.images, iter(range(3))

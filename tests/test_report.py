@@ -10,6 +10,7 @@ import re
 import shutil
 import urllib.parse
 
+import matplotlib.image
 import numpy as np
 import pytest
 from conftest import TINY
@@ -161,6 +162,48 @@ def test_selected_settings_may_differ_between_tasks_and_are_shown(put, tmp_path)
     report = collect(tmp_path / "runs")
     assert report.sections[0].methods == ("kaiming",)
     assert report.differing["lr"] == {"0.001": ["run0/result.json"], "0.002": ["run1/result.json"]}
+
+
+def test_heads_say_which_settings_others_have_not(put, tmp_path):
+    """Each initialisation at the learning rate that was chosen for it."""
+    for task in ("dtd", "pets"):
+        put(task, "kaiming", lr=2e-3)
+        put(task, "abm", lr=1e-3 if task == "dtd" else 4e-3)
+    put("dtd", "eva", lr=1e-3)
+    put("dtd", "eva", lr=2e-3)
+    report = collect(tmp_path / "runs")
+    (section,) = report.sections
+    heads = ["kaiming, lr 0.002", "abm, lr 0.001 or 0.004", "eva, lr 0.001", "eva, lr 0.002"]
+    assert section.methods == ("kaiming", "abm", *heads[2:])  # the last two say it already
+    for text in (to_markdown(report), re.sub(r"\\_", "_", to_latex(report))):
+        cells = [cell.strip() for cell in re.split("[|&\\\\]", text) if "lr 0.00" in cell]
+        assert cells[:4] == heads
+    tags, texts = read_page(to_html(report))
+    assert [text for text in texts if text in heads][:4] == heads
+    assert ["abm, lr 0.001 or 0.004", "kaiming, lr 0.002"] in [row[:2] for row in module.paired_table(section).rows]
+    bars = figures.draw_tasks(section)
+    assert [text.get_text() for text in bars.legends[0].get_texts()] == heads
+
+
+def test_equal_settings_are_not_in_the_heads(whole):
+    (section,) = collect(whole).sections
+    assert list(section.heads.values()) == list(section.methods) == ["kaiming", "abm"]
+
+
+@pytest.mark.figures
+def test_an_error_bar_is_seen_on_a_black_bar(put, tmp_path):
+    for seed, top1 in enumerate((0.4, 0.6)):
+        put("dtd", seed=seed, top1=top1)
+    (section,) = collect(tmp_path / "runs").sections
+    figure = figures.draw_tasks(section)
+    figure.savefig(tmp_path / "tasks.png", dpi=100)
+    pixels = matplotlib.image.imread(tmp_path / "tasks.png")[..., :3]
+    (bar,) = figure.axes[0].patches
+    low, high = (figure.axes[0].transData.transform((0, y)) for y in (40, 48))  # within the bar, beside its error
+    x, top, bottom = round(low[0]), round(len(pixels) - high[1]), round(len(pixels) - low[1])
+    beside = pixels[top:bottom, x - 4 : x + 5].mean((0, 2))
+    assert bar.get_height() == pytest.approx(50) and beside.max() > 0.9 and beside[[0, -1]].max() < 0.1
+    assert beside.argmin() in (0, len(beside) - 1) or beside[4] < 0.6  # a dark line between bright ones
 
 
 def test_seeds_of_other_settings_are_no_seeds(put, tmp_path):
@@ -462,7 +505,51 @@ def browser():
         browser.close()
 
 
+@pytest.fixture
+def pages(whole, browser):
+    """Opens the report in a window of some width."""
+    write_files(collect(whole), whole)
+    opened = []
+
+    def open_page(width):
+        opened.append(browser.new_page(viewport={"width": width, "height": 800}))
+        opened[-1].goto(f"file://{whole}/report.html")
+        return opened[-1]
+
+    yield open_page
+    for page in opened:
+        page.close()
+
+
 @pytest.mark.slow
+def test_print_shows_what_is_folded(pages):
+    page = pages(1200)
+    inside = "[...document.querySelectorAll('details td')].map((cell) => cell.checkVisibility())"
+    assert not any(page.evaluate(inside))
+    page.emulate_media(media="print")
+    found = page.evaluate(inside)
+    assert len(found) > 19 * 4 and all(found)
+
+
+@pytest.mark.slow
+def test_a_table_that_goes_on_says_so(pages, tmp_path):
+    """Its edge is in shadow until it is scrolled to its end."""
+    page = pages(390)
+    page.evaluate("document.querySelectorAll('details').forEach((d) => (d.open = true))")
+    wide = page.locator(".wide").last
+    assert wide.evaluate("(e) => e.scrollWidth > e.clientWidth + 50")
+
+    def edge():
+        wide.screenshot(path=tmp_path / "edge.png")
+        return matplotlib.image.imread(tmp_path / "edge.png")[:, -4:, :3].mean((0, 2)).min()
+
+    before = edge()
+    wide.evaluate("(e) => (e.scrollLeft = e.scrollWidth)")
+    assert before < 0.85 < 0.93 < edge()
+
+
+@pytest.mark.slow
+@pytest.mark.figures
 @pytest.mark.parametrize("width", [1200, 390])
 def test_the_page(whole, put, browser, width):
     put("dsprites_loc", source="rendered", top1=0.9)

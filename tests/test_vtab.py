@@ -684,9 +684,9 @@ class BrokenItems:
 def test_an_image_that_cannot_be_read_is_one_line(workers):
     task = vtab_tasks.get_task("dsprites_loc")
     whole = vtab_tasks.TaskData(task, "test", "folder", None, "", BrokenItems(), np.arange(3, 3 * data.CHUNK))
-    assert sum(len(y) for _, y in data.stream(whole, _PRE, workers)) == 3 * data.CHUNK - 3
+    assert sum(len(y) for _, y in data.Stream(whole, _PRE, workers)) == 3 * data.CHUNK - 3
     with pytest.raises(ValueError) as raised:
-        list(data.stream(dataclasses.replace(whole, positions=np.arange(5)), _PRE, workers))
+        list(data.Stream(dataclasses.replace(whole, positions=np.arange(5)), _PRE, workers))
     assert str(raised.value) == "list.txt:3: image.jpg cannot be read"
 
 
@@ -694,10 +694,20 @@ def test_an_image_that_cannot_be_read_is_one_line(workers):
 def test_stream_is_every_image_in_order(workers):
     test = vtab_tasks.load("dsprites_ori", "test", source="rendered").subset(300, 0)
     pre = data.Preprocessing(64, "nearest", (0.0,) * 3, (1.0,) * 3)
-    chunks = list(data.stream(test, pre, workers))
+    chunks = list(data.Stream(test, pre, workers))
     assert torch.cat([c[1] for c in chunks]).tolist() == [label for _, label in test]
     expected = np.stack([image for image, _ in test]).transpose(0, 3, 1, 2)
     assert np.array_equal(torch.cat([c[0] for c in chunks]).numpy(), expected)
+
+
+def test_the_bar_of_a_test_knows_its_end(monkeypatch, capsys):
+    monkeypatch.setattr(data, "CHUNK", 4)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)  # somebody watches
+    test = vtab_tasks.load("dsprites_ori", "test", source="rendered").subset(10, 0)
+    pre = data.Preprocessing(8, "nearest", (0.0,) * 3, (1.0,) * 3)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16))
+    train.count_correct(model, data.Stream(test, pre), pre, torch.device("cpu"), "fp32", quiet=False)
+    assert "test: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
 
 
 def test_batch_norm_keeps_the_statistics_that_the_adapter_was_saved_without():

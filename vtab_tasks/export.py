@@ -36,7 +36,7 @@ def export(
 
     Args:
         task: name of a task.
-        out: folder to write below.
+        out: folder to write below; one that is called `vtab-1k` itself gets no other in it.
         source, data_dir: where the images come from, as for `load`.
         splits: splits to write.
         show_progress_bar: show a bar for every split.
@@ -49,7 +49,7 @@ def export(
         FileNotFoundError: the data is missing.
     """
     row = get_task(task)
-    folder = Path(out).expanduser() / "vtab-1k" / row.folders[0]
+    folder = _community(Path(out).expanduser()) / row.folders[0]
     if source in ("auto", "folder"):
         own = [name for name, place in locate(task, data_dir) if place is not None and _same(place, folder)]
         if own:
@@ -59,6 +59,10 @@ def export(
     for split, data in found.items():
         _write_split(folder, split, data, show_progress_bar)
     return folder
+
+
+def _community(out: Path) -> Path:
+    return out if out.resolve().name == "vtab-1k" else out / "vtab-1k"
 
 
 def _claim(folder: Path, data: TaskData) -> None:

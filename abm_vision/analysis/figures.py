@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,12 +10,13 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, NullFormatter
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import NullFormatter
 
 from abm_vision.analysis.compare import Comparison, Row
 from abm_vision.analysis.sections import Section
 from abm_vision.analysis.stats import epoch_losses, seconds_before
-from abm_vision.drawing import OKABE_ITO, by_depth, heat_map, plain_log, shown, tidy
+from abm_vision.drawing import OKABE_ITO, by_depth, epochs_axis, heat_map, plain_log, shown, tidy
 from abm_vision.runs.view import Result, Score, stand_in
 
 
@@ -88,8 +89,6 @@ def draw_comparison(comparison: Comparison) -> Figure:
 def _losses_by(axes: Axes, lines: Sequence[Line], score: Score, seconds: bool) -> None:
     _draw_curves(axes, lines, _losses, seconds)
     axes.set(yscale="log", ylabel="training loss")
-    if not seconds:
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     plain_log(axes)
 
 
@@ -105,7 +104,7 @@ def _scores_by(axes: Axes, lines: Sequence[Line], score: Score, seconds: bool) -
 
 def _draw_curves(
     axes: Axes,
-    lines: Iterable[Line],
+    lines: Sequence[Line],
     curve: Callable[[Sequence[Result]], tuple[np.ndarray, np.ndarray]],
     seconds: bool,
 ) -> None:
@@ -113,7 +112,11 @@ def _draw_curves(
     for row, runs, _, colour in lines:
         epochs, values = curve(runs)
         _draw_band(axes, _seconds(runs, epochs) if seconds else epochs, values, colour, row.init)
-    axes.set(xlabel="seconds, initialisation included" if seconds else "epoch")
+    if seconds:
+        axes.set(xlabel="seconds, initialisation included")
+        axes.set_xlim(left=0)
+    else:
+        epochs_axis(axes)
 
 
 def _seconds(runs: Sequence[Result], epochs: np.ndarray) -> np.ndarray:
@@ -172,7 +175,10 @@ def draw_tasks(section: Section) -> Figure:
         places = np.arange(len(cells)) + (k - (count - 1) / 2) * 0.8 / count
         means = [np.nan if cell is None else cell.mean for cell in cells]
         spread = [0 if cell is None or cell.std is None else cell.std for cell in cells]
-        axes.bar(places, means, 0.74 / count, yerr=spread, color=colour, label=shown(method), error_kw={"linewidth": 1})
+        label = shown(section.heads[method])
+        bars = axes.bar(places, means, 0.74 / count, yerr=spread, color=colour, label=label, error_kw={"linewidth": 1})
+        for line in bars.errorbar.lines[2]:  # seen on black bars, too
+            line.set_path_effects([withStroke(linewidth=3, foreground="white")])
     axes.set_xticks(range(len(section.tasks)), section.tasks, rotation=30, ha="right")
     axes.set(ylabel=score.label, ylim=score.limits, title=section.kind.title)
     tidy(axes)
@@ -189,8 +195,9 @@ def draw_convergence(section: Section) -> Figure:
     for axes, task in zip(panels.flat, tasks, strict=False):
         for method, colour in _colours(section.methods).items():
             if cell := section.cells.get((task, method)):
-                _draw_band(axes, *_losses(cell.results), colour, method)
-        axes.set(yscale="log", title=task, xlabel="epoch", ylabel="training loss")
+                _draw_band(axes, *_losses(cell.results), colour, section.heads[method])
+        axes.set(yscale="log", title=task, ylabel="training loss")
+        epochs_axis(axes)
         plain_log(axes)
         tidy(axes)
     for axes in panels.flat[len(tasks) :]:

@@ -103,7 +103,14 @@ def paired_table(section: Section) -> Table:
         p = "–" if found.p is None else f"{found.p:.3f}"
         counts = [str(found.tasks), str(found.better), str(found.worse)]
         difference = f"{found.difference:+.{score.digits + 1}f}"
-        return [found.method, found.baseline, *counts, difference, f"{found.loss_ratio:.2f}", p]
+        return [
+            section.heads[found.method],
+            section.heads[found.baseline],
+            *counts,
+            difference,
+            f"{found.loss_ratio:.2f}",
+            p,
+        ]
 
     score = section.view.score
     head = [*"initialisation against tasks better worse".split(), f"mean difference{score.points}"]
@@ -113,7 +120,7 @@ def paired_table(section: Section) -> Table:
 def beside_table(section: Section) -> Table:
     """Means of our methods and of the published ones, which are marked; no rows where nothing is published."""
     kind = section.kind
-    ours = [[method, *map(str, section.averages(method))] for method in section.methods]
+    ours = [[head, *map(str, section.averages(method))] for method, head in section.heads.items()]
     others = [[f"{row.method} (published)", *published_means(row, kind.means)] for row in kind.published]
     return Table(["method", *(mean.name for mean in kind.means)], [*ours, *others] if others else [])
 
@@ -169,7 +176,7 @@ def to_markdown(report: Report) -> str:
     for section in report.sections:
         means = mean_rows(section)
         bold = [name for name, *_ in means]
-        table = markdown_table(["task", *section.methods], [*task_rows(section), *means], bold)
+        table = markdown_table(["task", *section.heads.values()], [*task_rows(section), *means], bold)
         parts.append(f"## {markdown(section.title)}\n\n{table}")
         if (paired := paired_table(section)).rows:
             parts.append(f"Against {BASELINE}, paired over tasks:\n\n{markdown_table(*paired)}")
@@ -214,7 +221,7 @@ def to_latex(report: Report) -> str:
     """A booktabs table a section."""
     parts = []
     for section in report.sections:
-        table = latex_table(["task", *section.methods], task_rows(section), mean_rows(section))
+        table = latex_table(["task", *section.heads.values()], task_rows(section), mean_rows(section))
         parts.append(f"% {one_line(section.title)}\n{table}")
         if (beside := beside_table(section)).rows:
             parts.append(f"% Means beside published ones\n{latex_table(*beside)}")

@@ -119,6 +119,16 @@ class Section:
         found = dict.fromkeys(method for _, method in self.cells)
         return tuple(sorted(found, key=lambda m: (not m.startswith(BASELINE), m)))
 
+    @cached_property
+    def heads(self) -> dict[str, str]:
+        """Each method as the head of a column: with the settings, such as its learning rate, that others have not."""
+        runs = {m: [r for (_, method), c in self.cells.items() if method == m for r in c.runs] for m in self.methods}
+        shared = sorted(self.view.config.shared() & self._one[self.methods[0]].facts.keys())
+        values = {m: {n: sorted({str(r.facts[n]) for r in found}) for n in shared} for m, found in runs.items()}
+        differing = [n for n in shared if any(values[m][n] != values[self.methods[0]][n] for m in self.methods)]
+        words = {m: [n for n in differing if n not in self._one[m].own] for m in self.methods}
+        return {m: ", ".join([m, *(f"{n} {' or '.join(values[m][n])}" for n in words[m])]) for m in self.methods}
+
     @property
     def title(self) -> str:
         score = self.view.score

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from abm_vision.abm.loading import load_adapter
-from abm_vision.images.data import Preprocessing, stream
+from abm_vision.images.data import Preprocessing, Stream
 from abm_vision.images.description import build, read_description
 from abm_vision.images.photos import Photos, PhotoSplit
 from abm_vision.images.train import classify
@@ -46,7 +46,7 @@ class Classifier:
             FileNotFoundError, ValueError: a file is missing or no picture.
         """
         photos = PhotoSplit(Photos(tuple(paths), np.zeros(len(paths), dtype=np.int64)), np.arange(len(paths)))
-        chunks = stream(photos, self.preprocessing, workers)
+        chunks = Stream(photos, self.preprocessing, workers)
         for logits, _ in classify(self.model, chunks, self.preprocessing, self.device, "fp32"):
             yield logits.softmax(-1)
 

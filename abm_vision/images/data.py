@@ -120,21 +120,28 @@ class _Chunks(Dataset):
             return error
 
 
-def stream(data: Split, preprocessing: Preprocessing, workers: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+class Stream:
     """Chunks of (uint8 images (n, 3, size, size), int64 labels (n,)) in order, never the whole set at once.
 
-    Raises:
-        ValueError, OSError: an image cannot be read.
+    Iterating raises a ValueError or an OSError where an image cannot be read.
     """
-    for chunk in DataLoader(_Chunks(data, preprocessing), batch_size=None, num_workers=workers):
-        if isinstance(chunk, Exception):
-            raise chunk
-        yield chunk
+
+    def __init__(self, data: Split, preprocessing: Preprocessing, workers: int = 0) -> None:
+        self.chunks = DataLoader(_Chunks(data, preprocessing), batch_size=None, num_workers=workers)
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for chunk in self.chunks:
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
 
 
 def load_all(data: Split, preprocessing: Preprocessing, workers: int = 0) -> tuple[Tensor, Tensor]:
     """The whole set in memory: uint8 (n, 3, size, size) and int64 (n,)."""
-    chunks = list(stream(data, preprocessing, workers))
+    chunks = list(Stream(data, preprocessing, workers))
     return torch.cat([c[0] for c in chunks]), torch.cat([c[1] for c in chunks])
 
 

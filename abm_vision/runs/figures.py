@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from abm_vision.drawing import BLUE, GREEN, GREY, ORANGE, by_depth, heat_map, plain_log, shown, tidy
+from abm_vision.drawing import BLUE, GREEN, GREY, ORANGE, by_depth, epochs_axis, heat_map, plain_log, shown, tidy
 from abm_vision.runs.view import stand_in
 
 
@@ -32,7 +32,8 @@ def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     means = losses.reshape(-1, steps).mean(1)
     axes.semilogy(np.arange(len(means)) + 0.5, means, "o-", color=BLUE, markersize=4, label="mean of the epoch")
     config = result["config"]
-    axes.set(xlabel="epoch", ylabel="training loss (cross-entropy)", xlim=(0, config["epochs"] + 0.1))
+    axes.set(ylabel="training loss (cross-entropy)")
+    epochs_axis(axes)
     axes.set_title(
         f"{config['model'].split('.')[0]}, LoRA r = {config['rank']}, initialisation: {config['init']}", fontsize=10
     )

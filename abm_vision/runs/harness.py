@@ -201,6 +201,10 @@ def _nothing_next(result: dict[str, Any]) -> str:
     return ""
 
 
+def _unread(config: AdapterSettings) -> list[partial[Any]]:
+    return []
+
+
 def _unmeasured(run: Prepared) -> Prepared:
     return run
 
@@ -215,6 +219,8 @@ class Harness:
         origin: what gives the content that a run of these settings would be made of now, part by part, without a model
             and without the network. A part raises an OSError if it is not there, a ValueError if it is damaged. A suite
             calls equal parts once: functions with arguments that can be hashed.
+        data: what reads the data of a run of these settings, part by part, and raises an OSError or a ValueError where
+            it cannot. Before a suite makes a run it calls equal parts once, as those of `origin`.
         resume: what an interrupted run left, None if it left nothing.
         train: trains to the end, from the checkpoint if there is one. What it saves on its way holds the notes, which
             `resume` gives back.
@@ -269,6 +275,7 @@ class Harness:
     summary: Callable[[dict[str, Any]], str]
     card: Callable[[dict[str, Any]], str]
     settings: Callable[[dict[str, Any]], dict[str, Any]]
+    data: Callable[[AdapterSettings], list[partial[Any]]] = _unread
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
     measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured

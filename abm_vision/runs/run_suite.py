@@ -18,7 +18,7 @@ from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Harness, Say, Session
 from abm_vision.runs.run import run
 from abm_vision.runs.settings import AdapterSettings
-from abm_vision.runs.suite import Suite
+from abm_vision.runs.suite import Suite, plan
 from abm_vision.runs.view import View
 
 WAIT = 5.0  # seconds until a run that another process is at is looked at again
@@ -71,10 +71,30 @@ def run_suite(suite: Suite, session: Session, execute: Executor) -> dict[Adapter
         same suite again tries it again.
 
     Raises:
+        ValueError: the data of runs that are left cannot be read; none is made.
         CannotWrite: the folder is full or read-only. What is there is whole, and the same suite resumes.
     """
+    _check_data(suite, session.out)
     outcomes = _run_all(suite, suite.selection(), replace(session, diagnose=False), execute)
     return {**outcomes, **_run_all(suite, suite.final(_choose(suite, outcomes, session.say)), session, execute)}
+
+
+def _check_data(suite: Suite, out: str | Path) -> None:
+    """Raise a ValueError if the data of runs that are left cannot be read: once, not once a run."""
+    left = [one.config for one in plan(suite, out) if not one.is_settled]
+    if suite.grid and not any(suite.view.is_selection(config.to_dict()) for config in left):
+        return  # the final runs are those of chosen settings, not of the plan
+    parts = {(part.func, part.args): config.subject for config in left for part in suite.harness.data(config)}
+    lacking: dict[str, str] = {}
+    for (read, arguments), subject in parts.items():
+        try:
+            if subject not in lacking:
+                read(*arguments)
+        except (ValueError, OSError) as error:
+            lacking[subject] = str(error)
+    if lacking:
+        subject, why = next(iter(lacking.items()))
+        raise ValueError(f"no run is made, as the data of {', '.join(lacking)} cannot be read. {subject}: {why}")
 
 
 def _choose(suite: Suite, outcomes: Mapping[AdapterSettings, Outcome], say: Say) -> dict[tuple[str, str], Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from pkgutil import resolve_name
@@ -94,6 +94,18 @@ class Suite:
             for task, init, rate, seed in itertools.product(self.tasks, self.inits, rates, range(self.seeds))
             if (task, init) in chosen
         ]
+
+    def smoke(self) -> Suite:
+        """The same to see whether its runs can be made: one step each, with one seed and one value of what varies."""
+        short = self.view.smoke
+        return replace(
+            self,
+            view=replace(self.view, harness=short.harness or self.view.harness),
+            seeds=1,
+            settings={**self.settings, **short.settings},
+            grid={name: values[:1] for name, values in self.grid.items() if name not in short.settings},
+            rates=self.rates[:1],
+        )
 
     @cached_property
     def harness(self) -> Harness:

@@ -181,6 +181,19 @@ class Selection:
 
 
 @dataclass(frozen=True)
+class Smoke:
+    """How a run is made to see whether it can be: one step on a handful of samples.
+
+    Args:
+        settings: that make it so short.
+        harness: one that takes as few training samples, as `module:name`; empty where the settings do that.
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    harness: str = ""
+
+
+@dataclass(frozen=True)
 class View:
     """What commands and an analysis must know of a harness, beyond what is the same for all.
 
@@ -192,6 +205,7 @@ class View:
         score: what its runs are scored by.
         data: what they are trained and scored on.
         selection: how runs are made that choose settings.
+        smoke: how runs are made to see whether they can be; without settings there are none.
         task: name of the task in a configuration.
         groups: task to the group that it belongs to.
         model: the model in words, from a run's settings.
@@ -229,6 +243,7 @@ class View:
     score: Score
     data: Data
     selection: Selection = Selection()
+    smoke: Smoke = Smoke()
     task: Callable[[Mapping[str, Any]], str] = lambda config: config["task"]
     groups: Mapping[str, str] = field(default_factory=dict)
     model: Callable[[Mapping[str, Any]], str] = lambda settings: settings["model"]

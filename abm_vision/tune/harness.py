@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from abm_vision.images.data import Images, Preprocessing, load_all, stream
+from abm_vision.images.data import Images, Preprocessing, Stream, load_all
 from abm_vision.images.model import adapted, found_weights, pretrained, weights_origin
 from abm_vision.images.train import count_correct, make_optimiser
 from abm_vision.images.train import train as train_epochs
@@ -182,7 +182,7 @@ def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
     validation = _score("validation", round(progress.accuracies[best] * len(run.validation)), len(run.validation))
     if dataset.test is not None and config.evaluate == "test":
         with run.stage("test"):
-            test = _score("test", *_count(run, "test", stream(dataset.test, run.preprocessing, config.workers)))
+            test = _score("test", *_count(run, "test", Stream(dataset.test, run.preprocessing, config.workers)))
         if run.session.log:
             run.session.log("test/top1", test["top1"], len(progress.losses))
     parts = dict.fromkeys(("training", "validation", "test")) | dataset.splits

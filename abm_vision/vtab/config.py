@@ -14,6 +14,7 @@ from abm_vision.runs.settings import at_least
 SCHEMA = 5
 # What is trained on and what is scored.
 EVALUATIONS: Mapping[str, tuple[str, str]] = {"test": ("train800val200", "test"), "val": ("train800", "val200")}
+HANDFUL = 8  # images that `suite --smoke` trains on and scores
 SOURCES = ("auto", "tfds", "folder", "rendered")
 # What a preset sets beyond the defaults. `paper` is the LoRA baseline of the VTAB-1K papers (NOAH): one adapter on
 # the fused qkv, 100 epochs of AdamW with 10 of warm-up, stochastic depth and LoRA dropout 0.1, the full test set.

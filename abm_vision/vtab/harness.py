@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import vtab_tasks
-from abm_vision.images.data import Images, Preprocessing, load_all, stream
+from abm_vision.images.data import Images, Preprocessing, Stream, load_all
 from abm_vision.images.model import adapted, found_weights, pretrained, weights_origin
 from abm_vision.images.train import count_correct, make_optimiser
 from abm_vision.images.train import train as train_epochs
@@ -19,7 +19,7 @@ from abm_vision.runs.checkpoint import Progress
 from abm_vision.runs.content import Origin, initialisation, remembered
 from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Run, Session, SessionOptions
 from abm_vision.runs.run import run as run_spine
-from abm_vision.vtab.config import EVALUATIONS, RunConfig
+from abm_vision.vtab.config import EVALUATIONS, HANDFUL, RunConfig
 from abm_vision.vtab.results import KEPT, model_card, summary
 from abm_vision.weights import WeightSource
 from vtab_tasks.content import content
@@ -27,7 +27,7 @@ from vtab_tasks.content import content
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-TEST_SUBSET_SEED = 0  # a subset of the test split is the same for every run
+SUBSET_SEED = 0  # a subset of a split is the same for every run
 
 
 def run(config: RunConfig, out: str | Path = "results", **session: Unpack[SessionOptions]) -> dict[str, Any]:
@@ -101,20 +101,38 @@ def prepare(run: Run) -> VtabRun:
     )
 
 
+def prepare_handful(run: Run) -> VtabRun:
+    """The same with a handful of the training images alone."""
+    whole = prepare(run)
+    few = whole.train_data.subset(HANDFUL, SUBSET_SEED)
+    images = Images(*load_all(few, whole.preprocessing), whole.preprocessing, run.device)
+    return replace(whole, images=images, train_data=few, samples=len(images))
+
+
 def origin_parts(config: RunConfig) -> list[partial[Origin]]:
     """What gives the content that a run of this configuration would be made of now, part by part.
 
     No model is built, no network asked. Each raises an OSError if its part is not there, and a ValueError if it is
     damaged.
     """
-    fields = ("task", "evaluate", "source", "data_dir", "test_images")
-    data = RunConfig.make(**{name: getattr(config, name) for name in fields})  # equal for all runs on the same data
+    data = _data_alone(config)
     return [
         partial(_found_data, "training", data),
         partial(_found_data, "test", data),
         partial(found_weights, config.model, config.weights),
         partial(initialisation, config),
     ]
+
+
+def data_parts(config: RunConfig) -> list[partial[Any]]:
+    """What reads the data of a run of this configuration: lists and records are checked, images are not decoded."""
+    return [partial(_load, _data_alone(config), part) for part in ("training", "test")]
+
+
+def _data_alone(config: RunConfig) -> RunConfig:
+    """Equal for all runs on the same data."""
+    fields = ("task", "evaluate", "source", "data_dir", "test_images")
+    return RunConfig.make(**{name: getattr(config, name) for name in fields})
 
 
 def _found_data(part: str, config: RunConfig) -> Origin:
@@ -130,7 +148,7 @@ def _load(config: RunConfig, part: str) -> tuple[vtab_tasks.TaskData, int]:
     split = dict(zip(("training", "test"), EVALUATIONS[config.evaluate], strict=True))[part]
     data = vtab_tasks.load(config.task, split, source=config.source, data_dir=config.data_dir)
     if part == "test" and 0 < config.test_images < len(data):
-        return data.subset(config.test_images, TEST_SUBSET_SEED), len(data)
+        return data.subset(config.test_images, SUBSET_SEED), len(data)
     return data, len(data)
 
 
@@ -195,7 +213,7 @@ def _data_record(data: vtab_tasks.TaskData) -> dict[str, Any]:
 
 
 def _test(run: VtabRun) -> tuple[int, int]:
-    chunks = stream(run.test_data, run.preprocessing, run.config.workers)
+    chunks = Stream(run.test_data, run.preprocessing, run.config.workers)
     return count_correct(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet)
 
 
@@ -223,4 +241,6 @@ HARNESS = Harness(
     summary=summary,
     card=model_card,
     settings=adapter_settings,
+    data=data_parts,
 )
+SMOKE = replace(HARNESS, prepare=prepare_handful)

@@ -6,7 +6,8 @@ from typing import Any
 
 import vtab_tasks
 from abm_vision.analysis.published import PUBLISHED
-from abm_vision.runs.view import Data, Kind, Mean, Score, Selection, View
+from abm_vision.runs.view import Data, Kind, Mean, Score, Selection, Smoke, View
+from abm_vision.vtab.config import HANDFUL
 from abm_vision.vtab.results import KEPT
 
 _ALL = tuple(vtab_tasks.TASKS)
@@ -67,6 +68,10 @@ VIEW = View(
         subset="fewer images than the test split has, drawn with a fixed seed",
     ),
     selection=Selection({"evaluate": "val"}, split="val200"),
+    smoke=Smoke(
+        {"epochs": 1, "warmup_epochs": 0.0, "batch_size": HANDFUL, "test_images": HANDFUL},
+        harness="abm_vision.vtab.harness:SMOKE",
+    ),
     groups={task.name: task.group for task in vtab_tasks.TASKS.values()},
     model=lambda settings: f"{settings['model']}, {settings['image_size']} px",
     asked=("source", "data_dir", "workers"),

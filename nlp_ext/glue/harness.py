@@ -131,8 +131,16 @@ def prepare(run: Run) -> GlueRun:
 
 def origin_parts(config: GlueConfig) -> list[partial[Origin]]:
     """What gives the content that a run of this configuration would be made of now, but for its tokens."""
-    splits = ("train", *get_task(config.task).validation)
-    return text_origin(config, [partial(_content, *_asked(config, s)) for s in splits], _encoding, config.task)
+    return text_origin(config, [partial(_content, *asked) for asked in _splits(config)], _encoding, config.task)
+
+
+def data_parts(config: GlueConfig) -> list[partial[Any]]:
+    """What reads the examples of a run of this configuration."""
+    return [partial(_examples, *asked) for asked in _splits(config)]
+
+
+def _splits(config: GlueConfig) -> list[tuple[Any, ...]]:
+    return [_asked(config, split) for split in ("train", *get_task(config.task).validation)]
 
 
 def _content(task: str, split: str, source: str, most: int, seed: int) -> Origin:
@@ -267,6 +275,7 @@ HARNESS = Harness(
     summary=summary,
     card=model_card,
     settings=partial(adapter_settings, kept=("task", "model", "init", "seed"), score="scores"),
+    data=data_parts,
     extras={SERVER: write_predictions},
     device=text_device,
     hushed=only_our_own_words,

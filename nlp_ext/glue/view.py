@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from abm_vision.runs.view import Data, Mean, Score, View
+from abm_vision.runs.view import Data, Mean, Score, Smoke, View
 from nlp_ext import textview
 from nlp_ext.glue.data import SYNTHETIC
 from nlp_ext.glue.results import KEPT
@@ -61,6 +61,7 @@ VIEW = View(
         samples="examples",
         subset="fewer examples than the validation split has, the first",
     ),
+    smoke=Smoke({"epochs": 1, "batch_size": 8, "train_examples": 8, "validation_examples": 8}),
     groups={task: group for group, tasks in _GROUPS.items() for task in tasks},
     circumstances=textview.circumstances,
     asked=textview.ASKED,

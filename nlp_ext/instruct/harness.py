@@ -134,6 +134,11 @@ def origin_parts(config: InstructConfig) -> list[partial[Origin]]:
     return text_origin(config, [partial(_content, config.data_source)], version, data.encode_all)
 
 
+def data_parts(config: InstructConfig) -> list[partial[Any]]:
+    """What reads the conversations of a run of this configuration."""
+    return [partial(data.read, config.data_source)]
+
+
 def _content(source: str) -> Origin:
     return split_content("instruction", data.digest(data.read(source)))
 
@@ -238,6 +243,7 @@ HARNESS = Harness(
     summary=summary,
     card=model_card,
     settings=partial(adapter_settings, kept=("model", "base", "init", "seed"), score="perplexity"),
+    data=data_parts,
     leaves=(SAMPLES,),
     measure_pretrained=measure_pretrained,
     device=text_device,

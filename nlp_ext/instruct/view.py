@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abm_vision.runs.view import Data, Score, View
+from abm_vision.runs.view import Data, Score, Smoke, View
 from nlp_ext import textview
 from nlp_ext.instruct.results import KEPT
 
@@ -29,6 +29,12 @@ VIEW = View(
         content=textview.content,
         counted=lambda result: (result["perplexity"]["conversations"],) * 2,
         samples="conversations",
+    ),
+    smoke=Smoke(
+        {
+            **{"epochs": 1, "batch_size": 8, "accumulation": 1, "train_examples": 8},
+            **{"held_out": 2, "samples": 1, "new_tokens": 4},
+        }
     ),
     task=lambda config: SUBJECT,
     circumstances=textview.circumstances,

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from abm_vision.abm.arguments import are, count
@@ -14,7 +17,9 @@ from abm_vision.runs.suite import Suite, parse_tasks, plan
 from abm_vision.runs.view import View
 
 if TYPE_CHECKING:
-    from abm_vision.runs.run_suite import Executor
+    from abm_vision.runs.harness import Session
+    from abm_vision.runs.run_suite import Executor, Outcome
+    from abm_vision.runs.settings import AdapterSettings
 
 LOCAL_FLAGS = ("jobs",)
 RAY_FLAGS = {"cpus_per_run": "cpus", "gpus_per_run": "gpus", "ray_address": "address"}  # to those of `on_ray`
@@ -41,7 +46,11 @@ def parser(view: View) -> Parser:
     flags.add_argument("--out", default="results", help="folder of the runs (default: results)")
     flags.add_argument("--diagnose", action="store_true", help="measure the information loss of every initialisation")
     add_executors(flags)
-    flags.add_argument("--dry-run", action="store_true", help="list the runs and the time they are likely to take")
+    instead = flags.add_mutually_exclusive_group()
+    instead.add_argument("--dry-run", action="store_true", help="list the runs and the time they are likely to take")
+    if view.smoke.settings:
+        text = "see whether they can be made: one step of each on a handful of samples, with one seed; nothing is kept"
+        instead.add_argument("--smoke", action="store_true", help=text)
     flags.add_argument("--quiet", action="store_true", help="nothing but the failures")
     return flags
 
@@ -83,7 +92,7 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     init, seeds, grid, out, diagnose, dry_run, quiet = (
         options.pop(name) for name in "init seeds grid out diagnose dry_run quiet".split()
     )
-    tasks = options.pop("tasks", "all")
+    tasks, smoke = options.pop("tasks", "all"), options.pop("smoke", False)
     where = {name: options.pop(name) for name in ("executor", *LOCAL_FLAGS, *RAY_FLAGS) if name in options}
     wanted = Suite(view, parse_tasks(tasks, view), tuple(init.split(",")), seeds, options, _grid(view, grid))
     execute = executor(where)
@@ -95,12 +104,37 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     from abm_vision.runs.run_suite import run_suite
 
     session = Session(out, diagnose=diagnose, say=silent if quiet else say)
+    if smoke:
+        return _smoke(wanted.smoke(), session, execute)
     outcomes = run_guarded(view.program, lambda: run_suite(wanted, session, execute))
+    failed = _print_failed(outcomes)
+    session.say(f"{count(len(outcomes) - failed, 'run')} finished, {failed} failed; results in {out}")
+    return 1 if failed else 0
+
+
+def _smoke(suite: Suite, session: Session, execute: Executor) -> int:
+    """Make the runs of one step in a folder below `--out`, which all that make runs must see, and delete it."""
+    from abm_vision.abm.files import writing
+    from abm_vision.runs.run_suite import run_suite
+
+    out = Path(session.out)
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        beside = TemporaryDirectory(prefix=".smoke-", dir=out)
+    with beside as folder:
+        session = replace(session, out=folder, diagnose=False)
+        outcomes = run_guarded(suite.view.program, lambda: run_suite(suite, session, execute))
+    failed = _print_failed(outcomes)
+    session.say(f"{count(len(outcomes) - failed, 'run')} of one step can be made, {failed} cannot; nothing is kept")
+    return 1 if failed else 0
+
+
+def _print_failed(outcomes: Mapping[AdapterSettings, Outcome]) -> int:
+    """Why runs failed, a line each; returns how many have."""
     failed = {config: outcome for config, outcome in outcomes.items() if outcome.state == "failed"}
     for config, outcome in failed.items():
         print(f"failed: {config.run_name()}: {outcome.reason}", file=sys.stderr)
-    session.say(f"{count(len(outcomes) - len(failed), 'run')} finished, {len(failed)} failed; results in {out}")
-    return 1 if failed else 0
+    return len(failed)
 
 
 def _grid(view: View, words: Sequence[str]) -> dict[str, tuple[Any, ...]]:

@@ -21,7 +21,9 @@ def parser() -> Parser:
     flags.add_argument("--data-dir", help="where prepared data is, or is to be (default: TFDS's own folder)")
     flags.add_argument("--manual-dir", help="files fetched by hand (default: DATA_DIR/downloads/manual)")
     flags.add_argument("--to", choices=("tfds", "folder"), default="tfds", help="what to write (default: tfds)")
-    flags.add_argument("--out", metavar="DIR", help="with --to folder: writes DIR/vtab-1k/TASK")
+    flags.add_argument(
+        "--out", metavar="DIR", help="with --to folder: writes DIR/vtab-1k/TASK, or DIR/TASK if DIR is called vtab-1k"
+    )
     flags.add_argument(
         "--source", choices=SOURCES, default="auto", help="with --to folder: where images come from (default: auto)"
     )
