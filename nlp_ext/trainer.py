@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -62,21 +61,6 @@ def training_arguments(kind: type[Arguments], run: TextRun, **options: Any) -> A
     return arguments
 
 
-@dataclass(frozen=True)
-class Trained:
-    """What training gives.
-
-    Args:
-        losses: of every step.
-        seconds: of every epoch.
-        model: as the Trainer has wrapped it, perhaps spread over processes.
-    """
-
-    losses: list[float]
-    seconds: list[float]
-    model: nn.Module
-
-
 class Bar(ProgressCallback):
     """The Trainer's progress bar, without a line for every step's loss."""
 
@@ -87,11 +71,17 @@ class Bar(ProgressCallback):
 class Progress(TrainerCallback):
     """Losses and seconds of a run, logged, and kept with every checkpoint; a checkpoint with them is whole."""
 
-    def __init__(self, run: TextRun, checkpoint: Checkpoint | None) -> None:
+    def __init__(self, trainer: Trainer, run: TextRun, checkpoint: Checkpoint | None) -> None:
+        self._trainer = trainer
         self.config, self.session = run.config, run.session
         self.losses: list[float] = list(checkpoint.state["losses"]) if checkpoint else []
         self.seconds: list[float] = list(checkpoint.state["seconds"]) if checkpoint else []
         self._began = 0.0
+
+    @property
+    def model(self) -> nn.Module:
+        """As the Trainer has wrapped it, perhaps spread over processes."""
+        return self._trainer.model_wrapped
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock."""
@@ -153,7 +143,7 @@ def resume(run: Prepared) -> Checkpoint | None:
     return Checkpoint(notes, len(kept["seconds"]), {**kept, "place": place})
 
 
-def train(trainer: Trainer, run: TextRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Trained:
+def train(trainer: Trainer, run: TextRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
     """Train to the end, from a checkpoint if there is one.
 
     Raises:
@@ -166,7 +156,7 @@ def train(trainer: Trainer, run: TextRun, notes: dict[str, Any], checkpoint: Che
         trainer.remove_callback(printing)
     if not trainer.args.disable_tqdm:
         trainer.add_callback(Bar)
-    trainer.add_callback(progress := Progress(run, checkpoint))
+    trainer.add_callback(progress := Progress(trainer, run, checkpoint))
     place = Path(trainer.args.output_dir)
     try:
         with writing(place):
@@ -175,4 +165,4 @@ def train(trainer: Trainer, run: TextRun, notes: dict[str, Any], checkpoint: Che
         if "PytorchStreamWriter" in str(error):  # what torch.save raises on a disk that is full
             raise CannotWrite(f"cannot write {place} (no space left?); free space, then run the same again") from error
         raise
-    return Trained(progress.losses, progress.seconds, trainer.model_wrapped)
+    return progress

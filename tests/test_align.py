@@ -119,8 +119,8 @@ def test_everything_is_given_back_and_an_error_leaves_the_adapter():
     "field, value, words",
     [
         ("samples", 0, "1 or more"),
-        ("norm", 0, "more than 0"),
-        ("size", -1, "more than 0"),
+        ("norm", 0, "a finite number above 0"),
+        ("size", -1, "a finite number above 0"),
         ("match", 2, r"in \(0, 1\]"),
     ],
 )

@@ -130,7 +130,12 @@ def test_predict(capsys, tmp_path):
         (["--rank", "many"], "invalid int value: 'many'"),
         (["--device", "cuda:77"], "device is 'cuda:77'; this machine has"),
         (["--qkv", "k"], "invalid choice: 'k'"),
-        (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+        (["--learning-rate", "1"], r"unrecognized arguments: --learning-rate 1; did you mean --lr\?"),
+        (["--lerning-rate=1"], r"unrecognized arguments: --lerning-rate=1; did you mean --lr\?"),
+        (["--epoch-s", "3"], r"unrecognized arguments: --epoch-s 3; did you mean --epochs\?"),
+        (["suite", "--task", "svhn"], r"unrecognized arguments: --task svhn; did you mean --tasks\?"),
+        (["suit", "--tasks", "svhn"], r"there is no command suit; did you mean suite\?"),
+        (["--zzz"], "unrecognized arguments: --zzz\n"),
         (["--targets", "attn.qkv,fc3"], "target 'fc3' matches no projection inside a block"),
         (["--abm-layers", "first"], r"layers names first; the boundaries of this model are blocks\.0\.mlp\.act"),
         (["--weights", "absent.safetensors"], r"no file absent\.safetensors"),
@@ -157,8 +162,8 @@ def test_predict(capsys, tmp_path):
     ],
 )
 def test_refused(words, message, capsys, tmp_path):
-    commands = ("list", "predict")
-    words = words if words[0] in commands else [*FLAGS, "--quiet", "--out", tmp_path / "out", *words]
+    commands = ("list", "predict", "suite")
+    words = words if words[0] in (*commands, "suit") else [*FLAGS, "--quiet", "--out", tmp_path / "out", *words]
     assert re.search(message, refused(words, capsys))
 
 

@@ -39,6 +39,19 @@ def finished(glue_run):
     return glue_run
 
 
+def test_runs_on_the_same_examples_share_their_content(t5):
+    """A suite finds it once: equal calls, with arguments that can be hashed."""
+
+    def calls(**settings):
+        return [(part.func, part.args) for part in harness.origin_parts(small(t5, **settings))]
+
+    first, *others = (calls(), calls(lr=1e-4), calls(seed=1), calls(validation_examples=11))
+    same = [[one == other for one, other in zip(first, found, strict=True)] for found in others]
+    assert len({*first}) == 5
+    # model, training and validation data, encoding; the initialisation is every run's own
+    assert same == [[True] * 4 + [False], [True, False, True, True, False], [True, True, False, True, False]]
+
+
 def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])

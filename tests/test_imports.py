@@ -90,10 +90,16 @@ ANSWERED = {  # program to what it answers at once, in a process for each
     "abm_vision.vtab": [
         *("--help", "--bogus", "--task nothing", "--epochs none"),
         *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "prepare", "list")),
-        *("suite --bogus", "compare --lr"),
+        *("suite --bogus", "compare --lr", "suite --tasks nothing", "suite --init nothing", "suite --grid nothing"),
     ],
-    "nlp_ext.glue": ["--help", "--bogus", "--task nothing", "suite --help", "compare --help", "report --help"],
-    "nlp_ext.instruct": ["--help", "--bogus", "--base none", "chat --help", "mt-bench --bogus", "suite --help"],
+    "nlp_ext.glue": [
+        *("--help", "--bogus", "--task nothing", "suite --help", "compare --help", "report --help"),
+        *("suite --tasks nothing", "suite --init nothing"),
+    ],
+    "nlp_ext.instruct": [
+        *("--help", "--bogus", "--base none", "chat --help", "mt-bench --bogus", "suite --help"),
+        "suite --init nothing",
+    ],
 }
 
 
@@ -135,6 +141,18 @@ def test_an_analysis_loads_no_torch_and_draws_only_figures():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_packages_are_attributes():
+    code = (
+        "import abm_vision as a, nlp_ext as n\n"
+        "packages = [a.abm, a.analysis, a.initializers, a.runs, a.vtab, n.glue, n.instruct]\n"
+        "assert a.vtab.RunConfig and n.glue.GlueConfig\n"
+        "print(*(p.__name__ for p in packages))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    names = "abm_vision.abm abm_vision.analysis abm_vision.initializers abm_vision.runs abm_vision.vtab"
+    assert done.stdout.split() == [*names.split(), "nlp_ext.glue", "nlp_ext.instruct"], done.stderr
 
 
 def test_every_public_name_is_there():

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from conftest import TINY
 from abm_vision import INITIALIZERS, Initializer, register_initializer
 from abm_vision.initializers import InitConfig, Needs, flag, load_plugin
 from abm_vision.runs.settings import AdapterSettings
-from abm_vision.vtab import make_config
+from abm_vision.vtab import HARNESS, make_config
 from abm_vision.vtab.__main__ import main
 
 PLUGIN = (Path(__file__).parent.parent / "examples" / "noise.py").read_text()  # as docs/pipelines.md shows it
@@ -130,6 +131,28 @@ def test_help_has_its_flags(findable, capsys):
         main(["--plugin", "my_noise", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "--noise-strength" in shown and "standard deviation of B (default: 0.01)" in shown
+
+
+@pytest.mark.parametrize(
+    ("plugin", "message"),
+    [
+        (
+            "my_noise",
+            "it was made with --plugin my_noise, and plugin is 'my_noise': no module named 'my_noise'; put",
+        ),
+        ("json", "its init 'noise' is not registered by its plugin json: name the module that registers it with --"),
+        (None, "its init 'noise' is not registered: name the module that registers it with --plugin"),
+    ],
+)
+def test_a_result_whose_initialisation_is_not_registered(plugin, message, vit_run, tmp_path):
+    result = vit_run[2]
+    config = {**{k: v for k, v in result["config"].items() if not k.startswith("abm_steps")}, "init": "noise"}
+    config |= {"noise_strength": 0.5, **({"plugin": plugin} if plugin else {})}
+    kept = {key: value for key, value in result.items() if key != "folder"}
+    (tmp_path / "result.json").write_text(json.dumps({**kept, "config": config}))
+    with pytest.raises(ValueError, match=re.escape(f"result.json: {message}")) as refused:
+        HARNESS.kept.read(tmp_path)
+    assert "move its folder" not in str(refused.value)
 
 
 @pytest.fixture

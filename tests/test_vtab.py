@@ -426,7 +426,7 @@ def test_weights_that_are_not_finite_are_named(tmp_path):
     model = build_vit(num_classes=3, img_size=160).requires_grad_(False)
     model.blocks[1].mlp.fc1.weight[0, 0], model.norm.bias[0] = math.nan, math.inf
     torch.save(model.state_dict(), tmp_path / "test_vit.pth")
-    message = r"test_vit\.pth, loaded into .*: blocks\.1\.mlp\.fc1\.weight and 1 other tensors hold NaN or infinite"
+    message = r"test_vit\.pth, loaded into .*: blocks\.1\.mlp\.fc1\.weight and 1 other tensor hold NaN or infinite"
     with pytest.raises(ValueError, match=message):
         create_backbone("test_vit", 3, 32, tmp_path / "test_vit.pth")
 
@@ -506,7 +506,7 @@ def test_rerun_keeps_the_result_of_a_run_that_cannot_begin(tmp_path, monkeypatch
         (("config",), {}, "it lacks abm_batch_size, .*, workers"),
         (("config",), None, "config is None"),
         (("config", "task"), "dsprites_lok", "unknown task 'dsprites_lok'"),
-        (("config", "init"), "mine", "init is 'mine'; allowed are kaiming"),
+        (("config", "init"), 5, "init is 5; allowed are kaiming"),
         (("config", "rank"), "8", "rank is '8'; it must be of type int"),
         (("seconds",), ..., "it lacks seconds"),
         (("seconds", "init"), ..., "it lacks seconds.init"),

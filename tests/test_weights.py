@@ -277,7 +277,7 @@ def test_file_of_another_model(tiny, tmp_path):
     wider = {**state, "norm.bias": torch.zeros(65)}
     for wrong, message in (
         (removed, r"12 missing keys: blocks\.1\.norm1\.weight, .*, \.\.\."),
-        (added, r"1 unexpected keys: blocks\.0\.ls1\.gamma$"),
+        (added, r"1 unexpected key: blocks\.0\.ls1\.gamma$"),
         (wider, r"size mismatch for norm\.bias"),
     ):
         save_file(wrong, tmp_path / "wrong.safetensors")

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, Field
 from difflib import get_close_matches
@@ -19,16 +19,14 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from abm_vision.initializers import INITIALIZERS, load_plugin
+from abm_vision.initializers import load_plugin
 from abm_vision.initializers.record import kind_of
 from abm_vision.runs.records import read_config
 from abm_vision.runs.settings import PLUGIN, AdapterSettings
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line; flags are written out; `--plugin` brings flags of its own."""
-
-    settings: tuple[type[AdapterSettings], Collection[str]] | None = None  # whose flags it has, and those it has not
+    """Errors are one line, with the flag that may be meant; flags are written out."""
 
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, allow_abbrev=False, **options)
@@ -36,31 +34,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument("--plugin", metavar="MODULE", default=argparse.SUPPRESS, help=text)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
-        """The flags' values. What `--plugin`, or the file after `--config`, names is imported first.
-
-        Raises:
-            ValueError, FileNotFoundError: as `load_plugin` and `read_config`.
-        """
-        first = Parser(self.prog, add_help=False)
-        first.add_argument("--config")
-        early, _ = first.parse_known_args(args)
-        before = set(INITIALIZERS)
-        if self.settings and early.config and Path(early.config).is_file():  # else it is reported in its turn
-            recorded = read_config(early.config, self.settings[0].schema).get(PLUGIN)
-            if recorded is not None:
-                load_plugin(recorded)
-        if PLUGIN in early:
-            load_plugin(early.plugin)
-        if self.settings:
-            self._add_own(set(INITIALIZERS) - before)
+        """The flags' values."""
         values, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown[0])}")
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._meant(unknown)}")
         return values
 
-    def _meant(self, unknown: str) -> str:
-        """A question with the flag that an unknown one is most like: by its name, or by two words of its help."""
-        word, _, _ = unknown.lstrip("-").partition("=")
+    def _meant(self, unknown: Sequence[str]) -> str:
+        """A question with the flag that the first unknown one is like, by its name or by two words of its help."""
+        word, _, _ = next((word for word in unknown if word.startswith("--")), "").lstrip("-").partition("=")
         flags = sorted((a for a in self._actions if a.option_strings), key=lambda a: len(a.dest), reverse=True)
         names = {option.lstrip("-"): option for option in self._option_string_actions}
         texts = {"-".join(pair): a.option_strings[-1] for a in flags for pair in pairwise((a.help or "").split())}
@@ -69,38 +51,41 @@ class Parser(argparse.ArgumentParser):
                 return f"; did you mean {known[found[0]]}?"
         return ""
 
-    def _add_own(self, inits: Collection[str]) -> None:
-        """The flags of initialisations that were registered after this parser was made."""
-        for row in (row for name, row in INITIALIZERS.items() if name in inits):
-            group = self.add_argument_group(f"--init {row.name}", f"{row.summary} ({row.source})")
-            _add_flags(group, row.settings, self.settings[1])
-
     def error(self, message: str) -> NoReturn:
         """One line, exit code 2."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def load_plugins(program: str, config: type[AdapterSettings], words: Sequence[str]) -> None:
+    """Import what `--plugin`, or the file after `--config`, names: its initialisations then have flags of their own.
+
+    Raises:
+        ValueError, FileNotFoundError: as `load_plugin` and `read_config`.
+    """
+    first = Parser(program, add_help=False)
+    first.add_argument("--config")
+    early, _ = first.parse_known_args(words)
+    if early.config and Path(early.config).is_file():  # else it is reported in its turn
+        recorded = read_config(early.config, config.schema).get(PLUGIN)
+        if recorded is not None:
+            load_plugin(recorded)
+    if PLUGIN in early:
+        load_plugin(early.plugin)
+
+
 def add_settings(parser: Parser, config: type[AdapterSettings], without: Collection[str] = ()) -> None:
     """A flag for every setting, those of initialisations among them; those not given are not set."""
-    parser.settings = config, without
-    _add_flags(parser, config.settings(), without)
-
-
-def _add_flags(
-    parser: argparse._ActionsContainer, settings: Mapping[str, Field[Any]], without: Collection[str]
-) -> None:
-    for setting, field in settings.items():
+    for setting, field in config.settings().items():
         if setting in without or setting == PLUGIN:  # which every parser has
             continue
         name = f"--{setting.replace('_', '-')}"
         default = "none" if field.default is None or field.default is MISSING else field.default
         text = f"{field.metadata.get('help', '')} (default: {default})".replace("%", "%%")
         if kind_of(field) == "bool":
-            action = argparse.BooleanOptionalAction
-            parser.add_argument(name, action=action, default=argparse.SUPPRESS, help=text)
-            continue
-        kind, choices = value_of(field), field.metadata.get("choices")
-        parser.add_argument(name, type=kind, choices=choices, default=argparse.SUPPRESS, help=text)
+            kind = {"action": argparse.BooleanOptionalAction}
+        else:
+            kind = {"type": value_of(field), "choices": field.metadata.get("choices")}
+        parser.add_argument(name, **kind, default=argparse.SUPPRESS, help=text)
 
 
 def value_of(setting: Field[Any]) -> type:

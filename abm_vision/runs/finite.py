@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
+from abm_vision.abm.arguments import count
+
 
 def check_finite(model: nn.Module, what: str) -> None:
     """Check parameters and running statistics in one pass.
@@ -18,5 +20,5 @@ def check_finite(model: nn.Module, what: str) -> None:
     tensors = [*model.named_parameters(), *((n, b) for n, b in model.named_buffers() if "running_" in n)]
     broken = [name for name, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
-        others = f" and {len(broken) - 1} other tensors" if len(broken) > 1 else ""
+        others = f" and {count(len(broken) - 1, 'other tensor')}" if len(broken) > 1 else ""
         raise ValueError(f"{what}: {broken[0]}{others} hold NaN or infinite values: fetch the weights again")

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from abm_vision.abm.arguments import count
 from abm_vision.runs import records
 from abm_vision.runs.folder import CHECKPOINT, Kept
 from abm_vision.runs.markup import code, markdown, quoted
@@ -134,7 +135,7 @@ tags: [lora, abm-lora, timm]
 
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}, qkv: {config["qkv"]}), initialised by
 {code(config["init"])}.
-Trained for {config["epochs"]} epochs on {train_data}, seed {config["seed"]}.
+Trained for {count(config["epochs"], "epoch")} on {train_data}, seed {config["seed"]}.
 
 Top-1 on {test["split"]}: {100 * test["top1"]:.2f} % of {test_data}.
 Base weights: {weights["origin"]}, sha256 {weights["sha256"]}.

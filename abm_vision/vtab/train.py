@@ -64,7 +64,7 @@ def train(
     progress: Progress,
     after_epoch: Callable[[Progress], None],
     quiet: bool,
-    log: Log | None,
+    log: Log | None = None,
 ) -> None:
     """Run the epochs that `progress` still lacks, and call `after_epoch` behind each; `log` receives every step.
 

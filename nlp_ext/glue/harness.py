@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import Dataset as TorchDataset
+from datasets import Dataset
 from transformers import (
     AutoModelForSeq2SeqLM,
     DataCollatorForSeq2Seq,
@@ -38,10 +38,9 @@ from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import text_device
 from nlp_ext.textrun import Row, TextRun, adapt, adapter_settings, split_content, text_origin
-from nlp_ext.trainer import Trained, training_arguments
+from nlp_ext.trainer import Progress, training_arguments
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from typing_extensions import Unpack
 
 SERVER = "server"
@@ -120,8 +119,8 @@ def prepare(run: Run) -> GlueRun:
         run,
         model.to(run.device),
         text_origin(config, content, _encoding, config.task),
-        rows=train.rows,
         scored=[row for split in validation for row in split.rows],
+        rows=train.rows,
         weights=weights,
         tokenizer=tokenizer,
         data=record,
@@ -196,32 +195,19 @@ def target_length(task: GlueTask, tokenizer: PreTrainedTokenizerBase) -> int:
 # ---------------------------------------------------------------------------------------------------- train and score
 
 
-def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Trained:
+def train(run: GlueRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
     """Train to the end, with transformers' Trainer."""
     own = Trainer(
         model=run.model,
         args=training_arguments(TrainingArguments, run),
         data_collator=DataCollatorForSeq2Seq(run.tokenizer),
-        train_dataset=Rows(run.rows),
+        train_dataset=Dataset.from_list(run.rows),
         processing_class=run.tokenizer,
     )
     return trainer.train(own, run, notes, checkpoint)
 
 
-class Rows(TorchDataset):
-    """Rows of a split, each a fresh mapping: the collator changes what it is given."""
-
-    def __init__(self, rows: list[dict[str, list[int]]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, k: int) -> dict[str, list[int]]:
-        return dict(self.rows[k])
-
-
-def score(run: GlueRun, trained: Trained) -> dict[str, Any]:
+def score(run: GlueRun, progress: Progress) -> dict[str, Any]:
     """The metrics of every validation split."""
     with run.stage("validation"):
         scores = {split.name: _score(run, split) for split in run.validation}

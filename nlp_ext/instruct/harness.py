@@ -31,7 +31,7 @@ from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import is_sharded, processes, text_device
 from nlp_ext.textrun import TextRun, adapt, adapter_settings, split_content, text_origin
-from nlp_ext.trainer import Trained, training_arguments
+from nlp_ext.trainer import Progress, training_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -119,8 +119,8 @@ def prepare(run: Run) -> InstructRun:
         run,
         model,
         text_origin(config, content, version, data.encode_all),
-        rows=train.rows,
         scored=held_out.rows,
+        rows=train.rows,
         weights=weights,
         tokenizer=tokenizer,
         data=record,
@@ -176,7 +176,7 @@ def measure_pretrained(run: InstructRun) -> MeasuredRun:
     return MeasuredRun(**vars(run), before=before)
 
 
-def train(run: MeasuredRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Trained:
+def train(run: MeasuredRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
     """Train to the end, with trl's trainer."""
     return trainer.train(make_trainer(run), run, notes, checkpoint)
 
@@ -205,10 +205,10 @@ def make_trainer(run: InstructRun) -> SFTTrainer:
     return made
 
 
-def score(run: MeasuredRun, trained: Trained) -> dict[str, Any]:
+def score(run: MeasuredRun, progress: Progress) -> dict[str, Any]:
     """Perplexity after training; some prompts are answered, into a file."""
     with run.stage("perplexity"):
-        after = perplexity(run, trained.model)
+        after = perplexity(run, progress.model)
     run.session.say(f"perplexity of held-out answers {run.before:.2f} before, {after:.2f} after")
     with run.stage("samples"):  # all processes hold a part of a sharded model
         samples = _samples(run) if run.processes.main or is_sharded(run.model) else []

@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
+from abm_vision.abm.arguments import nearest
 from abm_vision.analysis.view import View
-from abm_vision.runs.cli import Parser, guarded
+from abm_vision.runs.cli import Parser, guarded, load_plugins
 from abm_vision.runs.commands import compare, report, run, suite
 
 SHARED = {
@@ -53,11 +54,10 @@ def commands_of(
 
 
 def main(view: View, commands: Mapping[str, Command], arguments: Sequence[str] | None, smaller: str) -> int:
-    """Run the command that the first word names, or the one without a name.
+    """Run the command that the first word names, or the one without a name; what `--plugin` names is imported first.
 
     Args:
-        view: of the harness.
-        commands: its `commands_of`.
+        view, commands: of the harness.
         arguments: the words; those of the command line if None.
         smaller: the flags that take less memory when they are lowered.
 
@@ -66,4 +66,11 @@ def main(view: View, commands: Mapping[str, Command], arguments: Sequence[str] |
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     command = commands[words.pop(0) if words and words[0] in commands else ""]
-    return guarded(view.program, lambda: command.body(command.parser().parse_args(words)), smaller=smaller)
+
+    def work() -> int:
+        if words and command is commands[""] and not words[0].startswith("-"):
+            raise ValueError(f"there is no command {words[0]}{nearest(words[0], commands)}")
+        load_plugins(view.program, view.config, words)
+        return command.body(command.parser().parse_args(words))
+
+    return guarded(view.program, work, smaller=smaller)
