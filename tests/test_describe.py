@@ -154,6 +154,23 @@ def test_other_weights_are_refused(saved, tmp_path):
         load_adapter(build_vit())
 
 
+def test_weights_that_nobody_recorded(saved, base, tmp_path, monkeypatch):
+    """As of a model that timm alone has made: timm's pretrained ones are taken, and that is said."""
+    shutil.copytree(saved[0], tmp_path / "adapter")
+    changed(tmp_path / "adapter", weights=None)
+    taken = []
+
+    def create(*arguments):
+        taken.append(arguments[3])
+        return create_backbone(*arguments[:3], str(base))
+
+    monkeypatch.setattr("abm_vision.weights.create_backbone", create)
+    with pytest.warns(UserWarning, match="does not say which weights it was trained on.*pass them as weights"):
+        load_adapter(tmp_path / "adapter")
+    load_adapter(tmp_path / "adapter", weights="given")  # no warning
+    assert taken == ["auto", "given"]
+
+
 GIVEN = {
     "a name too few": ({"classes": NAMES[1:]}, "give the name of each of the model's 5 classes"),
     "no names": ({"classes": [1, 2, 3, 4, 5]}, "give the name of each"),

@@ -63,6 +63,17 @@ def test_links_and_names(path):
         assert not re.search(r"(?:abm_vision|nlp_ext|vtab_tasks)[\w.]* import .*\b_\w", cell.source)  # public names
 
 
+SHORTER = {  # what is stored took minutes; the same cells in fewer steps
+    "01": ("(480, 6, 300)", "(96, 2, 60)"),
+    "02": ("150 if SMALL", "15 if SMALL"),
+    "03": ("(70, 4, 40)", "(70, 1, 10)"),
+    "04": ("200", "40"),  # test images
+    "05": ("(256, 3, 1)", "(128, 1, 1)"),
+    "06": ("(1500, 3)", "(160, 1)"),
+    "07": ("800 if SMALL", "160 if SMALL"),
+}
+
+
 @pytest.mark.slow
 @each
 def test_runs(path, tmp_path, monkeypatch):
@@ -71,6 +82,10 @@ def test_runs(path, tmp_path, monkeypatch):
     monkeypatch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")  # as in Jupyter
     notebook = read(path)
     stored = copy.deepcopy(notebook)
+    old, new = SHORTER[path.stem[:2]]
+    for cell in notebook.cells:
+        cell.source = cell.source.replace(old, new)
+    assert notebook != stored
     place = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=900, coalesce_streams=True, resources=place).execute()
     said = [o.text for o in outputs(notebook) if o.output_type == "stream" and o.name == "stderr"]

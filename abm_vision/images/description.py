@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,12 @@ def build(folder: Path, weights: str | None = None) -> nn.Module:
         raise ValueError(
             f"{folder} was trained on random weights, which nobody has any more: pass the model, "
             "load_adapter(model, folder)"
+        )
+    if weights is None and not recorded:
+        warnings.warn(
+            f"{folder} does not say which weights it was trained on, since create_backbone did not make its model: "
+            "timm's pretrained ones are taken. If it was trained on others, pass them as weights, or the model",
+            stacklevel=4,
         )
     if weights is None:
         of_file = recorded["location"] if recorded and recorded["origin"] == "file" else "auto"
