@@ -100,7 +100,14 @@ ANSWERED = {  # program to what it answers at once, in a process for each
         *("--help", "--bogus", "--task nothing", "--epochs none"),
         *(f"{c} --help" for c in ("suite", "compare", "report", "predict", "evaluate", "prepare", "list")),
         *("export --help", "export --to nothing", "merge --help"),
-        *("suite --bogus", "compare --lr", "suite --tasks nothing", "suite --init nothing", "suite --grid nothing"),
+        *(
+            "suite --bogus",
+            "compare --lr",
+            "compare --init nothing",
+            "suite --tasks nothing",
+            "suite --init nothing",
+            "suite --grid nothing",
+        ),
     ],
     "abm_vision.tune": [
         *("--help", "--bogus", "--augment much", "--epochs none", "--validation 1"),

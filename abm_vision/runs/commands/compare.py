@@ -10,7 +10,7 @@ from typing import Any
 
 from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
-from abm_vision.runs.commands.suite import add_executors, executor
+from abm_vision.runs.commands.suite import add_executors, executor, executor_flags
 from abm_vision.runs.folder import CONFIG
 from abm_vision.runs.view import View
 
@@ -57,9 +57,9 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     if view.place and len(folders) == 1 and not _holds_runs(Path(folders[0])):
         options[view.place] = folders.pop()
 
-    from abm_vision.analysis import compare, load
-
     if folders:
+        from abm_vision.analysis import load
+
         options.pop("executor")
         if options:
             raise ValueError(f"finished runs have their settings: leave out {', '.join(options)}")
@@ -68,6 +68,9 @@ def command(view: View, parsed: argparse.Namespace) -> int:
             warnings.warn(f"no result: {name} ({why})", stacklevel=1)
     else:
         found, diverged = _run(view, options, out, quiet or as_json)
+
+    from abm_vision.analysis import compare
+
     compared = compare.compare(found, view, diverged)
     paths = compare.write_files(compared, report or out)
     if as_json:
@@ -88,12 +91,9 @@ def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[li
     Raises:
         ValueError: a list is empty or has a name twice, or a run failed.
     """
-    from abm_vision.analysis.load import read_finished
-    from abm_vision.runs.harness import Session, silent
-    from abm_vision.runs.run_suite import run_suite
     from abm_vision.runs.suite import Suite
 
-    execute = executor(options)
+    where = executor_flags(options)
     wanted = {name: options.pop(name, default) for name, default in _compared(view).items()}
     inits, rates = tuple(wanted["init"].split(",")), _numbers("lr", wanted["lr"])
     if BASELINE not in inits:
@@ -102,6 +102,12 @@ def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[li
         )
     tasks = tuple(wanted["task"].split(",")) if "task" in wanted else view.tasks
     suite = Suite(view, tasks, inits, wanted["seeds"], options, rates=rates)
+    execute = executor(where)
+
+    from abm_vision.analysis.load import read_finished
+    from abm_vision.runs.harness import Session, silent
+    from abm_vision.runs.run_suite import run_suite
+
     session = Session(out, quiet=quiet, diagnose=True, say=silent if quiet else say)
     outcomes = run_guarded(view.program, lambda: run_suite(suite, session, execute))
     failed = [c for c, outcome in outcomes.items() if outcome.state == "failed" and not outcome.diverged]

@@ -65,14 +65,19 @@ def add_executors(flags: Parser) -> None:
     flags.add_argument("--gpus-per-run", type=float, **unset, help="ray: GPUs, or a fraction (default: 0)")
 
 
-def executor(options: dict[str, Any]) -> Executor:
-    """What makes the runs; takes the flags that say so out of `options`.
+def executor_flags(options: dict[str, Any]) -> dict[str, Any]:
+    """Take the flags that say what makes the runs out of `options`."""
+    return {name: options.pop(name) for name in ("executor", *LOCAL_FLAGS, *RAY_FLAGS) if name in options}
+
+
+def executor(flags: dict[str, Any]) -> Executor:
+    """What makes the runs.
 
     Raises:
         ValueError: a flag is for another executor, or as the executors do.
     """
-    kind = options.pop("executor")
-    given = {name: options.pop(name) for name in (*LOCAL_FLAGS, *RAY_FLAGS) if name in options}
+    given = dict(flags)
+    kind = given.pop("executor")
     others = LOCAL_FLAGS if kind == "ray" else RAY_FLAGS
     foreign = [f"--{name.replace('_', '-')}" for name in given if name in others]
     if foreign:
@@ -93,7 +98,7 @@ def command(view: View, parsed: argparse.Namespace) -> int:
         options.pop(name) for name in "init seeds grid out diagnose dry_run quiet".split()
     )
     tasks, smoke = options.pop("tasks", "all"), options.pop("smoke", False)
-    where = {name: options.pop(name) for name in ("executor", *LOCAL_FLAGS, *RAY_FLAGS) if name in options}
+    where = executor_flags(options)
     wanted = Suite(view, parse_tasks(tasks, view), tuple(init.split(",")), seeds, options, _grid(view, grid))
     execute = executor(where)
     if dry_run:
