@@ -126,7 +126,12 @@ def _valid_patches(batch: Any, stack: str) -> Tensor | None:
 def _describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     from abm_vision.images.description import describe
 
-    return dict(given) if hasattr(model, "timm_model") else describe(model, given)
+    if not hasattr(model, "timm_model"):
+        return describe(model, given)
+    # transformers' wrapper: its adapter has other names, so that it is no adapter of the timm model inside.
+    return {
+        name: fact for name, fact in describe(model.timm_model, given).items() if name not in ("model", "model_args")
+    }
 
 
 def _card(facts: Mapping[str, Any], model: nn.Module, text: str) -> str:

@@ -10,6 +10,7 @@ import torch
 from conftest import build_vit, images, randomise
 from huggingface_hub import HfApi, RepoUrl
 from PIL import Image
+from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
 from abm_vision import add_lora, create_backbone, load_adapter, push_to_hub, save_adapter
 from abm_vision.images.predict import predict
@@ -194,6 +195,18 @@ def test_preprocessing_as_given(tmp_path):
         **{**shape, "mean": [0.1, 0.2, 0.3], "std": [1, 1, 1]},
         **{"crop_pct": 1.0, "crop_mode": "squash"},
     }
+
+
+def test_a_model_in_transformers_wrapper(tmp_path):
+    """Its names are others than timm's, so no timm model is built for it."""
+    made = TimmWrapperConfig(architecture="test_vit", num_labels=5, model_args={"img_size": 32})
+    model = add_lora(TimmWrapperForImageClassification(made), 2)
+    save_adapter(model, tmp_path, classes=NAMES)
+    found = read(tmp_path)
+    assert found["num_classes"] == 5 and found["preprocessing"]["image_size"] == 32 and "model" not in found
+    assert "ant, bee, cat, dog, eel" in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="does not say which timm model.*build the model and pass it"):
+        load_adapter(tmp_path)
 
 
 def test_a_card_that_somebody_wrote_stays(tmp_path):
