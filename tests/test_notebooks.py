@@ -67,7 +67,7 @@ SHORTER = {  # what is stored took minutes; the same cells in fewer steps
     "01": ("(480, 6, 300)", "(96, 2, 60)"),
     "02": ("150 if SMALL", "15 if SMALL"),
     "03": ("(70, 4, 40)", "(70, 1, 10)"),
-    "04": ("200", "40"),  # test images
+    "04": ('"dsprites_loc,kitti_dist" if SMALL', '"dsprites_loc" if SMALL'),
     "05": ("(256, 3, 1)", "(128, 1, 1)"),
     "06": ("(1500, 3)", "(160, 1)"),
     "07": ("800 if SMALL", "160 if SMALL"),
