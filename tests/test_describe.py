@@ -90,7 +90,9 @@ def test_the_lines_of_its_card_load_it_without_this_package(saved, base, tmp_pat
     words = [folder / "README.md", base, folder, tmp_path / "x.pt"]
     done = subprocess.run([sys.executable, "-c", CARD, *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(tmp_path / "x.pt")["logits"], model(images()), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.load(tmp_path / "x.pt", weights_only=True)["logits"], model(images()), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_it_is_loaded_without_a_model(saved):

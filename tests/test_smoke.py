@@ -13,6 +13,7 @@ from abm_vision.runs import run as spine
 from abm_vision.runs.harness import Session
 from abm_vision.runs.run_suite import run_suite
 from abm_vision.runs.suite import Suite
+from abm_vision.tune import __main__ as tune
 from abm_vision.vtab import harness, make_config
 from abm_vision.vtab.config import HANDFUL
 from abm_vision.vtab.view import VIEW
@@ -124,9 +125,10 @@ def test_a_suite_without_its_data_is_one_message(more, monkeypatch, tmp_path, ca
         (glue.main, ["suite", "--tasks", "rte,sst2"], "the data of rte, sst2 cannot be read. rte: "),
         (instruct.main, ["suite"], "the data of instruct cannot be read. instruct: "),
         (glue.main, ["compare", "--task", "rte"], "the data of rte cannot be read. rte: "),
+        (tune.main, ["suite", "--seeds", "2"], "cannot be read. "),
     ],
 )
-def test_texts_that_are_not_there(command, words, message, monkeypatch, tmp_path, capsys):
+def test_data_of_other_harnesses_that_are_not_there(command, words, message, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(executors, "attempt", None)
     data = tmp_path / ("absent.jsonl" if command is instruct.main else "absent")
     code, _, err = answer([*words, "--data", data, "--out", tmp_path / "out"], capsys, command)

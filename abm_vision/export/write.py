@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from abm_vision.abm.files import write_atomically
 from abm_vision.abm.loading import load_adapter
 from abm_vision.images.description import build, read_description
-from abm_vision.runs.folder import ADAPTER
+from abm_vision.runs.folder import adapter_folder
 
 ENDINGS = {"onnx": ".onnx", "torch": ".pt2", "timm": ".safetensors"}
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
@@ -88,8 +88,7 @@ def export(
         CannotWrite: an `OSError`: the file cannot be written.
     """
     check_request(to, out, normalise)
-    folder, path = Path(adapter), Path(out)
-    folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    folder, path = adapter_folder(adapter), Path(out)
     facts = read_description(folder)
     adapted = load_adapter(build(folder, weights), folder).eval()
     shape = facts["preprocessing"]

@@ -16,7 +16,7 @@ from abm_vision.images.data import Preprocessing, Stream
 from abm_vision.images.description import build, read_description
 from abm_vision.images.photos import Photos, PhotoSplit
 from abm_vision.images.train import classify
-from abm_vision.runs.folder import ADAPTER
+from abm_vision.runs.folder import adapter_folder
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def load_classifier(adapter: str | Path, weights: str | None = None, device: str
         FileNotFoundError, ValueError: the adapter is missing or broken, was not saved by a run on images, or other
             weights are found.
     """
-    folder = Path(adapter)
-    folder = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    folder = adapter_folder(adapter)
     settings = read_description(folder)
     shape, run = settings["preprocessing"], settings.get("run") or {"task": folder.name}
     return Classifier(

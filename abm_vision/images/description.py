@@ -101,6 +101,16 @@ def describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     return facts
 
 
+def of_run(result: Mapping[str, Any], task: str) -> dict[str, Any]:
+    """What a run on images says of its adapter, for `predict` and `evaluate`."""
+    return {
+        "run": {"task": task, **{name: result["config"][name] for name in ("model", "weights", "init", "seed")}},
+        **{name: result[name] for name in ("num_classes", "weights", "preprocessing", "test")},
+        "data_source": result["data"]["train"]["source"],
+        "report": result["abm"],
+    }
+
+
 def _fields() -> str:
     return ", ".join(Shape.model_fields)
 

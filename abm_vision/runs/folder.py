@@ -28,6 +28,12 @@ LOCK, FAILURE = ".lock", "failure.json"
 ABANDONED = 60.0  # seconds after which nobody is at a configuration half written
 
 
+def adapter_folder(place: str | Path) -> Path:
+    """The adapter in a run's folder; another folder is the adapter's own."""
+    folder = Path(place)
+    return folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+
+
 @dataclass(frozen=True)
 class State:
     """How far a run is.

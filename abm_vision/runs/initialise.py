@@ -16,7 +16,7 @@ from abm_vision.abm.saving import ABM_FILE
 from abm_vision.abm.tangent import InformationLoss, information_loss
 from abm_vision.initializers import BASELINE, Needs, initialize_lora
 from abm_vision.runs.device import autocast
-from abm_vision.runs.folder import ADAPTER, RESULT
+from abm_vision.runs.folder import RESULT, adapter_folder
 from abm_vision.runs.harness import Prepared
 from abm_vision.runs.records import AFRESH, Tuned, read_record
 from abm_vision.runs.settings import AdapterSettings, without_own_settings
@@ -121,7 +121,7 @@ def _reference(run: Prepared, tune: Tune) -> Iterator[dict[str, Any] | None]:
     folder = Path(given)
     remedy = "give another reference, or its adapter folder alone"
     tuned = read_record(folder / RESULT, Tuned, remedy=remedy) if (folder / RESULT).is_file() else None
-    adapter = folder / ADAPTER if (folder / ADAPTER).is_dir() else folder
+    adapter = adapter_folder(folder)
     _check_weights(adapter, run.weights_sha256)
     load_reference(run.model, adapter, REFERENCE)
     try:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from abm_vision.images.data import Images, Preprocessing, Stream, load_all
+from abm_vision.images.description import of_run
 from abm_vision.images.model import adapted, found_weights, pretrained, weights_origin
 from abm_vision.images.train import count_correct, make_optimiser
 from abm_vision.images.train import train as train_epochs
@@ -111,7 +112,13 @@ def prepare(run: Run) -> TuneRun:
 
 
 def _load(config: TuneConfig) -> Dataset:
-    return load(config.data, config.validation, config.seed, config.skip_broken)
+    (read,) = data_parts(config)
+    return read()
+
+
+def data_parts(config: TuneConfig) -> list[partial[Dataset]]:
+    """What reads the data of a run of this configuration, every picture once."""
+    return [partial(load, config.data, config.validation, config.seed, config.skip_broken)]
 
 
 def origin_parts(config: TuneConfig) -> list[partial[Origin]]:
@@ -215,18 +222,8 @@ def _score(split: str, correct: int, count: int) -> dict[str, Any]:
 
 def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
     """What `predict` and `evaluate` need beside the adapter's own files."""
-    keep = ("model", "weights", "init", "seed")
-    return {
-        "run": {"task": Path(result["data"]["train"]["location"]).name, **{k: result["config"][k] for k in keep}},
-        "num_classes": result["num_classes"],
-        "classes": result["classes"],
-        "weights": result["weights"],
-        "preprocessing": result["preprocessing"],
-        "validation": result["validation"],
-        "test": result["test"],
-        "data_source": result["data"]["train"]["source"],
-        "report": result["abm"],
-    }
+    about = of_run(result, Path(result["data"]["train"]["location"]).name)
+    return {**about, "classes": result["classes"], "validation": result["validation"]}
 
 
 HARNESS = Harness(
@@ -240,4 +237,5 @@ HARNESS = Harness(
     next_steps=next_steps,
     card=model_card,
     settings=adapter_settings,
+    data=data_parts,
 )

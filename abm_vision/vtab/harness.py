@@ -11,6 +11,7 @@ from torch import Tensor
 
 import vtab_tasks
 from abm_vision.images.data import Images, Preprocessing, Stream, load_all
+from abm_vision.images.description import of_run
 from abm_vision.images.model import adapted, found_weights, pretrained, weights_origin
 from abm_vision.images.train import count_correct, make_optimiser
 from abm_vision.images.train import train as train_epochs
@@ -219,16 +220,7 @@ def _test(run: VtabRun) -> tuple[int, int]:
 
 def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
     """What `predict` needs beside the adapter's own files."""
-    keep = ("task", "model", "weights", "init", "seed")
-    return {
-        "run": {k: result["config"][k] for k in keep},
-        "num_classes": result["num_classes"],
-        "weights": result["weights"],
-        "preprocessing": result["preprocessing"],
-        "test": result["test"],
-        "data_source": result["data"]["train"]["source"],
-        "report": result["abm"],
-    }
+    return of_run(result, result["config"]["task"])
 
 
 HARNESS = Harness(

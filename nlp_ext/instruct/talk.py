@@ -19,7 +19,7 @@ from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically
 from abm_vision.abm.loading import load_adapter, read_settings
 from abm_vision.abm.saving import ABM_FILE
-from abm_vision.runs.folder import ADAPTER
+from abm_vision.runs.folder import adapter_folder
 from abm_vision.runs.records import checked
 from nlp_ext.instruct.answer import answer
 from nlp_ext.instruct.data import Conversation
@@ -77,7 +77,7 @@ class Assistant:
     """
 
     def __init__(self, adapter: str | Path, model: str | None, device: torch.device, new_tokens: int) -> None:
-        folder = Path(adapter) / ADAPTER if (Path(adapter) / ADAPTER).is_dir() else Path(adapter)
+        folder = adapter_folder(adapter)
         if not folder.is_dir():
             raise FileNotFoundError(f"no folder {adapter}: give that of a finished run, or of an adapter")
         settings = read_settings(folder) if (folder / ABM_FILE).is_file() else {}
