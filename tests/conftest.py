@@ -3,6 +3,7 @@
 import gc
 import os
 import resource
+import shutil
 from contextlib import contextmanager
 
 # Set before any Hugging Face library is imported: nothing here may reach for a network.
@@ -129,3 +130,16 @@ def glue_run(t5, tmp_path_factory):
 
     out, lines = tmp_path_factory.mktemp("glue_run"), []
     return run(small_glue(t5), out, diagnose=True, extras=("server",), say=lines.append), lines, out
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Chromium, of a test that looks at a page."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if path is None:
+        pytest.skip("there is no Chromium on this machine")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        yield browser
+        browser.close()

@@ -134,3 +134,51 @@ def test_a_file_that_computes_something_else_is_not_left(saved, tmp_path, monkey
     with pytest.raises(ValueError, match=r"was not written: it would differ by 1(\.0\d*)? from torch"):
         export(saved[0], "timm", tmp_path / "a.safetensors")
     assert not list(tmp_path.iterdir())
+
+
+# ---- a page in the browser -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_page_answers_as_predict_does(saved, browser, tmp_path):
+    """One with its EXIF on its side, one that is no single picture, as a visitor sees them."""
+    pytest.importorskip("gradio")
+    from abm_vision.images.classifier import load_classifier
+    from abm_vision.images.demo import page
+    from abm_vision.images.predict import predict
+
+    good, bad = tmp_path / "photo.jpg", tmp_path / "moving.gif"
+    turned = Image.Exif()
+    turned[0x0112] = 6  # a quarter turn
+    noise = Image.effect_noise((60, 40), 90).convert("RGB")
+    noise.save(good, exif=turned)
+    noise.save(bad, save_all=True, append_images=[noise.rotate(90)])
+    (row,) = predict(saved[0], [good], top=3)
+    _, address, _ = (served := page(load_classifier(saved[0]))).launch(prevent_thread_lock=True, quiet=True)
+    seen = browser.new_page()
+    try:
+        seen.goto(address)
+        seen.locator("input[type=file]").set_input_files(good)
+        seen.get_by_role("button", name="Submit").click()
+        label = seen.locator("[data-testid=label-output-value]")
+        label.wait_for()
+        assert label.inner_text() == row["class"]
+        texts = seen.locator("[data-testid$=-confidence-set]").all_inner_texts()
+        assert [text.split()[0] for text in texts] == [one["class"] for one in row["top"]]
+        seen.get_by_role("button", name="Clear").click()
+        seen.locator("input[type=file]").set_input_files(bad)
+        seen.get_by_role("button", name="Submit").click()
+        seen.get_by_text("it has 2 frames").wait_for()
+    finally:
+        seen.close()
+        served.close()
+
+
+def test_the_page_without_its_package_is_one_message(saved, capsys, monkeypatch):
+    import sys
+
+    from abm_vision.tune.__main__ import main
+
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    code, _, err = answer(["demo", saved[0]], capsys, main)
+    assert code == 2 and 'the page needs gradio: pip install "abm-lora[demo]"' in err

@@ -289,12 +289,12 @@ def test_files_that_are_damaged_are_named(put, tmp_path, capsys):
     """And do not block the report of the others."""
     put("dtd", top1=0.43)
     for name, content, message in (
-        ("result.json", '{"schema": 5}', "result.json: it lacks config"),
-        ("result.json", '{"schema": 1}', "has schema 1, this version reads 5"),
+        ("result.json", '{"schema": 6}', "result.json: it lacks config"),
+        ("result.json", '{"schema": 1}', "has schema 1, this version reads 6"),
         ("result.json", "[]", "result.json holds no JSON object"),
         ("result.json", '{"schema": "glue-2"}', "(a result of abm-glue: use abm-glue report)"),
         ("failure.json", "", "failure.json is not JSON"),
-        ("failure.json", '{"schema": 5, "reason": 3, "time": ""}', "failure.json: reason is 3"),
+        ("failure.json", '{"schema": 6, "reason": 3, "time": ""}', "failure.json: reason is 3"),
     ):
         other = put("pets")
         (other / "result.json").unlink()
@@ -309,7 +309,7 @@ def test_a_reason_of_many_lines_is_one_line(put, tmp_path):
     put("dtd")
     failed = put("pets")
     (failed / "result.json").unlink()
-    (failed / "failure.json").write_text(json.dumps({"schema": 5, "reason": "RuntimeError: one\n  two\n", "time": ""}))
+    (failed / "failure.json").write_text(json.dumps({"schema": 6, "reason": "RuntimeError: one\n  two\n", "time": ""}))
     assert all(line.startswith("%") or "two" not in line for line in to_latex(collect(tmp_path / "runs")).splitlines())
 
 
@@ -319,7 +319,7 @@ def test_selection_is_left_out_and_what_is_not_finished_is_named(put, tmp_path):
     failed, begun = put("pets"), put("svhn")
     for folder in (failed, begun):
         (folder / "result.json").unlink()
-    (failed / "failure.json").write_text('{"schema": 5, "reason": "Diverged: not finite", "time": ""}')
+    (failed / "failure.json").write_text('{"schema": 6, "reason": "Diverged: not finite", "time": ""}')
     report = collect(tmp_path / "runs")
     assert len(report.runs) == 1
     assert report.unfinished == ((failed.name, "Diverged: not finite"), (begun.name, "not begun"))
@@ -386,7 +386,7 @@ def test_a_result_of_another_schema(put, tmp_path, capsys):
     folder = put("dtd")
     (folder / "result.json").write_text('{"schema": 1}')
     assert main(["report", str(tmp_path / "runs")]) == 2
-    assert "has schema 1, this version reads 5" in capsys.readouterr().err
+    assert "has schema 1, this version reads 6" in capsys.readouterr().err
 
 
 def test_a_folder_of_another_harness(put, tmp_path, capsys):
@@ -491,18 +491,6 @@ def test_names_in_latex_are_escaped(odd):
 
 
 # ---- the page ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def browser():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if path is None:
-        pytest.skip("there is no Chromium on this machine")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from abm_vision.abm.arguments import count
@@ -130,12 +131,28 @@ class Recorded(BaseModel):
 
 
 def read_config(path: str | Path, schema: int | str) -> dict[str, Any]:
-    """The settings in a JSON file: a run's own `config.json` or `result.json`, or {"schema": ..., "config": {...}}.
+    """The settings in a file: a run's own `config.json` or `result.json`, or a YAML file of some (`lr: 1e-3`).
 
     Raises:
-        FileNotFoundError, ValueError: no such file, no JSON, or another schema.
+        FileNotFoundError, ValueError: no such file, no JSON or YAML, or another schema.
     """
-    return read_record(Path(path), Recorded, schema, "write the settings as flags instead")["config"]
+    path, remedy = Path(path), "write the settings as flags instead"
+    if path.suffix not in (".yaml", ".yml"):
+        return read_record(path, Recorded, schema, remedy)["config"]
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}; {remedy}")
+    try:
+        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML ({error}); {remedy}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no settings by name, such as `lr: 1e-3`")
+    return {str(name): _number(value) for name, value in found.items()}
+
+
+def _number(value: Any) -> Any:
+    """A number that YAML 1.1 takes for a word, for want of a point: 1e-3."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I) else value
 
 
 def _in_words(error: ValidationError) -> str:

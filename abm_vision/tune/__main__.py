@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from abm_vision.export import commands as export
-from abm_vision.images.commands import evaluate, predict
+from abm_vision.images.commands import demo, evaluate, predict
 from abm_vision.runs import commands
 from abm_vision.runs.cli import Parser, run_guarded, say
 from abm_vision.runs.commands import Command, run
@@ -22,6 +22,7 @@ _ALL = commands.commands_of(
         "predict": Command(partial(predict.parser, VIEW.program), predict.command, "classify images"),
         "evaluate": Command(partial(evaluate.parser, VIEW.program), evaluate.command, "on labelled images"),
         "export": Command(partial(export.export_parser, VIEW.program), export.command, "as ONNX, .pt2 or for timm"),
+        "demo": Command(partial(demo.parser, VIEW.program), demo.command, "in a browser"),
         "merge": Command(partial(export.merge_parser, VIEW.program), export.command, "as a checkpoint for timm"),
     },
 )

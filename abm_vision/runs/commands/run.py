@@ -22,7 +22,11 @@ def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parse
     flags = Parser(view.program, description=description, epilog=epilog)
     add_place(flags, view.place)
     add_settings(flags, view.config)
-    flags.add_argument("--config", metavar="FILE", help="settings from a run's config.json or result.json; flags win")
+    flags.add_argument(
+        "--config",
+        metavar="FILE",
+        help="settings: a run's config.json or result.json, or YAML such as `lr: 1e-3`; flags win",
+    )
     flags.add_argument("--print-config", action="store_true", help="print the settings as --config reads them, and end")
     flags.add_argument("--out", default="results", help="folder of the results, one folder a run (default: results)")
     flags.add_argument(
