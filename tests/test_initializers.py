@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import Counter
 
 import pytest
 import timm
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from abm_vision import add_lora, initialize_lora, load_adapter, save_adapter
+from abm_vision.abm import moments
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import load_reference
 from abm_vision.initializers import INITIALIZERS, Needs, Properties, get_initializer
@@ -171,21 +173,62 @@ def test_lora_ga_is_stock_pefts():
     assert_same_start(started("lora_ga", batches=[(X, Y)]), stock(config, prepare), rtol=1e-2, atol=1e-4)
 
 
-def test_eva_is_stock_pefts():
+def test_eva_of_one_batch_is_stock_pefts():
+    """peft goes batch by batch, so that of several it depends on their order."""
     model = stock(
         LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS, init_lora_weights="eva", eva_config=EvaConfig())
     )
     initialize_lora_eva_weights(
         model,
-        BATCHES,
+        [(X, Y)],
         forward_fn=lambda m, b: m(b[0]),
         prepare_model_inputs_fn=None,
         prepare_layer_inputs_fn=None,
         show_progress_bar=False,
     )
-    ours = started("eva")
+    ours = started("eva", batches=[(X, Y)])
     assert set(adapted_layers(ours, "default")) == set(adapted_layers(model, "default"))
     assert_same_start(ours, model)
+
+
+@pytest.mark.parametrize("held", [2**31, 1])
+def test_eva_against_a_decomposition_of_all_inputs(held, monkeypatch):
+    """In double precision, whatever the batches, all layers at once or one after another."""
+    monkeypatch.setattr(moments, "HELD", held)
+    base, inputs = small_vit().double(), {}
+    for name, module in base.named_modules():
+        if name.endswith(tuple(TARGETS)):
+            module.register_forward_pre_hook(lambda _, args, name=name: inputs.update({name: args[0].flatten(0, 1)}))
+    with torch.no_grad():
+        base(X.double())
+    leading = {}
+    for name, x in inputs.items():
+        _, values, directions = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+        leading[name] = directions[:8], (values**2 / (values**2).sum())[:8]  # twice the rank
+    every = sorted(((share, name) for name, (_, shares) in leading.items() for share in shares), reverse=True)
+    ranks = Counter(name for _, name in every[: 4 * len(leading)])
+    layers = adapted_layers(started("eva", batches=[(X[:3], Y[:3]), (X[3:4], Y[3:4]), (X[4:], Y[4:])]), "default")
+    assert {name: layer.r["default"] for name, layer in layers.items()} == ranks
+    for name, layer in layers.items():
+        ours, expected = layer.lora_A["default"].weight.double(), leading[name][0][: ranks[name]]
+        torch.testing.assert_close((ours * expected).sum(1).abs(), torch.ones(ranks[name]).double(), rtol=0, atol=1e-4)
+
+
+def test_layers_with_one_input_share_their_moments():
+    x = torch.randn(6, 3)
+    layers = {name: nn.Linear(3, 2) for name in "qkv"}
+
+    def forward(batch):
+        for layer in (layers["q"], layers["k"]):
+            layer(x)
+        layers["v"](x + 1)
+
+    found = {
+        tuple(names): sums for names, sums in moments.input_moments(layers, [0, 1], forward, lambda *given: given[2])
+    }
+    assert set(found) == {("q", "k"), ("v",)} and found["q", "k"].count == 12
+    _, share = found["q", "k"].principal(3)
+    assert share.sum().item() == pytest.approx(1)
 
 
 def test_gaussian_orthogonal_and_random_b_by_their_definition():

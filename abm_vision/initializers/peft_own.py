@@ -100,46 +100,55 @@ for _name, (_summary, _source, _properties) in _FROM_WEIGHTS.items():
 
 
 def eva(given: Ingredients) -> None:
-    """Give A the leading directions of the layer's inputs, and layers the ranks that their variance asks for."""
-    import torch
+    """Give A the leading directions of the layer's inputs, and layers the ranks that their variance asks for.
+
+    peft decomposes the inputs batch by batch until the directions settle. These are the same in the limit, and exact:
+    the leading eigenvectors of the inputs' covariance, of one pass over the batches. Ranks are shared out by its rule.
+    """
     from peft import EvaConfig, initialize_lora_eva_weights
     from peft.tuners.tuners_utils import cast_adapter_dtype
 
-    from abm_vision.abm.batches import batch_size, check_finite, counted, whole_mask
+    from abm_vision.abm.batches import check_finite, counted
+    from abm_vision.abm.moments import input_moments
     from abm_vision.abm.restore import evaluate
 
-    config, layers = EvaConfig(), given.layers
-    smallest = min(given.batches, key=batch_size)
-    for name, shape in _input_shapes(given, smallest).items():
-        mask = given.backbone.input_mask(smallest, name)
-        tokens = shape[:-1].numel() if mask is None else int(whole_mask(mask, torch.empty(shape)).sum())
-        wanted = round(config.rho * layers[name].r[given.adapter_name])
-        if tokens < wanted:  # peft would wait for a larger batch for ever
-            raise ValueError(
-                f"eva looks for {wanted} directions, {name} sees {tokens} tokens in a batch: give larger batches, or "
-                "a lower rank"
-            )
-    names = {id(layer): name for name, layer in layers.items()}
+    config, layers, name_of = EvaConfig(), given.layers, given.adapter_name
+    ranks = {name: layer.r[name_of] for name, layer in layers.items()}
 
-    def counted_inputs(layer_input: Any, batch: Any, peft_name: str) -> Tensor:
-        x = layer_input[0] if isinstance(layer_input, (tuple, list)) else layer_input
-        name = names[id(given.model.get_submodule(peft_name))]
+    def inputs_of(name: str, batch: Any, x: Tensor) -> Tensor:
         check_finite(x, f"the input of {name}")
         return counted(x, given.backbone.input_mask(batch, name)).flatten(0, -2)
 
-    _restart(given, "eva", eva_config=config)
+    directions: dict[str, Tensor] = {}
+    shares: dict[str, Tensor] = {}
     with _no_autocast(given.model):
-        initialize_lora_eva_weights(
-            given.model,
-            given.batches,
-            # peft itself calls eval() alone
-            forward_fn=lambda model, batch: given.forward_fn(evaluate(model), batch),
-            prepare_model_inputs_fn=None,
-            prepare_layer_inputs_fn=counted_inputs,
-            adapter_name=given.adapter_name,
-            show_progress_bar=given.progress,
-        )
-    cast_adapter_dtype(given.model, given.adapter_name)  # layers whose rank has changed were made anew
+        found = input_moments(layers, given.batches, lambda b: given.forward_fn(evaluate(given.model), b), inputs_of)
+        for names, moments in found:
+            wanted = round(config.rho * max(ranks[name] for name in names))
+            if moments.count <= wanted:
+                raise ValueError(
+                    f"eva looks for {wanted} directions, {names[0]} sees {moments.count} tokens: give more samples, or "
+                    "a lower rank"
+                )
+            leading = moments.principal(min(wanted, len(moments.centre)))
+            for name in names:
+                directions[name], shares[name] = leading
+    ranks = _shared_out({name: shares[name] for name in layers}, sum(ranks.values()))
+    modules = {id(module): name for name, module in given.model.named_modules()}
+    state = {modules[id(layer)]: directions[name][: ranks[name]] for name, layer in layers.items()}
+    _restart(given, "eva", eva_config=config)
+    initialize_lora_eva_weights(given.model, eva_state_dict=state, adapter_name=name_of)
+    cast_adapter_dtype(given.model, name_of)  # layers whose rank has changed were made anew
+
+
+def _shared_out(shares: Mapping[str, Tensor], budget: int) -> dict[str, int]:
+    """Ranks of layers: directions are taken by their share of their own layer's variance, the largest first."""
+    import torch
+
+    owners = [name for name, of_layer in shares.items() for _ in of_layer]
+    order = torch.cat(list(shares.values())).argsort(descending=True, stable=True)[:budget]
+    taken = [owners[k] for k in order.tolist()]
+    return {name: taken.count(name) for name in shares}
 
 
 def _input_shapes(given: Ingredients, batch: Any) -> dict[str, torch.Size]:
