@@ -2,7 +2,7 @@
 
     python benchmarks/directions.py --task dsprites_loc      # resumes after an interruption
 
-Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset, one seed: the first 5 of 12 epochs. Every variant sets A (r,
+Rendered data, DINOv2 ViT-S/14 at 70 px, one seed: the first 5 of 12 epochs. Every variant sets A (r,
 in) and perhaps B (out, r) of every adapted layer from the layer's gradient G = U S V^T and its inputs x on 128 labelled
 images. Rows of A are orthonormal unless said otherwise. Every trial is one line of
 `results/directions-TASK.jsonl`.
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from initializers import WHOLE
 from ledger import Ledger, parse
 from peft import PeftModel
 from torch import Tensor
@@ -195,7 +196,7 @@ def trial(task: str, name: str) -> dict[str, Any]:
     order = torch.arange(len(images))  # the last images of the unshuffled set, of which most were not used
     with autocast(device, precision):
         lost = information_loss(model, [images.select(order[-64:])], VIT.loss_fn).overall.loss
-    config = make_config(task=task, lr=LR)
+    config = make_config(task=task, lr=LR, **WHOLE)
     progress = Progress()
 
     def stop(progress: Progress) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/from_adapter.py --task dsprites_loc      # resumes after an interruption
 
-Rendered data, DINOv2 ViT-S/14 at 70 px. References are whole runs of the quick preset with peft's default, seed 0. A
+Rendered data, DINOv2 ViT-S/14 at 70 px. References are whole runs of 12 epochs with peft's default, seed 0. A
 rank-8 adapter is initialised from one in two ways: by boundary matching (`abm_tuned`), and, if the ranks agree, by a
-plain copy of A and B, the obvious baseline. Then come the first 4 epochs of the preset and a test on 1,000 images. The
+plain copy of A and B, the obvious baseline. Then come 4 epochs and a test on 1,000 images. The
 head is fresh in all trials. The cost of tuning the references is not counted, as they exist already. Every trial is one
 line of `results/from_adapter-TASK.jsonl`.
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from directions import adapted
-from initializers import SCREEN
+from initializers import SCREEN, WHOLE
 from ledger import Ledger, parse
 from peft import PeftModel
 
@@ -50,7 +50,7 @@ TRIALS = {
 
 def reference(task: str, rank: int, out: str) -> Path:
     """Return the folder of an adapter tuned on the task; tune it if it does not exist."""
-    result = run(make_config(task=task, init="kaiming", rank=rank, alpha=rank, test_images=1000), out)
+    result = run(make_config(task=task, init="kaiming", rank=rank, alpha=rank, **WHOLE | {"test_images": 1000}), out)
     return Path(result["folder"]) / ADAPTER
 
 

@@ -3,8 +3,8 @@
     python benchmarks/initializers.py --task dsprites_loc            # screen, then confirm; resumes if interrupted
     python benchmarks/initializers.py --task dsprites_loc --list     # how much is done
 
-Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset. `screen`: every initialisation at every learning rate, one
-seed, 4 epochs. `confirm`: the full 12 epochs, 3 seeds, for the default, ours, and the one other that did best in the
+Rendered data, DINOv2 ViT-S/14 at 70 px. `screen`: every initialisation at every learning rate, one
+seed, 4 epochs. `confirm`: 12 epochs, 3 seeds, for the default, ours, and the one other that did best in the
 screening, each at the rate that had the lowest mean training loss there; then with a tuned reference; then the default
 at the rates beside its own, so that its rate is not one that suits 4 epochs alone. Every run is one line of
 `results/initializers-TASK.jsonl`, and is not repeated.
@@ -31,7 +31,8 @@ ALWAYS = ("kaiming", "abm_aligned", "abm")
 BASELINE = "kaiming"
 # For boundary matching. `settings_sweep.py` has since found fewer and smaller steps no worse, and cheaper.
 MATCHING = {"abm_lr": 3e-3, "abm_steps": 50, "abm_batch_size": 16}
-SCREEN = {"epochs": 4, "test_images": 1000}
+SCREEN = {"epochs": 4, "warmup": 1 / 4, "test_images": 1000}
+WHOLE = {"epochs": 12, "warmup": 1 / 12, "test_images": 5000}
 # A tuned reference costs a whole run each time: it is confirmed, not screened, at the default's rate.
 # pissa_niter_16 is PiSSA with another decomposition of the same matrix.
 SCREENED = tuple(n for n, s in INITIALIZERS.items() if Needs.REFERENCE not in s.needs and n != "pissa_niter_16")
@@ -44,6 +45,8 @@ def has(ledger: Ledger, stage: str, config: RunConfig) -> bool:
 def _settings(config: dict[str, Any]) -> dict[str, Any]:
     """The settings that determine a run: a record without one had its default; some have no effect."""
     known = {**RunConfig().to_dict(), **config}
+    if "warmup_epochs" in config:  # as the oldest records have it
+        known["warmup"] = known.pop("warmup_epochs") / config["epochs"]
     return {name: value for name, value in known.items() if RunConfig.uses(config["init"], name)}
 
 
@@ -94,12 +97,12 @@ def confirming(task: str, records: list[dict[str, Any]]) -> Iterator[RunConfig]:
         return  # the screening is not finished
     peers = sorted((loss, init) for init, (loss, _) in best.items() if init not in ALWAYS)
     for seed, init in itertools.product(SEEDS, (*ALWAYS, *(init for _, init in peers[:1]))):
-        yield make_config(task=task, init=init, lr=best[init][1], seed=seed, **matching(init))
+        yield make_config(task=task, init=init, lr=best[init][1], seed=seed, **matching(init), **WHOLE)
     for seed in SEEDS:
-        yield make_config(task=task, init="abm_tuned", lr=best[BASELINE][1], seed=seed, **MATCHING)
+        yield make_config(task=task, init="abm_tuned", lr=best[BASELINE][1], seed=seed, **MATCHING, **WHOLE)
     place = RATES.index(best[BASELINE][1])
     for seed, lr in itertools.product(SEEDS, RATES[max(0, place - 1) : place + 2]):
-        yield make_config(task=task, init=BASELINE, lr=lr, seed=seed)
+        yield make_config(task=task, init=BASELINE, lr=lr, seed=seed, **WHOLE)
 
 
 def slim(result: dict[str, Any]) -> dict[str, Any]:

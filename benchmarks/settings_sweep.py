@@ -2,7 +2,7 @@
 
     python benchmarks/settings_sweep.py --task dsprites_loc      # resumes after an interruption
 
-Rendered data, DINOv2 ViT-S/14 at 70 px, the quick preset with 4 epochs, seed 0. Boundary matching takes its signs from
+Rendered data, DINOv2 ViT-S/14 at 70 px, 4 epochs, seed 0. Boundary matching takes its signs from
 the pretrained model and is run at the preset's learning rate: peft's default does best with it in the screening of
 `initializers.py`, and matching changes nothing that would require another. The length of A's rows acts like a learning
 rate, so the aligned initialisation is run at several. Every run is one line of `results/settings_sweep-TASK.jsonl`.

@@ -211,7 +211,31 @@ def test_output_in_the_way(capsys, tmp_path):
 
 def test_file_of_another_schema(capsys, tmp_path):
     (tmp_path / "old.json").write_text('{"schema": 0, "config": {"task": "dsprites_loc"}}')
-    assert "has schema 0, this version reads 5" in refused(["--config", tmp_path / "old.json"], capsys)
+    assert "has schema 0, this version reads 6" in refused(["--config", tmp_path / "old.json"], capsys)
+
+
+def test_settings_in_yaml(capsys, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("task: dsprites_ori\nlr: 1e-3\nrank: 4\n")
+    code, out, _ = answer(["--config", file, "--rank", "2", "--print-config"], capsys)
+    found = json.loads(out)["config"]
+    assert code == 0 and (found["task"], found["lr"], found["rank"]) == ("dsprites_ori", 0.001, 2)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("lr: [1", "mine.yaml is not YAML"),
+        ("- lr", "mine.yaml holds no settings by name, such as `lr: 1e-3`"),
+        ("lr: high", "lr is 'high'; it must be of type float"),
+        ("rate: 1", "unknown settings rate"),
+        (None, "there is no"),
+    ],
+)
+def test_bad_settings_in_yaml(text, message, capsys, tmp_path):
+    if text is not None:
+        (tmp_path / "mine.yaml").write_text(text)
+    assert message in refused(["--config", tmp_path / "mine.yaml"], capsys)
 
 
 @pytest.fixture

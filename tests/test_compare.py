@@ -256,7 +256,7 @@ def test_the_command(tmp_path, capsys):
     foreign, failed = tmp_path / "rte-abm", tmp_path / "dtd-abm"
     for folder, name, content in (
         (foreign, "result.json", {"schema": "glue-2"}),
-        (failed, "failure.json", {"schema": 5, "reason": "Diverged:\n not finite", "time": ""}),
+        (failed, "failure.json", {"schema": 6, "reason": "Diverged:\n not finite", "time": ""}),
     ):
         folder.mkdir()
         (folder / "config.json").write_text("{}")

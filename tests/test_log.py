@@ -30,7 +30,7 @@ class Kept:
 
 def test_harness_tells_every_step(tmp_path):
     log = Kept()
-    result = run(tiny(eval_epochs=1, warmup_epochs=0, schedule="constant"), tmp_path, log=log)
+    result = run(tiny(eval_epochs=1, warmup=0.0, schedule="constant"), tmp_path, log=log)
     steps = list(range(1, len(result["loss_per_step"]) + 1))
     assert log.kept["train/loss"] == (steps, result["loss_per_step"])
     assert log.kept["train/lr"] == (steps, [result["config"]["lr"]] * len(steps))

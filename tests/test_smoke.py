@@ -21,7 +21,7 @@ from nlp_ext.glue import __main__ as glue
 from nlp_ext.instruct import __main__ as instruct
 from nlp_ext.instruct.view import VIEW as INSTRUCT
 
-SETTINGS = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 7, "warmup_epochs": 2.0}
+SETTINGS = {**{k: v for k, v in TINY.items() if not k.startswith("abm_")}, "epochs": 7, "warmup": 0.5}
 WORDS = [word for name, value in SETTINGS.items() for word in (f"--{name.replace('_', '-')}", value)]
 NATURAL = tuple(task.name for task in vtab_tasks.TASKS.values() if task.group == "natural")
 

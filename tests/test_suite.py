@@ -366,7 +366,7 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     process.join()
     (folder,) = tmp_path.glob("*/")
-    state = checkpoint._read(folder / "checkpoint.pt", torch.device("cpu"), schema=5)
+    state = checkpoint._read(folder / "checkpoint.pt", torch.device("cpu"), schema=6)
     assert 1 <= state["progress"]["epoch"] < 400 and not (folder / "result.json").exists()
     with files.locked(folder):  # the system has given it back
         pass

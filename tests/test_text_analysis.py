@@ -106,7 +106,7 @@ def test_refusals(tmp_path, monkeypatch, capsys, command, words, message):
 def test_a_result_of_the_vision_harness(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     for name in ("config.json", "result.json"):
-        (tmp_path / "run" / name).write_text('{"schema": 5}')
+        (tmp_path / "run" / name).write_text('{"schema": 6}')
     code, _, err = answer(["report", tmp_path], capsys, glue)
     assert code == 2 and err.endswith("; run is a result of abm-vtab: use abm-vtab report\n")
 

@@ -11,6 +11,7 @@
     the gradient's directions, boundaries kept    align.py        initialize_lora_aligned_weights
     G = dL/dW0 of every adapted layer             gradient.py     weight_gradients
     ||G - P(G)||^2 / ||G||^2, information loss    tangent.py      information_loss
+    the inputs' principal directions (EVA)        moments.py      Moments
     W0 + s B A as one product                     merged_linear.py; any model's layers made so: swap.py
     LoRA on a model; its files                    lora.py  add_lora; saving.py; loading.py
     one adapter, and what may be done with it     adapter.py      Adapter

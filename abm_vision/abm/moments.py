@@ -65,16 +65,15 @@ class _Sums:
         self.moments: dict[str, Moments] = {}
         self.names: dict[str, str] = {}  # a layer to the one whose moments are its own
         self.batch: Any = None
-        self.last: tuple[Tensor | None, str] = (
-            None,
-            "",
-        )  # the input of the layer before, and whose moments it is in
+        self.last: Tensor | None = None  # the input of the layer before
+        self.owner = ""  # whose moments it is in
 
     def add(self, name: str, args: Args) -> None:
-        same, first = self.last[0] is args[0], self.last[1]
-        if self.names.setdefault(name, first if same else name) != (first if same else name):
-            raise ValueError(f"{name} has the input of {first} in one batch and another in the next")
-        self.last = (args[0], self.names[name])
+        same = self.last is args[0]
+        owner = self.owner if same else name
+        if self.names.setdefault(name, owner) != owner:
+            raise ValueError(f"{name} has the input of another layer in one batch and one of its own in another")
+        self.last, self.owner = args[0], owner
         if same:
             return
         with torch.autocast(args[0].device.type, enabled=False):
@@ -100,7 +99,7 @@ def input_moments(
         sums = _Sums(inputs_of)
         with torch.no_grad(), hooked({name: layers[name] for name in part}, before=sums.add):
             for batch in batches:
-                sums.batch, sums.last = batch, (None, "")
+                sums.batch, sums.last = batch, None
                 forward(batch)
         for first in list(sums.moments):
             yield [name for name, whose in sums.names.items() if whose == first], sums.moments.pop(first)

@@ -37,7 +37,6 @@ class ImageSettings(AdapterSettings, _Backbone):
 
     qkv: str = flag("full", "full, or qv: leave k alone inside a fused qkv", choices=QKV_MODES)
     schedule: str = flag("cosine", "of the learning rate, after the warm-up", choices=SCHEDULES)
-    warmup_epochs: float = flag(1.0, "epochs of linear warm-up")
     drop_path: float = flag(0.0, "stochastic depth")
     workers: int = flag(0, "processes that decode images; 0: the main one")
 
@@ -47,11 +46,5 @@ class ImageSettings(AdapterSettings, _Backbone):
             known = ", ".join(name for name, row in INITIALIZERS.items() if Properties.BLOCKS in row.properties)
             raise ValueError(f"init {self.init} cannot leave k alone inside a fused qkv: use qkv full, or {known}")
         at_least(["image_size"], self, 1)
-        at_least("workers warmup_epochs".split(), self, 0)
+        at_least(["workers"], self, 0)
         check_share("drop_path", self.drop_path)
-        self.check_at_most_epochs("warmup_epochs")
-
-    def check_at_most_epochs(self, name: str) -> None:
-        """Raise a ValueError if a number of epochs is larger than that of the run."""
-        if getattr(self, name) > self.epochs:
-            raise ValueError(f"{name} is {getattr(self, name)}; it must be at most epochs, which is {self.epochs}")

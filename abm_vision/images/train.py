@@ -32,7 +32,8 @@ def choose_attention(model: nn.Module, device: torch.device, precision: str) -> 
 
 def learning_rate(config: ImageSettings, step: int, steps_per_epoch: int) -> float:
     """Linear warm-up, then constant, or cosine to a hundredth of the peak."""
-    warmup, total = config.warmup_epochs * steps_per_epoch, config.epochs * steps_per_epoch
+    total = config.epochs * steps_per_epoch
+    warmup = config.warmup * total
     if step < warmup:
         return config.lr * (step + 1) / math.ceil(warmup)
     if config.schedule == "constant":

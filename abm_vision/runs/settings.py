@@ -50,6 +50,7 @@ class AdapterSettings:
     epochs: int = flag(12, "training epochs")
     batch_size: int = flag(64, "samples in a training step")
     lr: float = flag(2e-3, "peak learning rate of AdamW, of all that is trained")
+    warmup: float = flag(0.1, "share of the steps in which the learning rate rises")
     weight_decay: float = flag(1e-4, "of AdamW")
     precision: str = flag("auto", "auto: bf16 autocast on hardware that multiplies in bfloat16", choices=PRECISIONS)
     device: str = flag("auto", "auto (CUDA, MPS, CPU), or a torch device")
@@ -64,6 +65,7 @@ class AdapterSettings:
         at_least("epochs batch_size rank".split(), self, 1)
         at_least("seed weight_decay".split(), self, 0)
         check_share("dropout", self.dropout)
+        check_share("warmup", self.warmup)
         for name in ("lr", "alpha"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be positive and finite")

@@ -31,7 +31,7 @@ def choose_rate(config: TuneConfig, out: str | Path, say: Say) -> float:
     """
     found: dict[float, float] = {}
     epochs = min(EPOCHS, config.epochs)
-    short = replace(config, epochs=epochs, warmup_epochs=min(1.0, config.warmup_epochs), evaluate="val")
+    short = replace(config, epochs=epochs, evaluate="val")
     for rate in SWEPT:
         try:
             found[rate] = run(replace(short, lr=rate), out)["validation"]["top1"]

@@ -11,7 +11,7 @@ from abm_vision.abm.settings import flag
 from abm_vision.images.settings import ImageSettings
 from abm_vision.runs.settings import at_least
 
-SCHEMA = 5
+SCHEMA = 6
 # What is trained on and what is scored.
 EVALUATIONS: Mapping[str, tuple[str, str]] = {"test": ("train800val200", "test"), "val": ("train800", "val200")}
 HANDFUL = 8  # images that `suite --smoke` trains on and scores
@@ -27,7 +27,6 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "dropout": 0.1,
         "epochs": 100,
         "lr": 1e-3,
-        "warmup_epochs": 10.0,
         "drop_path": 0.1,
         "test_images": 0,
     },
@@ -65,7 +64,8 @@ class RunConfig(ImageSettings, _First):
     )
     source: str = flag("auto", "where the data comes from; auto takes real data where it is found", choices=SOURCES)
     data_dir: str | None = flag(None, "folder with vtab-1k files or with prepared TFDS data")
-    test_images: int = flag(5000, "most test images, drawn with a fixed seed; 0, or fewer in the split: all")
+    epochs: int = flag(4, "training epochs")
+    test_images: int = flag(2000, "most test images, drawn with a fixed seed; 0, or fewer in the split: all")
     eval_epochs: int = flag(0, "test every so many epochs too, for the curves alone; 0: only after the last")
 
     def check(self) -> None:
@@ -73,7 +73,8 @@ class RunConfig(ImageSettings, _First):
         vtab_tasks.get_task(self.task)
         super().check()
         at_least("test_images eval_epochs".split(), self, 0)
-        self.check_at_most_epochs("eval_epochs")
+        if self.eval_epochs > self.epochs:
+            raise ValueError(f"eval_epochs is {self.eval_epochs}; it must be at most epochs, which is {self.epochs}")
 
     @property
     def subject(self) -> str:

@@ -22,7 +22,7 @@ def estimate(like: RunConfig, out: str | Path) -> tuple[Callable[[RunConfig], fl
     is run now.
     """
     # Scored on the 200 images: the test split is not opened for this.
-    short = replace(like, epochs=1, evaluate="val", warmup_epochs=min(1.0, like.warmup_epochs))
+    short = replace(like, epochs=1, evaluate="val")
     if found := _throughput(out, short):
         origin = f"finished runs in {out}"
     else:

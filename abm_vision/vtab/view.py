@@ -69,7 +69,7 @@ VIEW = View(
     ),
     selection=Selection({"evaluate": "val"}, split="val200"),
     smoke=Smoke(
-        {"epochs": 1, "warmup_epochs": 0.0, "batch_size": HANDFUL, "test_images": HANDFUL},
+        {"epochs": 1, "batch_size": HANDFUL, "test_images": HANDFUL},
         harness="abm_vision.vtab.harness:SMOKE",
     ),
     groups={task.name: task.group for task in vtab_tasks.TASKS.values()},

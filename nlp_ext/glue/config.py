@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from abm_vision.abm.settings import flag
-from abm_vision.runs.settings import AdapterSettings, at_least, check_share
+from abm_vision.runs.settings import AdapterSettings, at_least
 from nlp_ext.glue.data import HUB, SYNTHETIC
 from nlp_ext.glue.tasks import TASKS, get_task
 
@@ -61,7 +61,6 @@ class GlueConfig(AdapterSettings, _First):
 
     epochs: int = flag(6, "training epochs")
     batch_size: int = flag(32, "examples in a training step")
-    warmup: float = flag(0.1, "share of the steps in which the learning rate rises; it falls as a cosine then")
     train_examples: int = flag(2000, "training examples, the first of the shuffled split; 0, or fewer in it: all")
     validation_examples: int = flag(2000, "most examples of a validation split, the first; 0: all")
     source_tokens: int = flag(512, "longest input in tokens; longer ones are cut, and counted in the result")
@@ -71,7 +70,6 @@ class GlueConfig(AdapterSettings, _First):
         get_task(self.task)
         at_least("train_examples validation_examples".split(), self, 0)
         at_least(["source_tokens"], self, 8)
-        check_share("warmup", self.warmup)
 
     @property
     def subject(self) -> str:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from abm_vision.abm.settings import flag
 from abm_vision.initializers import Needs
-from abm_vision.runs.settings import AdapterSettings, at_least, check_share
+from abm_vision.runs.settings import AdapterSettings, at_least
 from nlp_ext.instruct.data import SYNTHETIC, WIZARD
 
 SCHEMA = "instruct-2"
@@ -72,7 +72,6 @@ class InstructConfig(AdapterSettings, _First):
     epochs: int = flag(3, "training epochs")
     batch_size: int = flag(16, "sequences that a process takes at a time")
     accumulation: int = flag(1, "batches in a training step")
-    warmup: float = flag(0.1, "share of the steps in which the learning rate rises; it falls as a cosine then")
     length: int = flag(512, "longest sequence in tokens; longer ones are cut, and counted in the result")
     packing: bool = flag(False, "fill sequences with several conversations, which do not see one another")
     checkpointing: bool = flag(False, "compute activations twice, to keep fewer in memory")
@@ -86,7 +85,6 @@ class InstructConfig(AdapterSettings, _First):
         at_least("accumulation held_out new_tokens".split(), self, 1)
         at_least("train_examples samples".split(), self, 0)
         at_least(["length"], self, 8)
-        check_share("warmup", self.warmup)
         if self.samples > self.held_out:
             raise ValueError(f"samples is {self.samples}; at most the {self.held_out} held-out prompts can be answered")
 
