@@ -28,6 +28,7 @@ from torch import Tensor
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.batches import batch_size, collect
 from abm_vision.abm.gradient import LossFn, weight_gradients
+from abm_vision.abm.host import find_backbone
 from abm_vision.abm.merged_linear import BlockLinear
 from abm_vision.abm.names import layer_kind
 
@@ -101,7 +102,7 @@ def _together(name: str, parts: Iterable[LayerLoss]) -> LayerLoss:
 def information_loss(
     model: PeftModel,
     batches: Iterable[Any],
-    loss_fn: LossFn,
+    loss_fn: LossFn | None = None,
     *,
     adapter_name: str = "default",
     unadapted: Sequence[str] = (),
@@ -114,7 +115,7 @@ def information_loss(
     Args:
         model: the adapted model, with exactly this adapter active and not merged.
         batches: a loader, or a list of batches as `loss_fn` takes them; they are moved to the model's device.
-        loss_fn: (model, batch) to the scalar mean loss over the batch's samples.
+        loss_fn: (model, batch) to the scalar mean loss over the batch's samples; that of the model's family if None.
         adapter_name: peft's name of the adapter.
         unadapted: the names of linear layers that count with all they lose, such as those to which EVA gave rank 0.
 
@@ -133,7 +134,7 @@ def information_loss(
     def take(name: str, gradient: Tensor) -> None:
         found[name] = _layer_loss(name, gradient, sides.get(name, []))
 
-    weight_gradients(model, batches, loss_fn, take, adapter_name, unadapted)
+    weight_gradients(model, batches, loss_fn or find_backbone(model).loss_fn, take, adapter_name, unadapted)
     in_order = [found[name] for name, _ in model.get_base_model().named_modules() if name in found]
     return InformationLoss(tuple(in_order), sum(map(batch_size, batches)), time.perf_counter() - start)
 
