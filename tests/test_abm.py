@@ -16,6 +16,7 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, TensorDataset
 
 from abm_vision import VIT, ABMConfig, add_lora, initialize_lora_abm_weights
+from abm_vision.abm import hooks
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.boundary import choose_boundaries
 from abm_vision.abm.reference import calibrate
@@ -397,6 +398,19 @@ def test_gradient_checkpointing_of_timm_changes_nothing():
         results.append(values(model))
     for name, value in results[0].items():
         torch.testing.assert_close(results[1][name], value, msg=name)
+
+
+def test_checkpointed_blocks_are_left_as_torch_wants(monkeypatch):
+    """An exception out of such a block leaves torch's hooks in place for as long as it is held (torch before 2.14)."""
+    held = []
+    monkeypatch.setattr(hooks._AllRecorded, "__init__", lambda self: held.append(self))
+    model = add_lora(build_vit())
+    model.get_base_model().set_grad_checkpointing(True)
+    match(model)
+    assert not held
+    model.get_base_model().set_grad_checkpointing(False)
+    match(add_lora(build_vit()))
+    assert held  # elsewhere nothing above the last boundary runs
 
 
 def test_reentrant_checkpointing_is_refused_by_name():

@@ -41,6 +41,15 @@ class _AllRecorded(Exception):
     """Ends a forward pass whose remaining layers nobody needs."""
 
 
+def _saved_tensors_are_hooked() -> bool:
+    """Whether this is inside a checkpointed block, whose bookkeeping an exception would leave half done."""
+    try:
+        with torch.autograd.graph.disable_saved_tensors_hooks("they are on"):
+            return False
+    except RuntimeError:
+        return True
+
+
 @contextmanager
 def record_preactivations(
     model: nn.Module, names: Sequence[str], stop_when_complete: bool = False
@@ -53,8 +62,8 @@ def record_preactivations(
     Args:
         model: a bare module; the names are its own.
         names: activation modules.
-        stop_when_complete: the forward pass ends when the last of the modules is reached; the code in the `with`
-            block after the call of the model is then skipped.
+        stop_when_complete: the forward pass ends when the last of the modules is reached, unless that is inside a
+            checkpointed block; the code in the `with` block after the call of the model is then skipped.
 
     Yields:
         name to pre-activation z, (batch, ..., hidden), in the model's dtype.
@@ -66,7 +75,7 @@ def record_preactivations(
         z = args[0]
         # An in-place activation would overwrite what was recorded.
         recorded.setdefault(name, z.clone() if getattr(modules[name], "inplace", False) else z)
-        if stop_when_complete and len(recorded) == len(modules):
+        if stop_when_complete and len(recorded) == len(modules) and not _saved_tensors_are_hooked():
             raise _AllRecorded
 
     with hooked(modules, before=record), suppress(_AllRecorded):
