@@ -39,7 +39,7 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         runs.nlp_initializers,
     ),
     ROOT / "docs" / "fast_layer.md": (costs.fast_layer,),
-    ROOT / "docs" / "own_images.md": (costs.tune,),
+    ROOT / "docs" / "own_images.md": (costs.tune, costs.workers),
     ROOT / "docs" / "deploy.md": (costs.export,),
 }
 

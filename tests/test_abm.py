@@ -183,6 +183,7 @@ def test_steps_on_parts_of_a_batch_equal_steps_on_small_batches(wrap):
         torch.testing.assert_close(whole[name], small[name], rtol=1e-2, atol=1e-4, msg=name)
 
 
+@pytest.mark.slow
 def test_model_that_folds_its_patches_into_the_batch():
     model = add_lora(timm.create_model("tnt_s_legacy_patch16_224", num_classes=2), rank=2, targets="mlp")
     report = match(model, [images(2, 224)], ABMConfig(steps=1, samples=2, batch_size=1, layers=2))

@@ -42,6 +42,7 @@ def test_a_checkpoint_for_timm_is_loaded_by_timm_alone(saved, tmp_path):
     assert [path.name for path in found.path.parent.iterdir()] == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_program_of_torch_takes_pixels_and_any_batch(saved, tmp_path):
     found = export(saved[0], "torch", tmp_path / "model.pt2", normalise=True)
     about = {"abm.json": ""}

@@ -96,6 +96,7 @@ def test_stock_peft_gives_the_same_predictions(finished, base):
     assert (scores["accuracy"], scores["invalid"]) == (pytest.approx(right / 12), invalid)
 
 
+@pytest.mark.slow
 def test_seeds_repeat_and_predictions_may_come_later(finished, base, tmp_path):
     """Then by the saved adapter, the same as those of the run itself."""
     result, _, _ = finished
@@ -195,6 +196,7 @@ def die_after_an_epoch(config, out, monkeypatch):
         run(config, out)
 
 
+@pytest.mark.slow
 def test_other_content_is_neither_resumed_nor_handed_back(base, tmp_path, monkeypatch):
     model = shutil.copytree(base, tmp_path / "model")
     write_rows(tmp_path / "data")

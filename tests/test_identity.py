@@ -197,6 +197,7 @@ def test_compare_refuses_runs_on_other_data(data, tmp_path, capsys):
     assert "the runs differ in more than task" in (err := capsys.readouterr().err) and "training labels" in err
 
 
+@pytest.mark.slow
 def test_report_keeps_runs_on_other_data_apart(data, tmp_path, capsys):
     out = tmp_path / "a"
     for config in (on(data, epochs=1), on(data, epochs=1, seed=1), on(data, epochs=1, init="gaussian")):

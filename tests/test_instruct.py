@@ -319,11 +319,12 @@ def test_a_finished_run_is_read_and_can_be_diagnosed(finished, base, monkeypatch
     assert run(small(base), out, diagnose=True) == diagnosed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
         {"packing": True, "batch_size": 2, "length": 192},
-        pytest.param({"checkpointing": True, "accumulation": 2}, marks=pytest.mark.slow),
+        {"checkpointing": True, "accumulation": 2},
     ],
 )
 def test_a_killed_run_goes_on_with_the_same_result(base, tmp_path, monkeypatch, settings):

@@ -285,6 +285,7 @@ def test_gradient_accumulation(calls):
     assert len(calls) == 3
 
 
+@pytest.mark.slow
 def test_compiled_whole():
     theirs, ours = pair(OneLinear(), r=3)
     x = torch.randn(20, 6, dtype=torch.float64)
@@ -704,6 +705,7 @@ def is_merged(graph):
     return any(node.target is torch._functorch.autograd_function.autograd_function_apply for node in graph.graph.nodes)
 
 
+@pytest.mark.slow
 def test_compiled_with_a_dynamic_batch_is_two_graphs(graphs):
     """One for the first size, one for all others; the rule of when merging pays is no guard."""
     theirs, ours = pair(OneLinear(32, 32), r=3)
@@ -721,6 +723,7 @@ def test_compiled_with_few_tokens_is_pefts_forward(graphs):
     assert not is_merged(graphs.graphs[0])
 
 
+@pytest.mark.slow
 def test_compiled_gradient_of_torch_func(graphs):
     x = torch.randn(20, 6, dtype=torch.float64)
     results = []

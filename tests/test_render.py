@@ -205,6 +205,7 @@ def test_surrogates_as_data(name):
     assert not set(test.items.places) & set(data.items.places)
 
 
+@pytest.mark.slow
 def test_a_picture_is_a_function_of_its_place(tmp_path):
     code = (
         "import hashlib, vtab_tasks\n"

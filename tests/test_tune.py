@@ -278,6 +278,7 @@ def test_the_rate_is_the_best_on_validation_of_short_runs(folder, tmp_path, caps
         choose_rate(tiny(folder), tmp_path, lines.append)
 
 
+@pytest.mark.slow
 def test_lr_auto_and_a_grid_leave_the_test_part_closed(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("abm_vision.tune.rate.SWEPT", (1e-3, 1e-2))
     code, out, err = answer([*words(folder, "--out", tmp_path, lr="auto", epochs=1)], capsys, main)

