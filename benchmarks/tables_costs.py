@@ -179,8 +179,8 @@ def workers() -> str:
     content = read("workers")
     rows = [[f"`--augment {r['augment']}`", str(r["workers"]), f"{r['seconds']:.1f} s"] for r in content["rows"]]
     note = (
-        f"{content['images']} photographs of 500 x 500 pixels, DINOv2 ViT-S/14 at 70 px, {content['precision']}, median "
-        f"of two; {content['environment']['device']}."
+        f"{content['images']} photographs of 500 x 500 pixels, DINOv2 ViT-S/14 at 70 px, {content['precision']}, "
+        f"median of two; {content['environment']['device']}."
     )
     return f"{table(['', '`--workers`', 'a training epoch'], rows)}\n\n{note}"
 

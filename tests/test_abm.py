@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from abm_vision import VIT, ABMConfig, add_lora, initialize_lora_abm_weights
 from abm_vision.abm import hooks
+from abm_vision.abm import match as match_page
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.boundary import choose_boundaries
 from abm_vision.abm.reference import calibrate
@@ -188,6 +189,27 @@ def test_model_that_folds_its_patches_into_the_batch():
     model = add_lora(timm.create_model("tnt_s_legacy_patch16_224", num_classes=2), rank=2, targets="mlp")
     report = match(model, [images(2, 224)], ABMConfig(steps=1, samples=2, batch_size=1, layers=2))
     assert report.before.match == 1
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.3])
+def test_the_loss_never_ends_above_where_it_began(scale, monkeypatch):
+    """At a rate at which the steps lead upwards, of a fresh adapter and of one with a B: the way there is halved."""
+    config = ABMConfig(steps=4, samples=8, learning_rate=0.1)
+
+    def matched():
+        torch.manual_seed(0)
+        model = randomise(add_lora(build_vit()), scale)
+        first = [p.detach().clone() for p in factors(model).values()]
+        return match(model, config=config), first, [p.detach() for p in factors(model).values()]
+
+    report, first, ours = matched()
+    monkeypatch.setattr(match_page, "KEPT", (1.0,))
+    whole, _, last = matched()
+    assert whole.after.loss > whole.before.loss >= report.after.loss and report.before == whole.before
+    assert report.kept in (0.5, 0.25, 0.125, 0.0) and whole.kept == 1
+    for a, b, c in zip(first, ours, last, strict=True):
+        torch.testing.assert_close(b, a + report.kept * (c - a))
+    assert f"{report.kept:g} of the way kept" in report.summary() and "kept:" not in whole.summary()
 
 
 def test_same_seed_same_result():

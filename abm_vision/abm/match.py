@@ -27,6 +27,8 @@ from abm_vision.abm.report import ABMReport, layer_reports
 from abm_vision.abm.restore import evaluate, initialising
 from abm_vision.abm.settings import ABMConfig
 
+KEPT = (1.0, 0.5, 0.25, 0.125, 0.0)  # shares of the way that the steps went, tried in turn
+
 
 def initialize_lora_abm_weights(
     model: PeftModel,
@@ -46,6 +48,9 @@ def initialize_lora_abm_weights(
     last matched layer; dropout and stochastic depth are off. Autocast is as the caller has it, the loss is in
     float32. Base weights are never touched. Modes, hooks, `requires_grad` and random states are given back, and
     if anything raises, the adapter's weights too. Make the optimiser, and call `torch.compile`, afterwards.
+
+    The loss is never above where it began, on the calibration samples: Adam's last steps may have led upwards, and
+    then the way from the first factors to the last is halved until it is not (`ABMReport.kept`).
 
     With the "pretrained" reference nothing is to be matched at first: with B = 0 the adapted model is the
     reference. The loss then comes from the units that lie inside the margin; minimising it makes B non-zero and
@@ -89,13 +94,15 @@ def initialize_lora_abm_weights(
         batches = collect(dataloader, adapter.device, config.samples)
         calibration = calibrate(adapter, batches, chosen, config, reference, forward_fn, token_mask_fn)
         before = calibration.measure(model) if calibration.before is None else calibration.before
+        first = [factor.detach().clone() for factor in adapter.trained]
         if config.fit == "local":
             losses = fit_locally(adapter, calibration)
         else:
             losses = _match(adapter, calibration, config, show_progress_bar)
-        after = calibration.measure(model)
+        kept, after = _step_back(adapter, calibration, first, before)
     return ABMReport(
         *layer_reports(calibration, before, after),
+        kept=kept,
         loss_per_step=tuple(losses),
         seconds=time.perf_counter() - start,
         samples=calibration.samples,
@@ -120,6 +127,19 @@ def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_p
         if not bar.disable:
             bar.set_postfix(loss=f"{loss.item():.5f}", refresh=False)
     return torch.stack(losses).tolist()
+
+
+@torch.no_grad()
+def _step_back(adapter: Adapter, calibration: Calibration, first: list[Tensor], before: Tensor) -> tuple[float, Tensor]:
+    """Go back towards the first factors until the loss is not above `before`: the share kept, and the figures there."""
+    last = [factor.clone() for factor in adapter.trained]
+    for kept in KEPT:
+        for factor, start, end in zip(adapter.trained, first, last, strict=True):
+            factor.copy_(torch.lerp(start, end, kept))
+        figures = calibration.measure(adapter.model) if kept else before
+        if calibration.loss(figures) <= calibration.loss(before):
+            break
+    return kept, figures
 
 
 def _check_loss(loss: Tensor, step: int, calibration: Calibration, z: dict[str, Tensor], part: Part) -> None:

@@ -70,6 +70,10 @@ class Calibration:
         """Run a model as far as the last boundary: name to z, (batch, ..., hidden)."""
         return preactivations(model, part.batch, [b.name for b in self.boundaries], self.forward_fn)
 
+    def loss(self, figures: Tensor) -> Tensor:
+        """Eq. (22) of a table that `measure` gave: the weighted mean of the layers' losses."""
+        return (figures[:, 0] * torch.tensor([b.weight for b in self.boundaries])).mean()
+
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:
         """Measure a model over all samples: (layers, 3) loss, match rate, share inside the margin; on CPU.

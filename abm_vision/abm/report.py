@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from abm_vision.abm.reference import Calibration
@@ -49,6 +48,8 @@ class ABMReport:
         before: the same figures overall; the loss is Eq. (22), arXiv:2511.19145 (weighted mean over layers), the
             shares are averaged over layers.
         after: likewise.
+        kept: the share of the way from the first factors to those of the last step that was kept, so that the loss is
+            not above where it began: 1, 1/2, 1/4, 1/8 or 0.
         loss_per_step: the loss of each optimiser step on its own batch; of a local fit, before each Newton step and
             after the last, on the layers' recorded inputs.
         seconds: wall time of the whole call.
@@ -60,6 +61,7 @@ class ABMReport:
     layers: tuple[LayerReport, ...]
     before: BoundaryState
     after: BoundaryState
+    kept: float
     loss_per_step: tuple[float, ...]
     seconds: float
     samples: int
@@ -73,9 +75,13 @@ class ABMReport:
     def summary(self) -> str:
         """One line."""
         before, after = self.before, self.after
+        how = "fitted layer by layer" if self.config.fit == "local" else f"{self.config.steps} steps"
+        back = "" if self.kept == 1 else f" ({self.kept:g} of the way kept: further the loss rises)"
+        inside = 1 - after.inside / before.inside if before.inside else 0.0
+        change = f"{100 * abs(inside):.1f} % {'fewer' if inside >= 0 else 'more'} units inside the margin"
         return (
-            f"boundary loss {before.loss:.5f} to {after.loss:.5f}, match rate {before.match:.4f} to {after.match:.4f}, "
-            f"{self.seconds:.1f} s"
+            f"{self.samples} samples, {how}{back}, {self.seconds:.1f} s: boundary loss {before.loss:.5f} to "
+            f"{after.loss:.5f}, {change}, {100 * after.match:.1f} % keep their side"
         )
 
     def __str__(self) -> str:
@@ -83,7 +89,7 @@ class ABMReport:
         head = (
             f"ABM: {len(self.layers)} layers matched to {self.reference}"
             f"{', each on its own' if self.config.fit == 'local' else f' in {self.config.steps} steps'}, "
-            f"{self.samples} of {self.config.samples} samples, {self.seconds:.1f} s\n"
+            f"{self.samples} of {self.config.samples} samples, {self.kept:g} of the way kept, {self.seconds:.1f} s\n"
             f"{'layer':<{width}} {'w^2':>5} {'margin':>6}   {'loss':^17}  {'match rate':^15}  {'inside margin':^15}"
         )
         rows = [_row(f"{r.name:<{width}} {r.weight:5.3f} {r.margin:6.3f}", r.before, r.after) for r in self.layers]
@@ -98,8 +104,7 @@ def layer_reports(
         LayerReport(layer.name, layer.stack, layer.weight, layer.margin, BoundaryState(*b), BoundaryState(*a))
         for layer, b, a in zip(calibration.boundaries, before.tolist(), after.tolist(), strict=True)
     )
-    weights = torch.tensor([layer.weight for layer in calibration.boundaries])
-    overall = [torch.cat([(weights * s[:, 0]).mean()[None], s[:, 1:].mean(0)]).tolist() for s in (before, after)]
+    overall = [[calibration.loss(s).item(), *s[:, 1:].mean(0).tolist()] for s in (before, after)]
     return layers, BoundaryState(*overall[0]), BoundaryState(*overall[1])
 
 
