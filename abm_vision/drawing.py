@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import get_font_names
+from matplotlib.text import Text
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, ScalarFormatter
 
 from abm_vision.abm.files import write_atomically
@@ -18,8 +20,19 @@ BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#8C8C8C"
 OKABE_ITO = ("#000000", ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 
 
+# matplotlib's own font, and those of other scripts that may be installed: each letter comes from the first that has it.
+FONTS = """
+    DejaVu Sans, Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans CJK KR, WenQuanYi Zen Hei, WenQuanYi Micro Hei, PingFang SC,
+    Hiragino Sans, Apple SD Gothic Neo, Microsoft YaHei, Yu Gothic, Malgun Gothic, Noto Sans Devanagari, Noto Sans Thai
+"""
+
+
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix."""
+    """Write a figure in the format of the path's suffix, names of classes in their own script where a font has it."""
+    installed = set(get_font_names())
+    fonts = [name for name in map(str.strip, FONTS.split(",")) if name in installed]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(fonts)
     write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
 
 
