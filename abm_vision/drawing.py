@@ -23,7 +23,8 @@ OKABE_ITO = ("#000000", ORANGE, BLUE, GREEN, "#CC79A7", "#E69F00", "#56B4E9", "#
 # matplotlib's own font, and those of other scripts that may be installed: each letter comes from the first that has it.
 FONTS = """
     DejaVu Sans, Noto Sans CJK SC, Noto Sans CJK JP, Noto Sans CJK KR, WenQuanYi Zen Hei, WenQuanYi Micro Hei,
-    PingFang SC, Hiragino Sans, Apple SD Gothic Neo, Microsoft YaHei, Yu Gothic, Malgun Gothic, Noto Sans Devanagari, Noto Sans Thai
+    PingFang SC, Hiragino Sans, Apple SD Gothic Neo, Microsoft YaHei, Yu Gothic, Malgun Gothic,
+    Noto Sans Devanagari, Noto Sans Thai
 """
 
 

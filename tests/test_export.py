@@ -130,6 +130,14 @@ def test_a_missing_package_is_one_message(saved, tmp_path, capsys, monkeypatch):
     assert code == 2 and 'ONNX needs not_there_at_all: pip install "abm-lora[export]"' in err
 
 
+def test_a_model_too_large_for_one_onnx_file_is_refused(saved, tmp_path, monkeypatch):
+    pytest.importorskip("onnxscript")
+    monkeypatch.setattr(write, "LIMIT", 1000)
+    with pytest.raises(ValueError, match="an ONNX file holds 2: export it to torch"):
+        export(saved[0], "onnx", tmp_path / "a.onnx")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_file_that_computes_something_else_is_not_left(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(write, "_WRITERS", {"timm": lambda model, batch, path, facts: lambda x: model(x) + 1})
     with pytest.raises(ValueError, match=r"was not written: it would differ by 1(\.0\d*)? from torch"):

@@ -5,7 +5,9 @@ from html.parser import HTMLParser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
+from abm_vision import drawing
 from abm_vision.analysis.tables import markdown_table
 from abm_vision.runs.markup import latex, markdown, one_line
 
@@ -108,3 +110,12 @@ def test_latex_sets_the_text(text, expected):
 
 def test_control_characters_do_not_reach_a_terminal():
     assert one_line("\x1b[31mred\x00\x9b\n\n and  more") == "\ufffd[31mred\ufffd\ufffd and more"
+
+
+def test_letters_of_other_scripts_come_from_installed_fonts(monkeypatch, tmp_path):
+    monkeypatch.setattr(drawing, "get_font_names", lambda: ["Comic Sans MS", "WenQuanYi Zen Hei", "DejaVu Sans"])
+    monkeypatch.setattr(drawing, "write_atomically", lambda path, write: None)
+    figure = Figure()
+    name = figure.text(0, 0, "猫")
+    drawing.save_figure(figure, tmp_path / "a.png")
+    assert name.get_fontfamily() == ["DejaVu Sans", "WenQuanYi Zen Hei"]
