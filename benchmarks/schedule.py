@@ -19,6 +19,6 @@ INIT = "abm"
 
 if __name__ == "__main__":
     ledger = Ledger("schedule")
-    for task in TASKS:
-        for seed in SEEDS:
+    for seed in SEEDS:
+        for task in TASKS:
             run_once(ledger, "quick", make_config(task=task, seed=seed, init=INIT, source="rendered", test_images=5000))
