@@ -87,13 +87,12 @@ def family(name: str, size: int, place: Path) -> dict[str, Any]:
     """Export a model with random weights and a random adapter to every kind."""
     torch.manual_seed(0)
     base, _ = create_backbone(name, 10, size, weights="none")
-    torch.nn.init.normal_(base.get_classifier().weight, std=0.05)  # some are made with next to nothing
     torch.save(base.state_dict(), place / f"{name}.pth")
     model = add_lora(create_backbone(name, 10, size, weights=str(place / f"{name}.pth"))[0])
     with torch.no_grad():
         for key, parameter in model.named_parameters():
-            if "lora_B" in key:
-                parameter.normal_(std=0.02)
+            if "lora_B" in key or ("modules_to_save" in key and parameter.ndim == 2):  # some heads are next to nothing
+                parameter.normal_(std=0.05)
     save_adapter(model, place / name)
     row: dict[str, Any] = {"model": name}
     for to, ending in ENDINGS.items():

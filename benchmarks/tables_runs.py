@@ -276,7 +276,7 @@ def _changed(config: dict[str, Any]) -> str:
     """The settings of an initialisation that differ from today's defaults."""
     own = {k: v for k, v in config.items() if RunConfig.uses(config["init"], k) and k not in RunConfig.shared()}
     defaults = RunConfig.make(init=config["init"]).to_dict()
-    given = {k: v for k, v in own.items() if v != defaults[k] and v is not None}
+    given = {k: v for k, v in own.items() if k in defaults and v != defaults[k] and v is not None}
     return ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in given.items())
 
 

@@ -44,12 +44,14 @@ def calls(page):
     """(module, words) of every command of ours in the shell blocks of a page."""
     for block in re.findall(r"^```sh\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE):
         for found in re.findall(r"-m ((?:abm_vision|nlp_ext)\.\w+)(.*)", block):
-            yield found[0], shlex.split(found[1].partition(" > ")[0], comments=True)
+            words = shlex.split(found[1].partition(" > ")[0], comments=True)
+            if "--plugin" not in words:  # whose flags are the module's own
+                yield found[0], words
 
 
 def test_every_command_has_flags_that_exist():
     found = [(page.name, *call) for page in PAGES for call in calls(page)]
-    assert len(found) > 50 and {module for _, module, _ in found} == set(MODULES)
+    assert len(found) > 30 and {module for _, module, _ in found} == set(MODULES)
     for _, module, words in found:
         commands = MODULES[module].COMMANDS
         command = words[0] if words and words[0] in commands else ""

@@ -198,7 +198,8 @@ def test_the_command_prints_the_score_and_what_to_do_next(folder, capsys, tmp_pa
     assert any(re.search(r"\[3 classes\]  top-1 \d+\.\d\d % of 12 test images, epoch 1 of 1", line) for line in lines)
     shown = lines[lines.index("next:") + 1 :]
     assert shown[0].split()[:3] == ["abm-tune", "predict", f"{tmp_path}/{name}"]
-    assert f"abm-tune compare '{folder}' --init kaiming,abm --lr 0.01 --seeds 3" in shown[2]
+    assert f"abm-tune compare '{folder}' --init kaiming,abm --lr 0.01 --seeds 3" in shown[4]
+    assert "export" in shown[2] and "demo" in shown[3]
     code, out, _ = answer(words(folder, "--out", tmp_path, "--json", epochs=1), capsys, main)
     assert json.loads(out)["best_epoch"] == 1
 
