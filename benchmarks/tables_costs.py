@@ -213,4 +213,4 @@ def export() -> str:
 
 
 def _exported(found: dict[str, Any]) -> str:
-    return found.get("refused") or f"{found['difference']:.1g} of {found['largest_logit']:.1f}"
+    return found.get("refused") or f"{found['difference']:.1g} of {found['largest_logit']:.2g}"

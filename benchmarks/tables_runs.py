@@ -212,24 +212,24 @@ def suite() -> str:
 
 
 def schedule() -> str:
-    """List test top-1 of the quick preset beside that of 12 epochs, over the same seeds."""
-    whole: dict[str, list[float]] = {}
-    for path in sorted((RESULTS / "suite").glob("*-abm-*/result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
-        whole.setdefault(result["config"]["task"], []).append(100 * result["test"]["top1"])
-    quick: dict[str, list[float]] = {}
-    for record in (records := Ledger("schedule").records):
-        quick.setdefault(record["config"]["task"], []).append(100 * record["test"]["top1"])
-    columns = {task: (quick[task], whole[task]) for task in quick}
-    rows = [
-        [task, *map(_with_spread, (few, many)), f"{statistics.mean(few) - statistics.mean(many):+.1f}"]
-        for task, (few, many) in columns.items()
-    ]
-    means = [statistics.mean(statistics.mean(both[k]) for both in columns.values()) for k in (0, 1)]
-    rows.append(["mean", *(f"{mean:.1f}" for mean in means), f"{means[0] - means[1]:+.1f}"])
-    epochs = records[0]["config"]["epochs"]
-    note = f"`abm`, 2 seeds, 5,000 test images (711 of kitti_dist); {records[0]['environment']['device']}."
-    return f"{table(['rendered task', f'{epochs} epochs', '12 epochs', 'difference'], rows)}\n\n{note}"
+    """List test top-1 of the quick preset beside that of 12 epochs, of the same seeds."""
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "suite").glob("*-abm-*/result.json")]
+    whole = {(r["config"]["task"], r["config"]["seed"]): 100 * r["test"]["top1"] for r in results}
+    records = Ledger("schedule").records
+    pairs: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        key = record["config"]["task"], record["config"]["seed"]
+        pairs.setdefault(key[0], []).append((100 * record["test"]["top1"], whole[key]))
+    means = {task: [statistics.mean(column) for column in zip(*found, strict=True)] for task, found in pairs.items()}
+    means["mean"] = [statistics.mean(column) for column in zip(*means.values(), strict=True)]
+    rows = [[task, f"{few:.1f}", f"{many:.1f}", f"{few - many:+.1f}"] for task, (few, many) in means.items()]
+    seeds = sorted({len(found) for found in pairs.values()})
+    note = (
+        f"Test top-1 (%), `abm`, {' or '.join(map(str, seeds))} seed(s), 5,000 test images (711 of kitti_dist); "
+        f"{records[0]['environment']['device']}, 12 epochs on {results[0]['environment']['device']}."
+    )
+    head = ["rendered task", f"{records[0]['config']['epochs']} epochs", "12 epochs", "difference"]
+    return f"{table(head, rows)}\n\n{note}"
 
 
 def _with_spread(values: list[float]) -> str:
