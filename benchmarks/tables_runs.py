@@ -212,7 +212,7 @@ def suite() -> str:
 
 
 def schedule() -> str:
-    """List test top-1 of the quick preset beside that of 12 epochs, of the same seeds."""
+    """List test top-1 after a few epochs beside that of 12, of the same seeds."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in (RESULTS / "suite").glob("*-abm-*/result.json")]
     whole = {(r["config"]["task"], r["config"]["seed"]): 100 * r["test"]["top1"] for r in results}
     records = Ledger("schedule").records

@@ -478,7 +478,7 @@ def test_paper_preset_is_the_published_recipe():
         ({"abm_margin": float("inf")}, "abm_margin is inf; it must be finite"),
         ({"alpha": 1e300}, r"alpha is 1e\+300; it must be 1e\+06 at most"),
         ({"warmup": 1.0}, "warmup is 1.0; it must lie in"),
-        ({"eval_epochs": 5}, "eval_epochs is 5; it must be at most epochs, which is 4"),
+        ({"eval_epochs": 13}, "eval_epochs is 13; it must be at most epochs, which is 12"),
         ({"qkv": "k"}, "qkv is 'k'; allowed are 'full', 'qv'"),
         ({"schedule": "linear"}, "schedule is 'linear'; allowed are 'cosine', 'constant'"),
         ({"precision": "fp16"}, "precision is 'fp16'; allowed are 'auto', 'bf16', 'fp32'"),

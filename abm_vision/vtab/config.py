@@ -64,8 +64,7 @@ class RunConfig(ImageSettings, _First):
     )
     source: str = flag("auto", "where the data comes from; auto takes real data where it is found", choices=SOURCES)
     data_dir: str | None = flag(None, "folder with vtab-1k files or with prepared TFDS data")
-    epochs: int = flag(4, "training epochs")
-    test_images: int = flag(2000, "most test images, drawn with a fixed seed; 0, or fewer in the split: all")
+    test_images: int = flag(5000, "most test images, drawn with a fixed seed; 0, or fewer in the split: all")
     eval_epochs: int = flag(0, "test every so many epochs too, for the curves alone; 0: only after the last")
 
     def check(self) -> None:
