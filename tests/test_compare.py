@@ -215,6 +215,7 @@ def test_what_else_is_refused():
 # Runs
 
 
+@pytest.mark.slow
 def test_what_diverged_is_recorded_and_what_fails_is_an_error(tmp_path, monkeypatch, capsys):
     real, words = run_suite.run, ["compare", *FLAGS[:-4], "--epochs", "1", "--init", "kaiming,gaussian", "--seeds", "1"]
     words = [str(word) for word in (*words, "--lr", "1e-3,2e-3", "--out", tmp_path)]

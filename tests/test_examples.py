@@ -29,7 +29,7 @@ def tiny(**options):
     return timm.create_model(TINY[0], num_classes=4, img_size=TINY[1], **options)
 
 
-RARE = ("lightning_module", "timm_training", "transformers_trainer")
+RARE = ("lightning_module", "plain_loop", "timm_training", "transformers_trainer")
 
 
 @pytest.mark.parametrize("script", [pytest.param(s, marks=[pytest.mark.slow] * (s in RARE)) for s in SCRIPTS])
@@ -49,6 +49,7 @@ def test_example(script, monkeypatch, tmp_path):
     assert len(b) == 48 and all(p.abs().max() > 0 for p in b)
 
 
+@pytest.mark.slow
 def test_own_images(monkeypatch, tmp_path, capsys):
     """Two classes that differ in colour, two images in each split and class."""
     for split in ("train", "test"):

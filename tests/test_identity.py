@@ -86,6 +86,7 @@ CHANGES = [
 ]
 
 
+@pytest.mark.slow
 def test_changed_data_are_an_error_of_a_resumed_and_of_a_finished_run(original, data, tmp_path, monkeypatch):
     finished, broken = on(data, epochs=1), on(data)
     run(finished, tmp_path / "out")
@@ -161,6 +162,7 @@ def test_a_changed_weights_file(tmp_path, monkeypatch):
         assert run(finished, tmp_path / "out") == result
 
 
+@pytest.mark.slow
 def test_a_changed_drawing_is_other_data(tmp_path, monkeypatch):
     config = make_config(**{**PLAIN, "epochs": 1})
     run(config, tmp_path)

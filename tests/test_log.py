@@ -46,6 +46,7 @@ def test_glue_tells_every_step(t5, tmp_path):
     assert log.kept["train/lr"][0] == steps and max(log.kept["train/lr"][1]) <= result["config"]["lr"]
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_the_command_writes(tmp_path, capsys):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     assert main([*FLAGS, "--out", str(tmp_path), "--log", "tensorboard", "--quiet"]) == 0

@@ -55,6 +55,7 @@ def test_stored_outputs(path):
     assert "%pip install" in code[0] and code[1].startswith("SMALL = True")
 
 
+@pytest.mark.slow
 @each
 def test_links_and_names(path):
     notebook = read(path)
