@@ -43,8 +43,13 @@ def small_models(monkeypatch, tmp_path):
     def vit(model, num_classes, img_size, *_, **__):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            made = timm.create_model("test_vit", num_classes=num_classes, img_size=img_size, patch_size=14)
+            patch = 16 if img_size % 16 == 0 else 14
+            made = timm.create_model("test_vit", num_classes=num_classes, img_size=img_size, patch_size=patch)
         return made, "random"
+
+    def build(folder, weights=None):
+        facts = json.loads((Path(folder) / "abm.json").read_text())
+        return vit(None, facts["num_classes"], facts["preprocessing"]["image_size"])[0]
 
     def text(name, **_):
         folder = tmp_path / name
@@ -53,6 +58,8 @@ def small_models(monkeypatch, tmp_path):
         return folder
 
     monkeypatch.setattr(abm_vision, "create_backbone", vit)
+    monkeypatch.setattr("abm_vision.images.description.build", build)  # of random weights, which no file holds
+    monkeypatch.setattr("abm_vision.export.write.build", build)
     monkeypatch.setattr(tiny, "tiny_folder", text)
 
 
@@ -104,7 +111,7 @@ def test_your_own_images_from_a_folder(classes, tmp_path):
             folder.mkdir(parents=True)
             for i in range(count):
                 Image.new("RGB", (80, 90), (40 * k, 50 * i, 0)).save(folder / f"{i}.jpg")
-    given = run("03", ("MINE = None", f"MINE = {str(tmp_path / 'mine')!r}"), ("(70, 4, 40)", "(70, 1, 40)"))
+    given = run("03", ("MINE = None", f"MINE = {str(tmp_path / 'mine')!r}"), ("(70, 4, 40)", "(64, 1, 40)"))
     assert given["CLASSES"] == [f"class {k}" for k in range(classes)] and not (given["OUT"] / "images").exists()
 
 

@@ -76,7 +76,8 @@ class ABMReport:
         """One line."""
         before, after = self.before, self.after
         how = "fitted layer by layer" if self.config.fit == "local" else f"{self.config.steps} steps"
-        back = "" if self.kept == 1 else f" ({self.kept:g} of the way kept: further the loss rises)"
+        why = "further the loss rises" if self.kept else "no step lowers the loss, the adapter is as before"
+        back = "" if self.kept == 1 else f" ({self.kept:g} of the way kept: {why})"
         inside = 1 - after.inside / before.inside if before.inside else 0.0
         change = f"{100 * abs(inside):.1f} % {'fewer' if inside >= 0 else 'more'} units inside the margin"
         return (
