@@ -29,7 +29,6 @@ EXPECTED = {  # test to reason
     "test_target_parameters_and_target_modules": "class name",
     "test_mixed_adapter_batches_partly_overlapping_target_layers": "rounding: merged here, summed there, in float32",
 }
-CHOSEN = "lora or not test_custom_models"  # most of that file's tests are of peft's other methods
 MERGED = 300  # tests in which the merged product must have run
 
 
@@ -73,9 +72,9 @@ def run(root: Path, tests: list[str], *options: str) -> dict[str, tuple[str, int
     paths = os.pathsep.join(map(str, (HERE, HERE.parent.parent, root)))
     flags = "-p merged_layer -p no:cacheprovider -n auto --maxprocesses 8 --dist worksteal -o addopts="
     quiet = "-q --no-header --no-summary --tb=line -W ignore"
-    command = [sys.executable, "-m", "pytest", *flags.split(), *quiet.split(), "-k", CHOSEN, "--outcomes", outcomes]
+    command = [sys.executable, "-m", "pytest", *flags.split(), *quiet.split(), "--outcomes", outcomes, *options, *tests]
     environment = os.environ | alone | {"PYTHONPATH": paths}
-    done = subprocess.run([*command, *options, *tests], cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True)
     if done.returncode not in (0, 1):  # 1: some tests failed
         raise RuntimeError(f"pytest ended with {done.returncode}:\n{done.stdout[-4000:]}")
     return json.loads(outcomes.read_text())
