@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from nlp_step import step_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from training_step import take_turns
@@ -55,20 +56,7 @@ def stepper(name: str, targets: str | None, variant: str, dtype: torch.dtype, de
     count, tokens = BATCHES[name]
     ids = torch.randint(3, 250, (count, tokens), generator=torch.Generator().manual_seed(0)).to(device)
     labels = ids[:, 0] % 2 if name == "bert" else ids
-    inputs = embeddings(ids).detach().requires_grad_()
-    trained = [p for p in model.parameters() if p.requires_grad] or [inputs]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
-
-    def step() -> None:
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
-            loss = model(inputs_embeds=inputs, labels=labels).loss
-        loss.backward()
-        if variant != "floor":
-            optimiser.step()
-        optimiser.zero_grad()
-        inputs.grad = None
-
-    return step
+    return step_of(model, embeddings(ids), labels, dtype, device, trains=variant != "floor")
 
 
 def main() -> None:

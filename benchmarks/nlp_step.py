@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from training_step import take_turns
 from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
@@ -54,7 +54,14 @@ def stepper(name: str, variant: str, dtype: torch.dtype, device: str) -> Callabl
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(3, 250, (count, tokens), generator=generator).to(device)
     labels = ids if not answer else torch.randint(3, 250, (count, answer), generator=generator).to(device)
-    inputs = embeddings(ids).detach().requires_grad_()
+    return step_of(model, embeddings(ids), labels, dtype, device, trains=variant != "floor")
+
+
+def step_of(
+    model: nn.Module, embedded: Tensor, labels: Tensor, dtype: torch.dtype, device: str, trains: bool
+) -> Callable[[], None]:
+    """Make one step of AdamW on embedded tokens, which require a gradient; without `trains` a backward pass alone."""
+    inputs = embedded.detach().requires_grad_()
     trained = [p for p in model.parameters() if p.requires_grad] or [inputs]
     optimiser = torch.optim.AdamW(trained, lr=1e-4, foreach=True)
 
@@ -62,7 +69,7 @@ def stepper(name: str, variant: str, dtype: torch.dtype, device: str) -> Callabl
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = model(inputs_embeds=inputs, labels=labels).loss
         loss.backward()
-        if variant != "floor":
+        if trains:
             optimiser.step()
         optimiser.zero_grad()
         inputs.grad = None

@@ -12,7 +12,6 @@ from tables_costs import read, table
 
 from abm_vision.analysis.compare import compare
 from abm_vision.analysis.stats import training_loss
-from abm_vision.initializers import INITIALIZERS, Properties
 from abm_vision.vtab import RunConfig
 from abm_vision.vtab.view import VIEW
 
@@ -34,24 +33,6 @@ def families() -> str:
         f"- those with attention: {', '.join(part)}\n"
         f"- refused with a message (their attention or MLP is a convolution of another shape): {', '.join(none)}"
     )
-
-
-def _yes(is_so: bool) -> str:
-    return "yes" if is_so else "no"
-
-
-def initialisations() -> str:
-    rows = [
-        [
-            f"`{name}`",
-            row.summary,
-            str(row.needs),
-            "yes" if Properties.CHANGES_BASE in row.properties else "no",
-            row.source,
-        ]
-        for name, row in INITIALIZERS.items()
-    ]
-    return table(["initialisation", "what it is", "needs", "changes base weights", "source"], rows)
 
 
 def screening() -> str:

@@ -151,7 +151,7 @@ def read_config(path: str | Path, schema: int | str) -> dict[str, Any]:
 
 
 def _number(value: Any) -> Any:
-    """A number that YAML 1.1 takes for a word, for want of a point: 1e-3."""
+    """A number that YAML 1.1 takes for a word because it has no point: 1e-3."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I) else value
 
 
