@@ -14,6 +14,7 @@ Shapes: x (..., in), g (..., out), W0 (out, in), A (r, in), B (out, r).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_HALF = (torch.bfloat16, torch.float16)
+_MM_HAS_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8 on
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -45,7 +48,24 @@ def is_plain(tensor: Tensor) -> bool:
 def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """W0 + s B A, summed in the finer of their precisions and rounded once to `dtype`: (out, in)."""
     finer = torch.promote_types(weight.dtype, lora_a.dtype)
-    return torch.addmm(weight.to(finer), lora_b.to(finer), lora_a.to(finer), alpha=scaling).to(dtype)
+    a, b = lora_a.to(finer), lora_b.to(finer)
+    if _launches_count(weight):  # two kernels
+        return torch.add(weight, b @ a, alpha=scaling, out=torch.empty_like(weight, dtype=dtype))
+    if torch.compiler.is_compiling():  # which makes one kernel of sum and cast
+        return (weight + scaling * (b @ a)).to(dtype)
+    return torch.addmm(weight.to(finer), b, a, alpha=scaling).to(dtype)
+
+
+def _launches_count(tensor: Tensor) -> bool:
+    """Whether every kernel is launched by Python, and no gradient of its result is wanted: CUDA in eager mode."""
+    return tensor.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+def _scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """s times a factor, in `dtype`."""
+    if _launches_count(factor):  # one kernel
+        return torch.mul(factor, scaling, out=torch.empty_like(factor, dtype=dtype))
+    return (scaling * factor).to(dtype)
 
 
 class _MergedLoRA(torch.autograd.Function):
@@ -69,7 +89,7 @@ class _MergedLoRA(torch.autograd.Function):
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         dx = dbias = da = db = None
         # The caller's autocast must not touch products whose precision the forward pass has settled.
-        with torch.autocast(grad.device.type, enabled=False):
+        with _no_autocast(grad.device.type):
             if needs_x:
                 # With create_graph=True dx is differentiated in turn, by A and B too, which the kept copy hides.
                 if merged is None or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
@@ -79,12 +99,23 @@ class _MergedLoRA(torch.autograd.Function):
             inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if needs_bias:
                 dbias = rows.sum(0)
-            # Every product has the r rows on its left, (r, tokens): on CPU that is the faster side.
             if needs_a:
-                da = ctx.scaling * ((lora_b.to(x.dtype).T @ rows.T) @ inputs).to(lora_a.dtype)  # (r, in)
+                da = _product((rows @ _scaled(lora_b, ctx.scaling, x.dtype)).T, inputs, lora_a.dtype)  # (r, in)
             if needs_b:
-                db = ctx.scaling * ((lora_a.to(x.dtype) @ inputs.T) @ rows).T.to(lora_b.dtype)  # (out, r)
+                db = _product(rows.T, inputs @ _scaled(lora_a, ctx.scaling, x.dtype).T, lora_b.dtype)  # (out, r)
         return dx, None, dbias, da, db, None
+
+
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right in `dtype`: on CUDA torch writes float32 at once where both are in half precision."""
+    if _launches_count(right) and _MM_HAS_DTYPE and right.dtype in _HALF and dtype == torch.float32:
+        return torch.mm(left, right, out_dtype=dtype)
+    return (left @ right).to(dtype)
+
+
+def _no_autocast(device: str) -> AbstractContextManager[Any]:
+    """Autocast switched off, if it is on: the context costs as much as two launches."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class MergedLinear(PeftLinear):
@@ -103,7 +134,7 @@ class MergedLinear(PeftLinear):
         dtype = None if operands is None else _compute_dtype(x, operands[0])
         if operands is None or dtype is None or not self._merging_pays(x):
             return super().forward(x, *args, **kwargs)
-        with torch.autocast(x.device.type, enabled=False):
+        with _no_autocast(x.device.type):
             return _MergedLoRA.apply(x.to(dtype), *operands)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
