@@ -9,6 +9,7 @@ from .abm.match import initialize_lora_abm_weights
 from .abm.report import ABMReport
 from .abm.saving import push_to_hub, save_adapter
 from .abm.settings import ABMConfig, AlignConfig
+from .abm.step import TrainingStep
 from .abm.swap import use_merged_linear
 from .abm.tangent import InformationLoss, information_loss
 from .initializers import INITIALIZERS, Initializer, initialize_lora, register_initializer
@@ -29,6 +30,7 @@ __all__ = [
     "InformationLoss",
     "Initializer",
     "LivePlot",
+    "TrainingStep",
     "WeightSource",
     "abm",
     "add_lora",

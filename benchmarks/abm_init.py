@@ -146,7 +146,7 @@ def epoch_seconds() -> float:
     config = make_config(epochs=2)
     model, images, _ = adapted(0, torch.device(args.device), args.precision, merged=True)
     progress = Progress()
-    train(model, make_optimiser(model, config), images, config, args.precision, progress, lambda _: None, quiet=True)
+    train(model, make_optimiser(model, config), images, config, args.precision, progress, lambda _: None)
     return min(progress.seconds)
 
 

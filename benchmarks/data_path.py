@@ -44,7 +44,7 @@ def measure(task: str) -> dict[str, object]:
             images.preprocessing.normalise(pixels.to(device))
 
     def epoch() -> None:
-        train(model, make_optimiser(model, config), images, config, precision, Progress(), lambda _: None, True)
+        train(model, make_optimiser(model, config), images, config, precision, Progress(), lambda _: None)
 
     epoch()  # warm
     whole = {

@@ -204,7 +204,7 @@ def trial(task: str, name: str) -> dict[str, Any]:
             raise _Enough
 
     try:
-        train(model, make_optimiser(model, config), images, config, precision, progress, stop, quiet=True)
+        train(model, make_optimiser(model, config), images, config, precision, progress, stop)
     except _Enough:
         pass
     steps = len(progress.losses) // EPOCHS

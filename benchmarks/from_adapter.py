@@ -79,10 +79,10 @@ def trial(task: str, name: str, seed: int, out: str) -> dict[str, Any]:
         initialise(model, images, precision, how, folder, config)
         seconds = time.perf_counter() - began
     progress = Progress()
-    train(model, make_optimiser(model, config), images, config, precision, progress, lambda _: None, quiet=True)
+    train(model, make_optimiser(model, config), images, config, precision, progress, lambda _: None)
     test = vtab_tasks.load(task, "test", source="rendered").subset(config.test_images, seed)
     chunks = Stream(test, images.preprocessing)
-    correct, counted = count_correct(model, chunks, images.preprocessing, device, precision, quiet=True)
+    correct, counted = count_correct(model, chunks, images.preprocessing, device, precision)
     steps = len(progress.losses) // config.epochs
     epochs = [statistics.mean(progress.losses[k * steps : (k + 1) * steps]) for k in range(config.epochs)]
     return {

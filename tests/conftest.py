@@ -60,11 +60,12 @@ def build_vit(name="test_vit", num_classes=5, **options):
 
 def randomise(model, scale=0.3, adapter="default"):
     """Give every B of an adapter a value, so that the adapter does something."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if f"lora_B.{adapter}" in name:
-                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+                drawn = torch.randn(parameter.shape, generator=generator, device="cpu")
+                parameter.copy_(scale * drawn / parameter.shape[1] ** 0.5)
         for module in model.modules():
             if isinstance(module, BlockLinear):
                 module.weight.mul_(module.mask)
@@ -83,7 +84,23 @@ def full_disk(size):
 
 
 def images(count=4, side=SIDE, seed=0):
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(seed))
+    """The same on every device."""
+    made = torch.randn(count, 3, side, side, generator=torch.Generator("cpu").manual_seed(seed), device="cpu")
+    return made.to(torch.get_default_device())
+
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else ["cpu"]
+
+
+@pytest.fixture(scope="module", params=DEVICES)
+def device(request):
+    """Where models and tensors are made; a module's tests run on the CPU and, where there is one, on a GPU."""
+    if request.param == "cpu":
+        yield request.param
+        return
+    torch.set_default_device(request.param)
+    yield request.param
+    torch.set_default_device(None)
 
 
 @pytest.fixture(autouse=True)

@@ -22,6 +22,8 @@ from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.boundary import choose_boundaries
 from abm_vision.abm.reference import calibrate
 
+pytestmark = pytest.mark.usefixtures("device")
+
 # The procedure
 
 
@@ -399,7 +401,7 @@ def test_autocast_of_the_caller(merged):
     for enabled in (False, True):
         torch.manual_seed(0)
         model = randomise(add_lora(build_vit(), merged_linear=merged), 0.5)
-        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16, enabled=enabled):
             results[enabled] = match(model, [images(8)], ABMConfig(steps=20, samples=8, learning_rate=3e-3))
     assert results[True].after.loss < 0.8 * results[True].before.loss
     assert results[True].loss_per_step == pytest.approx(results[False].loss_per_step, rel=0.15)
@@ -640,7 +642,7 @@ def test_gradients_do_not_vanish_in_float16():
     norms = {}
     for dtype in (torch.bfloat16, torch.float16):
         model = add_lora(build_vit(mlp_ratio=16))
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(torch.get_default_device().type, dtype):
             match(model, [images(64)], replace(FAST, batch_size=64, steps=1))
         moved = [p for n, p in factors(model).items() if "lora_B" in n]
         norms[dtype] = [b.count_nonzero().item() / b.numel() for b in moved if b.any()]

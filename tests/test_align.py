@@ -13,6 +13,8 @@ from abm_vision.abm import reference
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.vit import VIT
 
+pytestmark = pytest.mark.usefixtures("device")
+
 X, Y = images(16), torch.arange(16) % 5
 
 

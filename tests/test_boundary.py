@@ -18,6 +18,8 @@ from abm_vision.abm.boundary import (
     unpack_signs,
 )
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def case(seed, shape=(3, 4, 5)):
     generator = torch.Generator().manual_seed(seed)

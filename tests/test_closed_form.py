@@ -12,6 +12,8 @@ from abm_vision import ABMConfig, add_lora
 from abm_vision.abm import closed_form
 from abm_vision.abm.adapter import adapted_layers
 
+pytestmark = pytest.mark.usefixtures("device")
+
 LOCAL = ABMConfig(fit="local", samples=8)
 
 

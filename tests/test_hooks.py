@@ -7,6 +7,8 @@ from torch import nn
 
 from abm_vision.abm.hooks import preactivations, record_preactivations
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def forward(model, batch):
     return model(batch)

@@ -24,6 +24,8 @@ from abm_vision.abm import merged_linear
 from abm_vision.abm.lora import restrict_to_blocks
 from abm_vision.abm.merged_linear import BlockLinear, MergedLinear, is_plain, merged_linear_factory
 
+pytestmark = pytest.mark.usefixtures("device")
+
 TIGHT = {"rtol": 1e-10, "atol": 1e-10}
 
 
@@ -161,7 +163,7 @@ def test_gradient_penalty_under_autocast_is_as_near_to_the_truth_as_pefts(calls)
     truth = second_order(copy.deepcopy(theirs).double(), x.double())
     errors = {}
     for name, model in (("theirs", theirs), ("ours", ours)):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             found = second_order(model, x)
         errors[name] = {k: ((found[k].double() - v).norm() / v.norm()).item() for k, v in truth.items()}
     assert calls
@@ -231,7 +233,7 @@ def test_autocast_as_near_to_the_truth_as_peft(calls, base):
     truth = outcome(exact, x.double())
     errors = {}
     for name, adapted in (("theirs", theirs), ("ours", ours)):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             found = outcome(adapted, x, torch.linspace(-1, 1, 8 * 16 * 48).view(8, 16, 48))
         assert found["output"].dtype == torch.bfloat16
         errors[name] = {
@@ -604,7 +606,7 @@ def test_float8_storage_under_autocast():
         inner_module(model, "base_layer").to(torch.float8_e4m3fn)
     results = []
     for model in models:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(torch.get_default_device().type, torch.bfloat16):
             try:
                 results.append(model(torch.ones(64, 16)))
             except RuntimeError as error:

@@ -21,6 +21,8 @@ from abm_vision.abm.tangent import leading_energy, reached_energy
 from abm_vision.initializers import INITIALIZERS, Needs
 from abm_vision.vit import VIT
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 def data(count=6, seed=0):
     return images(count, seed=seed).double(), torch.arange(count) % 5

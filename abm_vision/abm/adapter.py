@@ -99,7 +99,8 @@ class Adapter:
     @property
     def is_zero(self) -> bool:
         """Whether every B is zero."""
-        return not any(layer.lora_B[self.name].weight.any() for layer in self.layers.values())
+        found = [layer.lora_B[self.name].weight.any() for layer in self.layers.values()]
+        return not any(torch.stack([one.to(found[0].device) for one in found]))  # an accelerator is waited for once
 
     @property
     def does_nothing(self) -> bool:

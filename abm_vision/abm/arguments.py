@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 KINDS = ("all", "attention", "mlp")  # of projections that `add_lora` takes as `targets`
 QKV_MODES = ("full", "qv")
+STEP_MODES = ("auto", "eager", "graph")  # of `TrainingStep`
 
 
 def check_choice(field: str, value: object, allowed: Sequence[str], hint: str = "") -> None:

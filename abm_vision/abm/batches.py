@@ -36,10 +36,11 @@ def collect(dataloader: Iterable[Any], device: torch.device, samples: int | None
         raise ValueError(f"the dataloader is {dataloader!r}; it must yield batches: a DataLoader, or a list of them")
     batches, seen = [], 0
     for batch in dataloader:
+        which = f"batch {len(batches) + 1} of the loader"
+        if batch_size(batch) == 0:
+            raise BadBatch(f"{which} ({described(batch)}) holds no sample: leave it out")
+        _check_numbers(batch, which)  # before it is moved: an accelerator would be waited for
         batches.append(to_device(batch, device))
-        if batch_size(batches[-1]) == 0:
-            raise BadBatch(f"batch {len(batches)} of the loader ({described(batch)}) holds no sample: leave it out")
-        _check_numbers(batches[-1], f"batch {len(batches)} of the loader")
         seen += batch_size(batches[-1])
         if samples is not None and seen >= samples:
             break

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from abm_vision.abm.batches import counted
 from abm_vision.abm.settings import ABMConfig
@@ -45,14 +46,24 @@ def boundary_loss(
     Raises:
         ValueError: z and sign of a boundary have other shapes.
     """
+    return boundary_losses(boundaries, z, sign, mask).mean()
+
+
+def boundary_losses(
+    boundaries: Sequence[Boundary],
+    z: Mapping[str, Tensor],
+    sign: Mapping[str, Tensor],
+    mask: Mapping[str, Tensor | None],
+) -> Tensor:
+    """Compute what Eq. (22) is the mean of: w_l^2 mean [max(0, m - tau z)]^2 of every layer, float32 (layers,)."""
     losses = []
     for b in boundaries:
         distance = counted(signed(z[b.name], sign[b.name]), mask[b.stack])  # tau z: (tokens that count, ..., hidden)
         # max(0, m - tau z) is m - min(m, tau z): as a mean squared error it is the fewest passes over the elements.
         capped = distance.clamp_max(b.margin)
-        hinge = F.mse_loss(capped, capped.new_tensor(b.margin).expand_as(capped))  # mean inside the layer
+        hinge = F.mse_loss(capped, capped.new_full((), b.margin).expand_as(capped))  # mean inside the layer
         losses.append(b.weight * hinge)  # w_l^2
-    return torch.stack([loss.to(losses[0].device) for loss in losses]).mean()  # over layers, perhaps on several devices
+    return torch.stack([loss.to(losses[0].device) for loss in losses])  # perhaps on several devices
 
 
 def boundary_figures(
@@ -174,6 +185,9 @@ class Signs(Mapping[str, Tensor]):
         """The signs of samples start .. stop - 1."""
         cut = {n: (bits[start:stop], torch.Size((stop - start, *s[1:]))) for n, (bits, s) in self._packed.items()}
         return Signs(cut)
+
+
+register_pytree_node(Signs, lambda signs: ([signs._packed], None), lambda children, _: Signs(*children))
 
 
 def pack_signs(sign: Tensor) -> Tensor:

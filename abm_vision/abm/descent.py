@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -23,35 +23,48 @@ class Descent:
         self._masters = [f if torch.finfo(f.dtype).bits >= 32 else f.detach().float() for f in factors]
         self._optimiser = torch.optim.AdamW(self._masters, lr=learning_rate)
         self._schedule = torch.optim.lr_scheduler.LinearLR(self._optimiser, 1.0, 1.0 / steps, total_iters=steps - 1)
-        self._scale: float | None = None  # of the loss, so that float16 does not round its gradient to zero
+        self._scale: float | None = None
 
-    def step(self, loss: Tensor, averaged: Iterable[Tensor]) -> None:
-        """Go one step down.
+    def scale_of(self, averaged: Iterable[Tensor]) -> float:
+        """Return what the loss is to be multiplied by, so that float16 does not round its gradient to zero.
 
         Args:
-            loss: a scalar that depends on the factors.
             averaged: the tensors that it is a mean over.
         """
         if self._scale is None:
-            sizes = [t.numel() for t in averaged]
-            half = any(t.dtype == torch.float16 for t in averaged)
-            self._scale = float(max(sizes)) if half else 1.0  # undoes the mean: dL/dz is of the order of m
-        for master, gradient in zip(self._masters, self._gradients(loss), strict=True):
-            master.grad = gradient  # None where the loss does not depend on it: AdamW leaves such a factor alone
+            sizes = [t.numel() for t in averaged if t.dtype == torch.float16]
+            self._scale = float(max(sizes, default=1))  # undoes the mean: dL/dz is of the order of m
+        return self._scale
+
+    def step(self, backward: Callable[[], Tensor]) -> Tensor:
+        """Go one step down; where gradients overflow, the scale is halved first, for as long as they do.
+
+        Args:
+            backward: leaves the factors' gradients in `.grad` and returns the loss, or losses, both scaled.
+
+        Returns:
+            What `backward` returned, without the scale.
+        """
+        losses = backward()
+        while self._scale > 1 and not all(g is None or g.isfinite().all() for g in (f.grad for f in self._factors)):
+            self._scale /= 2
+            self.clear()
+            losses = backward()
+        for factor, master in zip(self._factors, self._masters, strict=True):
+            if factor.grad is not None:  # where the loss does not depend on it AdamW leaves a factor alone
+                wide = factor.grad.to(torch.promote_types(factor.dtype, torch.float32))
+                master.grad = wide / self._scale if self._scale > 1 else wide
         self._optimiser.step()
         with torch.no_grad():
             for factor, master in zip(self._factors, self._masters, strict=True):
                 if master is not factor:
                     factor.copy_(master)
         self._schedule.step()
+        losses = losses / self._scale if self._scale > 1 else losses
+        self.clear()
+        return losses
 
-    def _gradients(self, loss: Tensor) -> list[Tensor | None]:
-        """Gradients in float32 at least; the scale is halved for as long as they overflow."""
-        while True:
-            scaled = torch.autograd.grad(
-                loss * self._scale, self._factors, allow_unused=True, retain_graph=self._scale > 1
-            )
-            if self._scale <= 1 or all(g is None or g.isfinite().all() for g in scaled):
-                wide = (g if g is None else g.to(torch.promote_types(g.dtype, torch.float32)) for g in scaled)
-                return [g if g is None else g / self._scale for g in wide]
-            self._scale /= 2
+    def clear(self) -> None:
+        """Forget all gradients."""
+        for tensor in (*self._factors, *self._masters):
+            tensor.grad = None

@@ -7,25 +7,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.arguments import check_type
 from abm_vision.abm.bars import progress
 from abm_vision.abm.batches import collect, explained
-from abm_vision.abm.boundary import boundary_loss, choose_boundaries
+from abm_vision.abm.boundary import boundary_losses, choose_boundaries
 from abm_vision.abm.closed_form import fit_locally
 from abm_vision.abm.descent import Descent
+from abm_vision.abm.gradient import computes_in_float16
 from abm_vision.abm.hooks import ForwardFn, TokenMaskFn
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.reference import Calibration, Part, Reference, calibrate, check_reference, reference_name
 from abm_vision.abm.report import ABMReport, layer_reports
 from abm_vision.abm.restore import evaluate, initialising
 from abm_vision.abm.settings import ABMConfig
+from abm_vision.abm.step import TrainingStep
 
 KEPT = (1.0, 0.5, 0.25, 0.125, 0.0)  # shares of the way that the steps went, tried in turn
 
@@ -115,18 +118,25 @@ def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_p
     """Lower Eq. (22) by AdamW on the adapter's factors, a few samples a step, in turn: the loss of every step."""
     descent = Descent(adapter.trained, config.learning_rate, config.steps)
     parts = [small for part in calibration.parts for small in part.split(config.batch_size)]
-    losses: list[Tensor] = []
+
+    def scaled_losses(model: nn.Module, part: Part) -> Tensor:
+        z = calibration.preactivations(model, part)
+        losses = boundary_losses(calibration.boundaries, z, part.signs, part.masks)  # Eq. (22) is their mean
+        _check_reached(losses)
+        return descent.scale_of(z.values()) * losses
+
+    mode = "eager" if computes_in_float16(adapter.model) else "auto"  # there the scale may change
+    step = TrainingStep(adapter.model, scaled_losses, mode, say=lambda reason: None)
+    found: list[Tensor] = []  # of every step, (layers,)
+    descent.clear()
     bar = progress(range(config.steps), "ABM", show=show_progress_bar, unit="step")
-    for step in bar:
-        part = parts[step % len(parts)]
-        z = calibration.preactivations(adapter.model, part)
-        loss = boundary_loss(calibration.boundaries, z, part.signs, part.masks)  # Eq. (22)
-        _check_loss(loss, step, calibration, z, part)
-        descent.step(loss, z.values())
-        losses.append(loss.detach())
+    for k in bar:
+        found.append(descent.step(partial(step, parts[k % len(parts)])))
         if not bar.disable:
-            bar.set_postfix(loss=f"{loss.item():.5f}", refresh=False)
-    return torch.stack(losses).tolist()
+            bar.set_postfix(loss=f"{found[-1].mean().item():.5f}", refresh=False)
+    losses = torch.stack(found).cpu()
+    _check_finite(losses, calibration)
+    return losses.mean(1).tolist()
 
 
 @torch.no_grad()
@@ -142,12 +152,16 @@ def _step_back(adapter: Adapter, calibration: Calibration, first: list[Tensor], 
     return kept, figures
 
 
-def _check_loss(loss: Tensor, step: int, calibration: Calibration, z: dict[str, Tensor], part: Part) -> None:
-    if not loss.isfinite():
-        alone = ((b, boundary_loss([b], z, part.signs, part.masks)) for b in calibration.boundaries)
-        bad = ", ".join(b.name for b, value in alone if not value.isfinite())
-        raise ValueError(f"the boundary loss is not finite at step {step}, in {bad}; lower learning_rate")
-    if not loss.requires_grad:
+def _check_finite(losses: Tensor, calibration: Calibration) -> None:
+    """Of losses (steps, layers), asked once: after every step it would make the host wait for the device."""
+    for step, row in enumerate(losses):
+        bad = ", ".join(b.name for b, value in zip(calibration.boundaries, row, strict=True) if not value.isfinite())
+        if bad:
+            raise ValueError(f"the boundary loss is not finite at step {step}, in {bad}; lower learning_rate")
+
+
+def _check_reached(losses: Tensor) -> None:
+    if not losses.requires_grad:
         raise ValueError(
             "no matched pre-activation depends on the adapter. Either every adapted layer lies behind the matched "
             "boundaries, or gradient checkpointing of the reentrant kind cuts the graph: use "

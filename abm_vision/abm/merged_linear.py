@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
+from abm_vision.abm.merge_kernel import merge_kernel
+
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _HALF = (torch.bfloat16, torch.float16)
 _MM_HAS_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8 on
@@ -45,27 +47,30 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """W0 + s B A, summed in the finer of their precisions and rounded once to `dtype`: (out, in)."""
+def merge_weight(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """W0 + s B A (out, in), summed in the finer of their precisions and rounded once to `dtype`.
+
+    With it come s A and s B in `dtype` where they cost nothing, else None.
+    """
+    if _launched_by_python(weight) and (kernel := merge_kernel(weight, lora_a, lora_b, dtype)):
+        return kernel(weight, lora_a, lora_b, scaling, dtype)
     finer = torch.promote_types(weight.dtype, lora_a.dtype)
     a, b = lora_a.to(finer), lora_b.to(finer)
-    if _launches_count(weight):  # two kernels
-        return torch.add(weight, b @ a, alpha=scaling, out=torch.empty_like(weight, dtype=dtype))
-    if torch.compiler.is_compiling():  # which makes one kernel of sum and cast
-        return (weight + scaling * (b @ a)).to(dtype)
-    return torch.addmm(weight.to(finer), b, a, alpha=scaling).to(dtype)
+    with _no_autocast(weight.device.type):
+        if torch.compiler.is_compiling():  # which makes one kernel of the sum, and of a small product, too
+            product = (b[:, :, None] * a).sum(1) if len(a) <= FUSED_RANKS else b @ a
+            return (weight + scaling * product).to(dtype), None, None
+        return torch.addmm(weight.to(finer), b, a, alpha=scaling).to(dtype), None, None
 
 
-def _launches_count(tensor: Tensor) -> bool:
+FUSED_RANKS = 8  # up to which torch's compiler unrolls a sum
+
+
+def _launched_by_python(tensor: Tensor) -> bool:
     """Whether every kernel is launched by Python, and no gradient of its result is wanted: CUDA in eager mode."""
     return tensor.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-
-
-def _scaled(factor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """s times a factor, in `dtype`."""
-    if _launches_count(factor):  # one kernel
-        return torch.mul(factor, scaling, out=torch.empty_like(factor, dtype=dtype))
-    return (scaling * factor).to(dtype)
 
 
 class _MergedLoRA(torch.autograd.Function):
@@ -75,40 +80,45 @@ class _MergedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        merged = merge_weight(weight, lora_a, lora_b, scaling, x.dtype)
+        merged, *scaled = merge_weight(weight, lora_a, lora_b, scaling, x.dtype)
         # Under autocast the copy in x's dtype is kept, as autocast itself keeps its cast of W0. Otherwise it is
         # merged again in the backward pass: a copy of every weight would cost more memory than LoRA saves.
         kept = merged if merged.dtype != weight.dtype else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, kept)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, kept, *scaled)
         ctx.scaling = scaling
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))  # (..., out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, merged = ctx.saved_tensors
+        x, weight, lora_a, lora_b, merged, scaled_a, scaled_b = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         dx = dbias = da = db = None
+        # With create_graph=True dx, dA and dB are differentiated in turn, by A and B too, which what is kept hides.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            merged = scaled_a = scaled_b = None
         # The caller's autocast must not touch products whose precision the forward pass has settled.
         with _no_autocast(grad.device.type):
             if needs_x:
-                # With create_graph=True dx is differentiated in turn, by A and B too, which the kept copy hides.
-                if merged is None or (torch.is_grad_enabled() and not torch.compiler.is_compiling()):
-                    merged = merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype)
+                if merged is None:
+                    merged, *_ = merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype)
                 dx = grad @ merged
             rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if needs_bias:
                 dbias = rows.sum(0)
+            # The thin products come as (r, tokens): on CPU and on CUDA that is the faster side.
             if needs_a:
-                da = _product((rows @ _scaled(lora_b, ctx.scaling, x.dtype)).T, inputs, lora_a.dtype)  # (r, in)
+                b = (ctx.scaling * lora_b).to(x.dtype) if scaled_b is None else scaled_b
+                da = _product(b.T @ rows.T, inputs, lora_a.dtype)  # (r, in)
             if needs_b:
-                db = _product(rows.T, inputs @ _scaled(lora_a, ctx.scaling, x.dtype).T, lora_b.dtype)  # (out, r)
+                a = (ctx.scaling * lora_a).to(x.dtype) if scaled_a is None else scaled_a
+                db = _product(rows.T, (a @ inputs.T).T, lora_b.dtype)  # (out, r)
         return dx, None, dbias, da, db, None
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """left right in `dtype`: on CUDA torch writes float32 at once where both are in half precision."""
-    if _launches_count(right) and _MM_HAS_DTYPE and right.dtype in _HALF and dtype == torch.float32:
+    if _launched_by_python(right) and _MM_HAS_DTYPE and right.dtype in _HALF and dtype == torch.float32:
         return torch.mm(left, right, out_dtype=dtype)
     return (left @ right).to(dtype)
 
@@ -134,8 +144,7 @@ class MergedLinear(PeftLinear):
         dtype = None if operands is None else _compute_dtype(x, operands[0])
         if operands is None or dtype is None or not self._merging_pays(x):
             return super().forward(x, *args, **kwargs)
-        with _no_autocast(x.device.type):
-            return _MergedLoRA.apply(x.to(dtype), *operands)
+        return _MergedLoRA.apply(x.to(dtype), *operands)
 
     def _operands(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor, Tensor, float] | None:
         """W0, bias, A, B and s, if the forward pass is a product with the merged weight of one adapter."""

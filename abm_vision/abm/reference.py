@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from abm_vision.abm.adapter import Adapter, check_base
 from abm_vision.abm.batches import batch_size, can_be_cut, check_finite, counted, cut
@@ -46,6 +47,11 @@ class Part:
     def _cut(self, start: int, stop: int, count: int) -> Part:
         masks = {stack: cut(mask, start, stop, count) for stack, mask in self.masks.items()}
         return Part(cut(self.batch, start, stop, count), self.signs.cut(start, stop), masks)
+
+
+register_pytree_node(
+    Part, lambda part: ([part.batch, part.signs, part.masks], None), lambda children, _: Part(*children)
+)
 
 
 @dataclass(frozen=True)
@@ -183,8 +189,10 @@ def _margin(z: Tensor, mask: Tensor | None, config: ABMConfig) -> float:
 
 
 def _check_recorded(z: dict[str, Tensor], whose: str) -> None:
-    for name, value in z.items():
-        check_finite(value, f"the {whose}'s pre-activation at {name}")
+    # Asked of all at once: on CUDA every answer waits for the device.
+    if not all(torch.stack([value.detach().abs().amax().float().cpu() for value in z.values()]).isfinite()):
+        for name, value in z.items():
+            check_finite(value, f"the {whose}'s pre-activation at {name}")
 
 
 def _average(figures: list[Tensor], samples: list[int]) -> Tensor:

@@ -7,30 +7,31 @@ is waiting. A CUDA graph holds all launches of a step and is one launch itself.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Hashable, Mapping
+from collections import Counter
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_map
 
-from abm_vision.abm.arguments import check_choice
-from abm_vision.abm.batches import out_of_memory
+from abm_vision.abm.arguments import STEP_MODES, check_choice
+from abm_vision.abm.batches import BadBatch, out_of_memory
 
-MODES = ("auto", "eager", "graph")
 GRAPHS = 2  # shapes that are captured: those of whole batches and of the last one
-WARM_UP = 3  # eager steps before a capture: libraries choose their kernels in the first ones
+EAGER = 2  # steps of a shape before it is captured: libraries choose their kernels in the first ones
 LossFn = Callable[[nn.Module, Any], Tensor]
 
 
 class TrainingStep:
     """Forward and backward pass of a model: `loss = step(batch)`, gradients are in `.grad` as after `loss.backward()`.
 
-    On CUDA the first call with a batch of a shape captures both passes as a CUDA graph; every further one copies the
-    batch into the graph's and replays it. The optimiser, clipping and whatever else stands between two calls run as
-    before, and an adapter is saved, merged and switched as before. What is only Python runs at the capture alone: a
-    `print` in `loss_fn`, say.
+    On CUDA the first calls with batches of a shape run as they are; then both passes are captured as a CUDA graph, and
+    every further call copies its batch into the graph's and replays it. The optimiser, clipping and whatever else
+    stands between two calls run as before, and an adapter is saved, merged and switched as before. What is only
+    Python runs until the capture alone: a `print` in `loss_fn`, say.
 
         step = TrainingStep(model, loss_fn)
         for batch in loader:
@@ -40,7 +41,7 @@ class TrainingStep:
 
     Args:
         model: on its device, in the mode that it is trained in. `torch.compile` of its blocks is welcome.
-        loss_fn: (model, batch) to a scalar loss; autocast belongs into it.
+        loss_fn: (model, batch) to the loss, a scalar or a tensor whose mean it is; autocast belongs into it.
         mode: "graph", "eager", or "auto": a graph on CUDA wherever the step can be captured.
         say: receives the reason, in one line, if "auto" runs a step eagerly on CUDA; a warning by default.
 
@@ -51,15 +52,16 @@ class TrainingStep:
     def __init__(
         self, model: nn.Module, loss_fn: LossFn, mode: str = "auto", say: Callable[[str], None] = warnings.warn
     ) -> None:
-        check_choice("mode", mode, MODES)
+        check_choice("mode", mode, STEP_MODES)
         self._model, self._loss_fn, self._mode, self._say = model, loss_fn, mode, say
+        self._calls: Counter[Hashable] = Counter()  # of every shape, so far eager
         self._captured: dict[Hashable, _Captured] = {}
-        self._told: set[str] = set()
+        self._said = False
         if mode == "graph" and (reason := _why_eager(model)):
-            raise ValueError(f"the step cannot be captured as a CUDA graph: {reason}; use mode 'auto' or 'eager'")
+            raise ValueError(_REFUSED.format(reason))
 
     def __call__(self, batch: Any) -> Tensor:
-        """Run both passes on a batch of any structure: the loss, a scalar without gradient.
+        """Run both passes on a batch of any structure: what `loss_fn` returned, without gradient.
 
         Gradients are added to those that are there.
 
@@ -67,7 +69,11 @@ class TrainingStep:
             ValueError: the model has been changed since its step was captured, or `mode="graph"` and this batch cannot
                 be captured.
         """
-        if self._mode == "eager" or not self._can_be_captured():
+        if self._mode == "auto" and not self._calls and (reason := _why_eager(self._model)):
+            self._mode = "eager"
+            if reason != _NO_CUDA:
+                self._say(_EAGER.format(reason))
+        if self._mode == "eager":
             return self._eager(batch)
         leaves, structure = tree_flatten(batch)
         key = (structure, _autocast(), *map(_shape, leaves))
@@ -76,51 +82,42 @@ class TrainingStep:
         if key not in self._captured:
             if len(self._captured) == GRAPHS:
                 return self._without_graph(batch, f"batches have more than {GRAPHS} shapes")
+            self._calls[key] += 1
+            if self._calls[key] <= EAGER:
+                return self._eager(batch)
             try:
                 self._capture(key, batch)
-            except RuntimeError as error:  # of torch, for whatever a graph cannot hold
+            except (RuntimeError, BadBatch) as error:  # of torch, for whatever a graph cannot hold
                 if out_of_memory(error):
                     raise
                 return self._without_graph(batch, str(error).partition("\n")[0], error)
         return self._captured[key].replay(leaves)
 
     @property
-    def captured(self) -> bool:
-        """Whether a step has been captured as a graph."""
-        return bool(self._captured)
+    def captured(self) -> int:
+        """How many graphs there are, one for every shape of batches."""
+        return len(self._captured)
 
-    def _can_be_captured(self) -> bool:
-        reason = None if self._captured else _why_eager(self._model)
-        if reason and reason != _NO_CUDA:
-            self._tell(reason)
-        return reason is None
-
-    def _without_graph(self, batch: Any, reason: str, error: RuntimeError | None = None) -> Tensor:
+    def _without_graph(self, batch: Any, reason: str, error: Exception | None = None) -> Tensor:
         if self._mode == "graph":
-            message = f"this step cannot be captured as a CUDA graph: {reason}; use mode 'auto' or 'eager'"
-            raise ValueError(message) from error
-        self._tell(reason)
-        if error and not self._captured:
-            self._mode = "eager"  # the next attempt would fail as this one did
+            raise ValueError(_REFUSED.format(reason)) from error
+        if not self._said:
+            self._say(_EAGER.format(reason))
+            self._said = True
+        if error:  # the next attempt would fail as this one did
+            self._mode = "eager"
+            self._captured.clear()
         return self._eager(batch)
-
-    def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            self._say(f"steps run eagerly, not as a CUDA graph: {reason}")
 
     def _eager(self, batch: Any) -> Tensor:
         loss = self._loss_fn(self._model, batch)
-        loss.backward()
+        loss.mean().backward()
         return loss.detach()
 
     def _capture(self, key: Hashable, batch: Any) -> None:
-        """Warm up on a stream of its own, and capture; gradients, buffers and random state are as before."""
+        """Try the step on a stream of its own, and capture it; gradients, buffers and random state are as before."""
         parameters = [p for p in self._model.parameters() if p.requires_grad]
-        before = [p.grad for p in parameters]
-        buffers = [(b, b.clone()) for b in self._model.buffers()]
         device = parameters[0].device
-        random = torch.cuda.get_rng_state(device)
         inputs = tree_map(_own, batch)
         leaves = tree_flatten(inputs)[0]
 
@@ -131,33 +128,23 @@ class TrainingStep:
             torch.clear_autocast_cache()  # casts made outside the graph would be those of old weights
             return self._eager(inputs)
 
-        try:
+        with _given_back(self._model, parameters, device):
             aside = torch.cuda.Stream(device)
             aside.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(aside):
-                for _ in range(WARM_UP):
-                    run()
+            with torch.cuda.stream(aside), _synchronising_is_an_error():
+                run()
             torch.cuda.current_stream(device).wait_stream(aside)
             snapshot = _Snapshot(self._model)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool()):
+            # Graphs that never run side by side share their memory.
+            pool = next(iter(self._captured.values())).graph.pool() if self._captured else None
+            with torch.cuda.graph(graph, pool=pool):
                 loss = run()
             if changed := snapshot.changed():
                 raise RuntimeError(f"{changed} changes with every call")
             gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-            self._captured[key] = _Captured(graph, leaves, loss, gradients)
-            self._snapshot = snapshot
-        finally:
-            torch.clear_autocast_cache()
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = gradient
-            for buffer, value in buffers:
-                buffer.copy_(value)
-            torch.cuda.set_rng_state(random, device)
-
-    def _pool(self) -> Any:
-        """Graphs that never run side by side share their memory."""
-        return next(iter(self._captured.values())).graph.pool() if self._captured else None
+        self._captured[key] = _Captured(graph, leaves, loss, gradients)
+        self._snapshot = snapshot
 
     def _check_unchanged(self) -> None:
         if changed := self._snapshot.changed():
@@ -165,6 +152,45 @@ class TrainingStep:
                 f"the model is not what was captured: {changed} has changed. Put it back (model.train() after an "
                 "evaluation, unmerge_adapter() after a merge), or make a new TrainingStep"
             )
+
+
+_EAGER = "steps run eagerly, not as a CUDA graph: {}"
+_REFUSED = "the step cannot be captured as a CUDA graph: {}; use mode 'auto' or 'eager'"
+
+
+@contextmanager
+def _given_back(model: nn.Module, parameters: list[nn.Parameter], device: torch.device) -> Iterator[None]:
+    """What a step changes that nobody asked for: gradients, buffers, CUDA's random state."""
+    gradients = [p.grad for p in parameters]
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    generator = torch.cuda.default_generators[device.index]
+    random = generator.get_state()
+    try:
+        yield
+    except (RuntimeError, BadBatch):
+        # After a capture that failed a generator believes that it is still being captured: it gets a new state.
+        generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+        raise
+    finally:
+        torch.clear_autocast_cache()
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        for buffer, value in buffers:
+            buffer.copy_(value)
+        generator.set_state(random)
+
+
+@contextmanager
+def _synchronising_is_an_error() -> Iterator[None]:
+    """While the step is tried: what waits for the GPU (`.item()`, say) cannot be captured, and torch says so."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this mode is a prototype
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @dataclass(frozen=True)

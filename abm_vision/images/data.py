@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -56,8 +57,14 @@ class Preprocessing:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, size, size) to float32, on the device of the pixels."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        mean, std = (_per_channel(values, pixels.device) for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
+
+
+@cache
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """Kept on the device: a copy from the host would be waited for at every batch."""
+    return torch.tensor(values, device=device).view(1, -1, 1, 1)
 
 
 def preprocessing_for(
@@ -157,7 +164,8 @@ class Images:
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(float images (b, 3, size, size), labels (b,)) of one epoch; the last batch may be smaller."""
-        for indices in shuffled(len(self), batch_size, seed, epoch):
+        order = torch.cat(shuffled(len(self), batch_size, seed, epoch)).to(self.device)  # at once: a copy waits
+        for indices in order.split(batch_size):
             yield self.select(indices)
 
     def select(self, indices: Tensor) -> tuple[Tensor, Tensor]:

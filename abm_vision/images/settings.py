@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from abm_vision.abm.arguments import QKV_MODES
+from abm_vision.abm.arguments import QKV_MODES, STEP_MODES
 from abm_vision.abm.settings import flag
 from abm_vision.initializers import INITIALIZERS, Properties
 from abm_vision.runs.settings import AdapterSettings, at_least, check_share
@@ -38,6 +38,7 @@ class ImageSettings(AdapterSettings, _Backbone):
     qkv: str = flag("full", "full, or qv: leave k alone inside a fused qkv", choices=QKV_MODES)
     schedule: str = flag("cosine", "of the learning rate, after the warm-up", choices=SCHEDULES)
     drop_path: float = flag(0.0, "stochastic depth")
+    step: str = flag("auto", "on CUDA: as one graph, eagerly, or auto: as a graph if that can be", choices=STEP_MODES)
     workers: int = flag(0, "processes that decode images; 0: the main one")
 
     def check(self) -> None:

@@ -11,12 +11,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from abm_vision.abm import bars
+from abm_vision.abm.step import TrainingStep
 from abm_vision.images.data import Images, Preprocessing
 from abm_vision.images.settings import ImageSettings
 from abm_vision.runs.checkpoint import Progress
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import Diverged
-from abm_vision.runs.log import Log
+from abm_vision.runs.harness import Session
+
+SILENT = Session()
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
@@ -53,7 +56,8 @@ def train_mode(model: nn.Module) -> None:
 def make_optimiser(model: nn.Module, config: ImageSettings) -> torch.optim.AdamW:
     """AdamW on what trains: adapter and head."""
     trainable = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay)
+    fused = trainable[0].is_cuda  # few launches, and none that waits
+    return torch.optim.AdamW(trainable, lr=config.lr, weight_decay=config.weight_decay, fused=fused)
 
 
 def train(
@@ -64,32 +68,36 @@ def train(
     precision: str,
     progress: Progress,
     after_epoch: Callable[[Progress], None],
-    quiet: bool,
-    log: Log | None = None,
+    session: Session = SILENT,
 ) -> None:
-    """Run the epochs that `progress` still lacks, and call `after_epoch` behind each; `log` receives every step.
+    """Run the epochs that `progress` still lacks, and call `after_epoch` behind each; a log receives every step.
 
     Raises:
         Diverged: the loss is NaN or infinite.
     """
-    device = images.device
+    device, log = images.device, session.log
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        pixels, labels = batch
+        with autocast(device, precision):
+            return F.cross_entropy(model(pixels), labels)
+
+    training_step = TrainingStep(model, loss_fn, config.step, say=lambda line: session.say(f"step      {line}"))
     steps = math.ceil(len(images) / config.batch_size)
     while progress.epoch < config.epochs:
         start, epoch = time.perf_counter(), progress.epoch
         train_mode(model)
         torch.manual_seed(config.seed * 100_003 + epoch)  # dropout and stochastic depth, the same after a resume
         batches = images.batches(config.batch_size, config.seed, epoch)
-        bar = bars.progress(batches, f"epoch {epoch + 1:3d}/{config.epochs}", show=not quiet, total=steps)
+        bar = bars.progress(batches, f"epoch {epoch + 1:3d}/{config.epochs}", show=not session.quiet, total=steps)
         losses: list[Tensor] = []
-        for step, (pixels, labels) in enumerate(bar):
+        for step, batch in enumerate(bar):
             for group in optimiser.param_groups:
                 group["lr"] = learning_rate(config, epoch * steps + step, steps)
-            with autocast(device, precision):
-                loss = F.cross_entropy(model(pixels), labels)
-            loss.backward()
+            loss = training_step(batch)
             optimiser.step()
             optimiser.zero_grad()
-            losses.append(loss.detach())
+            losses.append(loss)
             if log:
                 done = epoch * steps + step + 1
                 log("train/loss", loss.item(), done)
@@ -102,6 +110,7 @@ def train(
         progress.losses += values
         progress.seconds.append(time.perf_counter() - start)
         progress.epoch += 1
+        progress.step = "graph" if training_step.captured else "eager"
         after_epoch(progress)
 
 

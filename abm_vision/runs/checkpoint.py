@@ -9,7 +9,7 @@ import pickle
 import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,12 +22,16 @@ from abm_vision.runs.records import AFRESH, Notes, Positive, Record, Seconds, Sh
 
 @dataclass
 class Progress:
-    """What a run has so far. `losses` has a value for every step, `seconds` and `accuracies` for epochs."""
+    """What a run has so far. `losses` has a value for every step, `seconds` and `accuracies` for epochs.
+
+    `step` says how the last epoch's steps were run: eagerly, or as a CUDA graph.
+    """
 
     epoch: int = 0
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     accuracies: dict[int, float] = field(default_factory=dict)
+    step: str = "eager"
 
 
 class Content(Record):
@@ -37,6 +41,7 @@ class Content(Record):
     losses: list[float]
     seconds: list[Seconds]
     accuracies: dict[int, Share]
+    step: Literal["eager", "graph"]
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

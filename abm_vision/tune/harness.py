@@ -163,7 +163,7 @@ def train(run: TuneRun, notes: dict[str, Any], checkpoint: Checkpoint | None) ->
             f"{100 * correct / count:.2f} %, {progress.seconds[-1]:.1f} s"
         )
 
-    train_epochs(run.model, optimiser, run.images, config, run.precision, progress, after_epoch, run.session.quiet, log)
+    train_epochs(run.model, optimiser, run.images, config, run.precision, progress, after_epoch, run.session)
     with torch.no_grad():
         for name, tensor in checkpoints.trained(run.model).items():
             tensor.copy_(best[name])
@@ -211,6 +211,7 @@ def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
         },
         "weights": asdict(run.weights),
         "preprocessing": asdict(run.preprocessing),
+        "step": progress.step,
         "top1_per_epoch": {str(epoch): value for epoch, value in progress.accuracies.items()},
         "images_per_second": {"train": len(run.images) * config.epochs / run.seconds["train"]},
     }

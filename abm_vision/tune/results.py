@@ -54,6 +54,7 @@ class Result(records.Result):
     data: Data
     weights: Weights
     preprocessing: Shape
+    step: Literal["eager", "graph"] = "eager"  # results of before have none, and were eager
     top1_per_epoch: Annotated[dict[str, Share], Field(min_length=1)]
     images_per_second: Speed
 

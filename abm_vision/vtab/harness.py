@@ -174,7 +174,7 @@ def train(run: VtabRun, notes: dict[str, Any], checkpoint: Checkpoint | None) ->
             f"epoch {progress.epoch:3d} loss {sum(progress.losses[-steps:]) / steps:.3f}, {progress.seconds[-1]:.1f} s"
         )
 
-    train_epochs(run.model, optimiser, run.images, config, run.precision, progress, after_epoch, run.session.quiet, log)
+    train_epochs(run.model, optimiser, run.images, config, run.precision, progress, after_epoch, run.session)
     return progress
 
 
@@ -194,6 +194,7 @@ def score(run: VtabRun, progress: Progress) -> dict[str, Any]:
         "num_classes": run.train_data.task.num_classes,
         "weights": asdict(run.weights),
         "preprocessing": asdict(run.preprocessing),
+        "step": progress.step,
         "top1_per_epoch": {str(epoch): value for epoch, value in progress.accuracies.items()},
         "images_per_second": {
             "train": len(run.images) * config.epochs / seconds["train"],

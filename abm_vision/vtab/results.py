@@ -62,6 +62,7 @@ class Result(records.Result):
     num_classes: Positive
     weights: Weights
     preprocessing: Shape
+    step: Literal["eager", "graph"] = "eager"  # results of before have none, and were eager
     top1_per_epoch: dict[str, Share]
     images_per_second: Speed
     reference_only: bool

@@ -1,0 +1,164 @@
+"""A training step on a GPU: frozen floor, full fine-tuning, stock peft, ours; eagerly, as a CUDA graph, compiled.
+
+    python benchmarks/gpu_step.py [--models vit_base_patch16_224] [--modes eager graph compiled] [--rank 8] [--depth 4]
+
+The floor is the same model with nothing but the head trainable and gradients still flowing to the input. Variants take
+turns; the smallest of several timings counts, as nothing but disturbance makes one longer. Modes: `eager`; `graph`, the
+passes captured by `TrainingStep`; `compiled`, blocks compiled one by one, and then captured; `reduce`, the whole model
+compiled by `torch.compile(mode="reduce-overhead")`; `callable`, `torch.cuda.make_graphed_callables`. AdamW is fused and
+outside the graph in all of them. Kernels, and the time inside them, are the profiler's. Weights are random.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from abm_vision import TrainingStep, add_lora
+from abm_vision.abm.files import write_json
+from abm_vision.runs.provenance import environment
+
+RESULT = Path(__file__).parent / "results" / "gpu_step.json"
+VARIANTS = ("floor", "full", "peft", "ours")
+MODES = ("eager", "graph", "compiled", "reduce", "callable")
+ROUNDS, STEPS = 4, 8  # timings of a variant, steps in each
+
+
+def build(variant: str, name: str, rank: int, depth: int | None) -> nn.Module:
+    torch.manual_seed(0)
+    model = timm.create_model(name, num_classes=16, **({"depth": depth} if depth else {}))
+    if variant in ("peft", "ours"):
+        model = add_lora(model, rank=rank, alpha=rank, merged_linear=variant == "ours")
+    elif variant == "floor":
+        model.requires_grad_(False)
+        model.get_classifier().requires_grad_(True)
+    return model.train().cuda()
+
+
+def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
+    """The model as the mode has it."""
+    if mode == "compiled":
+        for block in (model.get_base_model() if hasattr(model, "get_base_model") else model).blocks:
+            block.compile()
+    if mode == "reduce":
+        return torch.compile(model, mode="reduce-overhead")
+    if mode == "callable":
+        with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
+            return torch.cuda.make_graphed_callables(model, (images,))
+    return model
+
+
+def stepper(model: nn.Module, mode: str, images: Tensor, labels: Tensor, precision: torch.dtype) -> Callable[[], None]:
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
+    model = prepared(model, mode, images)
+
+    def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        with torch.autocast("cuda", precision, enabled=precision != torch.float32, cache_enabled=mode != "callable"):
+            return F.cross_entropy(model(batch[0]), batch[1])
+
+    passes = TrainingStep(model, loss_fn, "graph" if mode in ("graph", "compiled") else "eager")
+
+    def step() -> None:
+        passes((images, labels))
+        optimiser.step()
+        optimiser.zero_grad()
+        images.grad = None
+
+    return step
+
+
+def kernels(step: Callable[[], None]) -> tuple[int, float]:
+    """How many kernels a step launches, and the milliseconds spent inside them."""
+    with torch.profiler.profile() as profile:
+        step()
+        torch.cuda.synchronize()
+    on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    return len(on_device), sum(e.device_time for e in on_device) / 1e3
+
+
+def milliseconds(step: Callable[[], None]) -> float:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(STEPS):
+        step()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / STEPS
+
+
+def measure(args: argparse.Namespace, name: str, mode: str) -> dict[str, dict[str, Any]]:
+    """Milliseconds, kernels, MiB beyond the model, of every variant."""
+    images = torch.randn(args.batch, 3, 224, 224, device="cuda", requires_grad=True)
+    labels = torch.randint(0, 16, (args.batch,), device="cuda")
+    precision = getattr(torch, args.precision)
+    steps, rows = {}, {}
+    for variant in args.variants:
+        torch._dynamo.reset()
+        model = build(variant, name, args.rank, args.depth)
+        torch.cuda.synchronize()
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        steps[variant] = step = stepper(model, mode, images, labels, precision)
+        for _ in range(4):
+            step()
+        torch.cuda.synchronize()
+        mib = (torch.cuda.max_memory_allocated() - held) / 2**20
+        count, inside = kernels(step)
+        rows[variant] = {"kernels": count, "inside_ms": inside, "mib": mib}
+    times: dict[str, list[float]] = {variant: [] for variant in steps}
+    for _ in range(ROUNDS):
+        for variant, step in steps.items():
+            times[variant].append(milliseconds(step))
+    for variant, taken in times.items():
+        rows[variant] |= {"ms": min(taken), "ms_of_rounds": taken}
+    return rows
+
+
+def table(measured: list[dict[str, Any]]) -> str:
+    lines = []
+    for row in measured:
+        cells = "  ".join(
+            f"{variant} {found['ms']:6.2f} ms {found['kernels']:5d} kernels {found['inside_ms']:6.2f} {found['mib']:6.0f} MiB"
+            for variant, found in row["variants"].items()
+        )
+        lines.append(f"{row['model']} {row['precision']} rank {row['rank']} {row['mode']:9s} {cells}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["vit_base_patch16_224", "vit_small_patch16_224"])
+    parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compiled"], choices=MODES)
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--depth", type=int, help="blocks, if fewer: they compile sooner")
+    parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
+    parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--add", action="store_true", help="to the rows that the file has")
+    args = parser.parse_args()
+    import json
+
+    rows = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
+    begun = len(rows)
+    for name in args.models:
+        for mode in args.modes:
+            setting = {"model": name, "mode": mode, "batch": args.batch, "rank": args.rank, "depth": args.depth}
+            rows.append({**setting, "precision": args.precision, "variants": measure(args, name, mode)})
+            print(table(rows[-1:]), flush=True)
+            write_json(args.out, {"environment": environment("cuda"), "rows": rows})
+            torch.cuda.empty_cache()
+    print(table(rows[begun:]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
