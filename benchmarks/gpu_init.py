@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_init.py [--inits abm eva lora_ga] [--model vit_small_patch14_dinov2] [--image-size 112]
 
-One of every kind runs first, so that libraries and kernels are loaded; the smallest of `--repeats` counts. An epoch is 16
-steps of 64 images, run eagerly and as a CUDA graph. Weights are random: EVA's and LoRA-GA's time hardly depends on them.
+One of every kind runs first, so that libraries and kernels are loaded; the smallest of `--repeats` counts. An epoch
+is 16 steps of 64 images, run eagerly and as a CUDA graph. Weights are random.
 """
 
 from __future__ import annotations

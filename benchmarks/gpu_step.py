@@ -12,6 +12,7 @@ outside the graph in all of them. Kernels, and the time inside them, are the pro
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -127,7 +128,7 @@ def table(measured: list[dict[str, Any]]) -> str:
     lines = []
     for row in measured:
         cells = "  ".join(
-            f"{variant} {found['ms']:6.2f} ms {found['kernels']:5d} kernels {found['inside_ms']:6.2f} {found['mib']:6.0f} MiB"
+            f"{variant} {found['ms']:6.2f} ms ({found['kernels']}, {found['inside_ms']:.2f}) {found['mib']:.0f} MiB"
             for variant, found in row["variants"].items()
         )
         lines.append(f"{row['model']} {row['precision']} rank {row['rank']} {row['mode']:9s} {cells}")
@@ -146,8 +147,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--add", action="store_true", help="to the rows that the file has")
     args = parser.parse_args()
-    import json
-
     rows = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
     begun = len(rows)
     for name in args.models:

@@ -338,10 +338,9 @@ def test_initialisation(name, precision):
     assert {p.device.type for p in model.parameters()} == {CUDA}
     assert all(p.grad is None for p in model.parameters())
     assert float((model.eval()(x).float() - expected).norm() / expected.norm()) < 0.2
-    step = TrainingStep(
-        model.train(), lambda model, batch: F.cross_entropy(model(batch[0].to(dtype)).float(), batch[1])
-    )
-    assert all(map(math.isfinite, train(model, step, epochs=1)))
+    data = [(x.to(dtype), y) for x, y in batches()]
+    step = TrainingStep(model.train(), lambda model, batch: F.cross_entropy(model(batch[0]).float(), batch[1]))
+    assert all(map(math.isfinite, train(model, step, epochs=1, data=data)))
 
 
 @pytest.mark.parametrize("name", [name for name in INITIALIZERS if Needs.REFERENCE not in INITIALIZERS[name].needs])
@@ -361,12 +360,13 @@ def test_matching_by_graph_is_that_of_eager_steps(autocast, monkeypatch):
 
     found = []
     for mode in ("eager", "graph"):
-        modes = []
-        monkeypatch.setattr(
-            match,
-            "TrainingStep",
-            lambda *a, mode=mode, modes=modes, **k: modes.append(TrainingStep(*a[:2], mode)) or modes[-1],
-        )
+        made = []
+
+        def make(model, loss_fn, *_, mode=mode, made=made, **options):
+            made.append(TrainingStep(model, loss_fn, mode))
+            return made[-1]
+
+        monkeypatch.setattr(match, "TrainingStep", make)
         torch.manual_seed(0)
         model = add_lora(build_vit().to(CUDA), rank=4, alpha=8)
         with torch.autocast(CUDA, HALF, enabled=autocast):

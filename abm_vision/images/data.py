@@ -57,7 +57,7 @@ class Preprocessing:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 (n, 3, size, size) to float32, on the device of the pixels."""
-        mean, std = (_per_channel(values, pixels.device) for values in (self.mean, self.std))
+        mean, std = (_per_channel(tuple(values), pixels.device) for values in (self.mean, self.std))
         return (pixels.float() / 255 - mean) / std
 
 

@@ -19,7 +19,7 @@ from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Session
 
-SILENT = Session()
+SILENT = Session()  # nothing is said, shown or logged
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:

@@ -41,7 +41,7 @@ class Content(Record):
     losses: list[float]
     seconds: list[Seconds]
     accuracies: dict[int, Share]
-    step: Literal["eager", "graph"]
+    step: Literal["eager", "graph"] = "eager"
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

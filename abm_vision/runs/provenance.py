@@ -48,10 +48,18 @@ def git_commit() -> dict[str, Any] | None:
         return None
 
 
+def _driver() -> str:
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):  # ROCm, or a container without the tool
+        return "unknown"
+
+
 def device_name(device: str) -> str:
-    """The accelerator's or the processor's own name."""
+    """The accelerator's or the processor's own name; of a GPU with driver and CUDA."""
     if device.startswith("cuda"):
-        return torch.cuda.get_device_name(device)
+        return f"{torch.cuda.get_device_name(device)} (driver {_driver()}, CUDA {torch.version.cuda})"
     if device == "mps":
         return f"Apple {platform.processor() or platform.machine()}"
     cpuinfo = Path("/proc/cpuinfo")
