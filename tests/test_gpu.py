@@ -21,7 +21,7 @@ from abm_vision import (
     load_adapter,
     save_adapter,
 )
-from abm_vision.abm.merge_kernel import DTYPES, RANKS, merge, merge_kernel
+from abm_vision.abm import kernels
 from abm_vision.initializers import Needs
 from abm_vision.vtab import make_config, run
 
@@ -67,34 +67,49 @@ def train(model, step, epochs=4, data=None):
 
 
 @pytest.mark.parametrize("shape", [(96, 130), (70, 33), (64, 128), (300, 7)])
-@pytest.mark.parametrize("rank", [1, 3, 16, 17, RANKS])
-def test_merge_kernel_is_the_sum_in_double_precision(shape, rank):
+@pytest.mark.parametrize("rank", [1, 3, 8, 17, kernels.RANKS])
+@pytest.mark.parametrize("dtype", kernels.HALF)
+def test_kernels_give_what_double_precision_gives(shape, rank, dtype):
     generator = torch.Generator(CUDA).manual_seed(rank)
-    for of_weight in DTYPES:
-        for of_factors in (torch.float32, HALF):
-            for dtype in DTYPES:
-                weight, a, b = (
-                    torch.randn(size, generator=generator, device=CUDA).to(kind)
-                    for size, kind in (
-                        (shape, of_weight), ((rank, shape[1]), of_factors), ((shape[0], rank), of_factors),
-                    )
-                )  # fmt: skip
-                merged, scaled_a, scaled_b = merge_kernel(weight, a, b, dtype)(weight, a, b, 0.7, dtype)
-                expected = weight.double() + 0.7 * b.double() @ a.double()
-                for found, value in ((merged, expected), (scaled_a, 0.7 * a.double()), (scaled_b, 0.7 * b.double())):
-                    assert found.dtype == dtype
-                    error = (found.double() - value).norm() / value.norm()
-                    assert error <= (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+    def draw(*size):
+        return torch.randn(size, generator=generator, device=CUDA)
+
+    def near(found, value, kind=dtype):
+        assert found.dtype == kind and (found.double() - value).norm() / value.norm() <= torch.finfo(dtype).eps
+
+    for of_weight, of_factors in ((torch.float32, torch.float32), (dtype, torch.float32), (dtype, dtype)):
+        weight, a, b = (
+            draw(*shape).to(of_weight),
+            draw(rank, shape[1]).to(of_factors),
+            draw(shape[0], rank).to(of_factors),
+        )
+        assert kernels.kernels_fit(weight, a, b, dtype)
+        merged, scaled_a, scaled_b = kernels.merge(weight, a, b, 0.7, dtype)
+        near(merged, weight.double() + 0.7 * b.double() @ a.double())
+        near(scaled_a, 0.7 * a.double())
+        near(scaled_b, 0.7 * b.double())
+    for tokens in (1, 100, 3000):
+        x, grad = draw(tokens, shape[1] + 3).to(dtype)[:, :-3], draw(tokens, shape[0]).to(dtype)
+        found = kernels.factor_gradients(x, scaled_a, grad, scaled_b)
+        u, v = x.double() @ scaled_a.double().T, grad.double() @ scaled_b.double()
+        near(found[: a.numel()].view_as(a), v.T @ x.double(), torch.float32)
+        near(found[a.numel() :].view_as(b), grad.double().T @ u, torch.float32)
+        assert torch.equal(found, kernels.factor_gradients(x, scaled_a, grad, scaled_b))  # no order left to chance
 
 
-def test_no_kernel_for_what_it_cannot_merge():
+def test_no_kernels_for_what_they_cannot_do():
     weight, a, b = (torch.zeros(size, device=CUDA) for size in ((32, 48), (4, 48), (32, 4)))
-    assert merge_kernel(weight, a, b, HALF) is merge
-    assert merge_kernel(weight.double(), a, b, HALF) is None
-    assert merge_kernel(weight.T.contiguous().T, a, b, HALF) is None
-    assert merge_kernel(weight, a, b, torch.float64) is None
-    many = torch.zeros(RANKS + 1, 48, device=CUDA)
-    assert merge_kernel(weight, many, torch.zeros(32, RANKS + 1, device=CUDA), HALF) is None
+    assert kernels.kernels_fit(weight, a, b, HALF)
+    many = torch.zeros(kernels.RANKS + 1, 48, device=CUDA), torch.zeros(32, kernels.RANKS + 1, device=CUDA)
+    for other in (
+        (weight, a, b, torch.float32),
+        (weight.double(), a, b, HALF),
+        (weight.T.contiguous().T, a, b, HALF),
+        (weight, *many, HALF),
+        (weight.cpu(), a.cpu(), b.cpu(), HALF),
+    ):
+        assert not kernels.kernels_fit(*other)
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])

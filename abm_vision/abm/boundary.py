@@ -11,6 +11,7 @@ All of them are mappings by the boundary's name (masks: by its stack). Every fig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -160,13 +161,13 @@ class Signs(Mapping[str, Tensor]):
         packed: boundary to its bits (batch, bytes) and their shape as booleans.
     """
 
-    def __init__(self, packed: Mapping[str, tuple[Tensor, torch.Size]]) -> None:
+    def __init__(self, packed: Mapping[str, tuple[Tensor, Sequence[int]]]) -> None:
         self._packed = dict(packed)
 
     @classmethod
     def of(cls, z: Mapping[str, Tensor]) -> Signs:
         """Keep the signs of pre-activations, and nothing else of them."""
-        return cls({name: (pack_signs(value > 0), value.shape) for name, value in z.items()})
+        return cls({name: (pack_signs(value > 0), tuple(value.shape)) for name, value in z.items()})
 
     def __getitem__(self, name: str) -> Tensor:
         return unpack_signs(*self._packed[name])
@@ -183,7 +184,7 @@ class Signs(Mapping[str, Tensor]):
 
     def cut(self, start: int, stop: int) -> Signs:
         """The signs of samples start .. stop - 1."""
-        cut = {n: (bits[start:stop], torch.Size((stop - start, *s[1:]))) for n, (bits, s) in self._packed.items()}
+        cut = {n: (bits[start:stop], (stop - start, *s[1:])) for n, (bits, s) in self._packed.items()}
         return Signs(cut)
 
 
@@ -197,10 +198,10 @@ def pack_signs(sign: Tensor) -> Tensor:
     return (bits << _shifts(bits)).sum(-1, dtype=torch.uint8)
 
 
-def unpack_signs(packed: Tensor, shape: torch.Size) -> Tensor:
+def unpack_signs(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Give back the booleans of `shape` that `pack_signs` was given."""
     bits = (packed[..., None] >> _shifts(packed)) & 1
-    return bits.flatten(1)[:, : shape[1:].numel()].reshape(shape).bool()
+    return bits.flatten(1)[:, : math.prod(shape[1:])].reshape(shape).bool()
 
 
 def _shifts(like: Tensor) -> Tensor:

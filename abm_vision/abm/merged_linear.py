@@ -26,11 +26,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 
-from abm_vision.abm.merge_kernel import merge_kernel
+from abm_vision.abm import kernels
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_HALF = (torch.bfloat16, torch.float16)
-_MM_HAS_DTYPE = "dtype" in torch.ops.aten.mm.overloads()  # from torch 2.8 on
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -47,30 +45,14 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def merge_weight(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """W0 + s B A (out, in), summed in the finer of their precisions and rounded once to `dtype`.
-
-    With it come s A and s B in `dtype` where they cost nothing, else None.
-    """
-    if _launched_by_python(weight) and (kernel := merge_kernel(weight, lora_a, lora_b, dtype)):
-        return kernel(weight, lora_a, lora_b, scaling, dtype)
+def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """W0 + s B A, summed in the finer of their precisions and rounded once to `dtype`: (out, in)."""
     finer = torch.promote_types(weight.dtype, lora_a.dtype)
     a, b = lora_a.to(finer), lora_b.to(finer)
     with _no_autocast(weight.device.type):
-        if torch.compiler.is_compiling():  # which makes one kernel of the sum, and of a small product, too
-            product = (b[:, :, None] * a).sum(1) if len(a) <= FUSED_RANKS else b @ a
-            return (weight + scaling * product).to(dtype), None, None
-        return torch.addmm(weight.to(finer), b, a, alpha=scaling).to(dtype), None, None
-
-
-FUSED_RANKS = 8  # up to which torch's compiler unrolls a sum
-
-
-def _launched_by_python(tensor: Tensor) -> bool:
-    """Whether every kernel is launched by Python, and no gradient of its result is wanted: CUDA in eager mode."""
-    return tensor.is_cuda and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if torch.compiler.is_compiling():  # which makes one kernel of the sum and the cast
+            return (weight + scaling * (b @ a)).to(dtype)
+        return torch.addmm(weight.to(finer), b, a, alpha=scaling).to(dtype)
 
 
 class _MergedLoRA(torch.autograd.Function):
@@ -80,47 +62,50 @@ class _MergedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        merged, *scaled = merge_weight(weight, lora_a, lora_b, scaling, x.dtype)
+        a = b = None  # s A and s B in x's dtype
+        if kernels.kernels_fit(weight, lora_a, lora_b, x.dtype):
+            merge = kernels.merge_op if torch.compiler.is_compiling() else kernels.merge
+            merged, a, b = merge(weight, lora_a, lora_b, scaling, x.dtype)
+        else:
+            merged = merge_weight(weight, lora_a, lora_b, scaling, x.dtype)
         # Under autocast the copy in x's dtype is kept, as autocast itself keeps its cast of W0. Otherwise it is
         # merged again in the backward pass: a copy of every weight would cost more memory than LoRA saves.
         kept = merged if merged.dtype != weight.dtype else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, kept, *scaled)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, kept, a, b)
         ctx.scaling = scaling
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))  # (..., out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, merged, scaled_a, scaled_b = ctx.saved_tensors
+        x, weight, lora_a, lora_b, merged, a, b = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
         dx = dbias = da = db = None
-        # With create_graph=True dx, dA and dB are differentiated in turn, by A and B too, which what is kept hides.
+        # With create_graph=True all of them are differentiated in turn, by A and B too, which what is kept hides.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            merged = scaled_a = scaled_b = None
+            merged = a = b = None
         # The caller's autocast must not touch products whose precision the forward pass has settled.
         with _no_autocast(grad.device.type):
             if needs_x:
                 if merged is None:
-                    merged, *_ = merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype)
+                    merged = merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype)
                 dx = grad @ merged
             rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if needs_bias:
                 dbias = rows.sum(0)
-            # The thin products come as (r, tokens): on CPU and on CUDA that is the faster side.
+            if a is not None and needs_a and needs_b:
+                both = kernels.factor_gradients_op if torch.compiler.is_compiling() else kernels.factor_gradients
+                da, db = both(inputs.contiguous(), a, rows.contiguous(), b).split([lora_a.numel(), lora_b.numel()])
+                da, db = da.view(lora_a.shape).to(lora_a.dtype), db.view(lora_b.shape).to(lora_b.dtype)
+                return dx, None, dbias, da, db, None
+            # The thin products come as (r, tokens): on CPU that is the faster side.
             if needs_a:
-                b = (ctx.scaling * lora_b).to(x.dtype) if scaled_b is None else scaled_b
-                da = _product(b.T @ rows.T, inputs, lora_a.dtype)  # (r, in)
+                scaled = (ctx.scaling * lora_b).to(x.dtype)
+                da = ((scaled.T @ rows.T) @ inputs).to(lora_a.dtype)  # (r, in)
             if needs_b:
-                a = (ctx.scaling * lora_a).to(x.dtype) if scaled_a is None else scaled_a
-                db = _product(rows.T, (a @ inputs.T).T, lora_b.dtype)  # (out, r)
+                scaled = (ctx.scaling * lora_a).to(x.dtype)
+                db = (rows.T @ (scaled @ inputs.T).T).to(lora_b.dtype)  # (out, r)
         return dx, None, dbias, da, db, None
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right in `dtype`: on CUDA torch writes float32 at once where both are in half precision."""
-    if _launched_by_python(right) and _MM_HAS_DTYPE and right.dtype in _HALF and dtype == torch.float32:
-        return torch.mm(left, right, out_dtype=dtype)
-    return (left @ right).to(dtype)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

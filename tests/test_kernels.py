@@ -1,0 +1,80 @@
+"""The Triton kernels without a GPU, in Triton's interpreter, against plain products."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import build_vit, images, randomise
+from torch import Tensor
+
+from abm_vision import add_lora
+from abm_vision.abm import kernels
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+CODE = """
+import torch
+from abm_vision.abm import kernels
+
+torch.manual_seed(0)
+for tokens, in_, out, rank in ((100, 70, 33, 3), (130, 64, 192, 8), (70, 33, 40, 17), (1, 5, 7, 1)):
+    weight, a, b = torch.randn(out, in_), torch.randn(rank, in_), torch.randn(out, rank)
+    assert not kernels.kernels_fit(weight, a, b, torch.bfloat16)  # they are for CUDA
+    merged, scaled_a, scaled_b = kernels.merge(weight, a, b, 0.7, torch.float32)
+    torch.testing.assert_close(merged, weight + 0.7 * b @ a)
+    torch.testing.assert_close(scaled_a, 0.7 * a)
+    torch.testing.assert_close(scaled_b, 0.7 * b)
+    x, grad = torch.randn(tokens, in_ + 5)[:, :in_], torch.randn(tokens, out)
+    kernels.SEGMENT = 64
+    found = kernels.factor_gradients(x, scaled_a, grad, scaled_b)
+    expected = (grad @ scaled_b).T @ x, grad.T @ (x @ scaled_a.T)
+    torch.testing.assert_close(found, torch.cat([e.flatten() for e in expected]), rtol=1e-4, atol=1e-3)
+"""
+
+
+def test_kernels_give_what_plain_products_give():
+    done = subprocess.run(
+        [sys.executable, "-c", CODE], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def plain_merge(
+    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    merged = weight + scaling * lora_b @ lora_a
+    return merged.to(dtype), (scaling * lora_a).to(dtype), (scaling * lora_b).to(dtype)
+
+
+def plain_gradients(x: Tensor, scaled_a: Tensor, grad: Tensor, scaled_b: Tensor) -> Tensor:
+    x, scaled_a, grad, scaled_b = (t.float() for t in (x, scaled_a, grad, scaled_b))
+    return torch.cat([((grad @ scaled_b).T @ x).flatten(), (grad.T @ (x @ scaled_a.T)).flatten()])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_layer_with_kernels_is_the_layer_without(compiled, monkeypatch):
+    """The kernels' places taken by plain products, the layer run through them eagerly and compiled."""
+    for op, plain in ((kernels.merge_op, plain_merge), (kernels.factor_gradients_op, plain_gradients)):
+        op.register_kernel("cpu", plain)
+    used = []
+    fits = lambda *tensors: used.append(1) or tensors[-1] == torch.bfloat16  # noqa: E731
+    monkeypatch.setattr(kernels, "merge", plain_merge)
+    monkeypatch.setattr(kernels, "factor_gradients", plain_gradients)
+    found = []
+    for with_kernels in (False, True):
+        if with_kernels:
+            monkeypatch.setattr(kernels, "kernels_fit", fits)
+        torch.manual_seed(0)
+        model = randomise(add_lora(build_vit(depth=2), rank=4, alpha=8), 0.2).train()
+        if compiled:
+            for block in model.get_base_model().blocks:
+                block.compile(backend="aot_eager", fullgraph=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(images(32)).float().square().mean()
+        loss.backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert used and found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        assert (found[1][name] - gradient).norm() <= 0.02 * gradient.norm()
