@@ -30,7 +30,7 @@ from abm_vision.runs.provenance import environment
 RESULT = Path(__file__).parent / "results" / "gpu_step.json"
 VARIANTS = ("floor", "full", "peft", "ours")
 MODES = ("eager", "graph", "compiled", "reduce", "callable")
-ROUNDS, STEPS = 4, 8  # timings of a variant, steps in each
+ROUNDS, STEPS = 3, 5  # timings of a variant, steps in each
 
 
 def build(variant: str, name: str, rank: int, depth: int | None) -> nn.Module:
@@ -78,7 +78,7 @@ def stepper(model: nn.Module, mode: str, images: Tensor, labels: Tensor, precisi
 
 def kernels(step: Callable[[], None]) -> tuple[int, float]:
     """How many kernels a step launches, and the milliseconds spent inside them."""
-    with torch.profiler.profile() as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
     on_device = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.usefixtures("device")
 
 
 def case(seed, shape=(3, 4, 5)):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     z = torch.randn(shape, generator=generator)
     reference = z + 0.5 * torch.randn(shape, generator=generator)
     mask = torch.rand(shape[:2], generator=generator) < 0.7
@@ -112,7 +112,7 @@ def test_nan_is_not_swallowed():
 
 @given(shape=st.lists(st.integers(1, 7), min_size=1, max_size=4), seed=st.integers(0, 1000))
 def test_signs_survive_packing_at_an_eighth_of_the_bytes(shape, seed):
-    sign = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
+    sign = torch.rand(shape, generator=torch.Generator(torch.get_default_device()).manual_seed(seed)) < 0.5
     packed = pack_signs(sign)
     assert packed.dtype == torch.uint8 and packed.shape == (shape[0], math.ceil(math.prod(shape[1:]) / 8))
     assert torch.equal(unpack_signs(packed, sign.shape), sign)

@@ -41,7 +41,7 @@ def minimised(z, u, tau, start, margin):
 
 @pytest.mark.parametrize("margin", [0.2, 1.0])
 def test_newton_against_a_generic_minimiser(margin):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
     z, u, start = (torch.randn(*s, generator=generator) for s in ((200, 12), (200, 3), (12, 3)))
     tau = torch.where(torch.randn(200, 12, generator=generator) > -0.5, z, -z).sign()
     found, losses = closed_form._newton(z, u, tau, start, margin)

@@ -12,7 +12,7 @@ from torch import Tensor
 from abm_vision import add_lora
 from abm_vision.abm import kernels
 
-pytest.importorskip("triton", reason="Triton is not installed")
+triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 CODE = """
 import torch
@@ -78,3 +78,28 @@ def test_layer_with_kernels_is_the_layer_without(compiled, monkeypatch):
     assert used and found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
         assert (found[1][name] - gradient).norm() <= 0.02 * gradient.norm()
+
+
+def test_kernels_compile_for_a_gpu():
+    """What the interpreter takes need not be what the compiler takes; no GPU is needed for it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    half, single, whole = "*bf16", "*fp32", "i32"
+    sides = {"x": half, "g": half, "tokens": whole, "in_features": whole, "out_features": whole}
+    sides |= {"stride_x": whole, "stride_g": whole, "u": half, "v": half}
+    ranks = {"RANK": 8, "PADDED": 16}
+    of_weight = {"weight": single, "a": single, "b": single, "merged": half, "scaled_a": half, "scaled_b": half}
+    of_weight |= {"scaling": "fp32", "out_features": whole, "in_features": whole}
+    for kernel, types, constants in (
+        (kernels._merge, of_weight, {"RANK": 8, **kernels.MERGE}),
+        (kernels._thin, {**sides, "a": half, "b": half}, {**ranks, **kernels.THIN}),
+        (kernels._outer, {**sides, "partial": single, "segment": whole}, {**ranks, **kernels.OUTER}),
+    ):
+        options = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
+        signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+        values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+        compiled = triton.compile(
+            ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32), options=options
+        )
+        assert compiled.asm["cubin"]

@@ -280,7 +280,7 @@ def test_gradient_accumulation(calls):
     theirs, ours = pair(OneLinear(), r=3)
     for model in (theirs, ours):
         for seed in range(3):
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
             model(torch.randn(20, 6, dtype=torch.float64, generator=generator)).square().sum().backward()
     grads = [{n: p.grad for n, p in m.named_parameters() if p.requires_grad} for m in (theirs, ours)]
     assert_same(grads[1], grads[0])

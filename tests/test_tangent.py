@@ -78,7 +78,7 @@ def check(model, x, y):
     rank_b=st.integers(0, 4), frozen=st.sampled_from(["none", "A", "B"]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_projection_against_least_squares(out, inputs, rank, rank_a, rank_b, frozen, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def factor(rows, columns, of_rank):
         left, right = (torch.randn(*s, generator=generator).double() for s in ((rows, of_rank), (of_rank, columns)))
@@ -137,7 +137,7 @@ def test_optimum_is_reached_by_the_singular_vectors_and_by_nothing_better():
 
 
 def test_leading_energy_against_the_singular_values():
-    matrix = torch.randn(5, 9, generator=torch.Generator().manual_seed(0)).double()
+    matrix = torch.randn(5, 9, generator=torch.Generator(torch.get_default_device()).manual_seed(0)).double()
     expected = torch.linalg.svdvals(matrix).square()
     for count in (1, 3, 5, 8):
         assert leading_energy(matrix, count) == pytest.approx(expected[:count].sum().item())

@@ -25,7 +25,7 @@ HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 # Rows and columns of the tile that one program works on, and its warps.
 MERGE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
-THIN = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
+THIN = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3}
 OUTER = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}
 SEGMENT = 1024  # tokens that a program of the outer products adds up
 
@@ -36,12 +36,9 @@ def kernels_fit(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dty
         return False
     if not all(t.dtype in DTYPES and t.is_contiguous() for t in (weight, lora_a, lora_b)):
         return False
-    if torch.compiler.is_compiling():  # an exported program is run where these operations are not known
-        return not _is_exporting() and _is_capable(weight.get_device())
+    if torch.compiler.is_compiling():  # or exporting, without dynamo: these operations are not known elsewhere
+        return torch.compiler.is_dynamo_compiling() and _is_capable(weight.get_device())
     return _is_built(weight.get_device())
-
-
-_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # from torch 2.7 on
 
 
 @torch.compiler.assume_constant_result
@@ -145,8 +142,8 @@ if triton is not None:
             one_b = scaling * tl.load(b + rows * RANK + k, mask=in_rows, other=0.0).to(tl.float32)
             total += one_b[:, None] * one_a[None, :]
             if tl.program_id(0) == 0:
-                one_a = (scaling * one_a).to(scaled_a.dtype.element_ty)
-                tl.store(scaled_a + k * in_features + columns, one_a, mask=in_columns)
+                scaled = (scaling * one_a).to(scaled_a.dtype.element_ty)
+                tl.store(scaled_a + k * in_features + columns, scaled, mask=in_columns)
             if tl.program_id(1) == 0:
                 tl.store(scaled_b + rows * RANK + k, one_b.to(scaled_b.dtype.element_ty), mask=in_rows)
         tl.store(merged + at, total.to(merged.dtype.element_ty), mask=inside)

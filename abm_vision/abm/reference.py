@@ -41,7 +41,7 @@ class Part:
         count = batch_size(self.batch)
         if count <= size or not self.signs.are_of(count) or not can_be_cut(self.batch):
             return [self]
-        cuts = torch.arange(count).tensor_split(-(-count // size))
+        cuts = torch.arange(count, device="cpu").tensor_split(-(-count // size))
         return [self._cut(int(c[0]), int(c[-1]) + 1, count) for c in cuts]
 
     def _cut(self, start: int, stop: int, count: int) -> Part:
@@ -78,7 +78,7 @@ class Calibration:
 
     def loss(self, figures: Tensor) -> Tensor:
         """Eq. (22) of a table that `measure` gave: the weighted mean of the layers' losses."""
-        return (figures[:, 0] * torch.tensor([b.weight for b in self.boundaries])).mean()
+        return (figures[:, 0] * torch.tensor([b.weight for b in self.boundaries], device=figures.device)).mean()
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> Tensor:
@@ -196,5 +196,5 @@ def _check_recorded(z: dict[str, Tensor], whose: str) -> None:
 
 
 def _average(figures: list[Tensor], samples: list[int]) -> Tensor:
-    weights = torch.tensor(samples, dtype=torch.float64) / sum(samples)
+    weights = torch.tensor(samples, dtype=torch.float64, device="cpu") / sum(samples)
     return torch.einsum("b,blk->lk", weights, torch.stack(figures).cpu().double()).float()

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -129,7 +130,7 @@ class TrainingStep:
             return self._eager(inputs)
 
         with _given_back(self._model, parameters, device):
-            aside = torch.cuda.Stream(device)
+            aside = _aside(device)
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside), _synchronising_is_an_error():
                 run()
@@ -138,7 +139,7 @@ class TrainingStep:
             graph = torch.cuda.CUDAGraph()
             # Graphs that never run side by side share their memory.
             pool = next(iter(self._captured.values())).graph.pool() if self._captured else None
-            with torch.cuda.graph(graph, pool=pool):
+            with torch.cuda.graph(graph, pool=pool, stream=aside):
                 loss = run()
             if changed := snapshot.changed():
                 raise RuntimeError(f"{changed} changes with every call")
@@ -156,6 +157,12 @@ class TrainingStep:
 
 _EAGER = "steps run eagerly, not as a CUDA graph: {}"
 _REFUSED = "the step cannot be captured as a CUDA graph: {}; use mode 'auto' or 'eager'"
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all captures: libraries keep a workspace for every stream, tens of MiB, as long as the process."""
+    return torch.cuda.Stream(device)
 
 
 @contextmanager

@@ -10,8 +10,8 @@ DIAGNOSIS_SAMPLES, DIAGNOSIS_BATCH = 64, 8  # a batch's activations and one grad
 
 def shuffled(count: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """Return the batches of one epoch as index tensors."""
-    generator = torch.Generator().manual_seed(seed * 100_003 + epoch)
-    return list(torch.randperm(count, generator=generator).split(batch_size))
+    generator = torch.Generator("cpu").manual_seed(seed * 100_003 + epoch)
+    return list(torch.randperm(count, generator=generator, device="cpu").split(batch_size))
 
 
 def diagnosis_batches(count: int, calibration: int, seed: int, seen: bool) -> list[Tensor]:
