@@ -37,6 +37,7 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         runs.from_adapter,
         runs.nlp_initializers,
     ),
+    ROOT / "docs" / "gpu.md": (costs.gpu_step,),
     ROOT / "docs" / "fast_layer.md": (costs.fast_layer,),
     ROOT / "docs" / "own_images.md": (costs.tune, costs.workers),
     ROOT / "docs" / "deploy.md": (costs.export,),

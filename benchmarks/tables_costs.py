@@ -33,6 +33,25 @@ def training_step() -> str:
     return f"{table(['time / floor (peak memory)', *head], rows)}\n\n{note}"
 
 
+def gpu_step() -> str:
+    content = read("gpu_step")
+    parts = []
+    for model in dict.fromkeys(r["model"] for r in content["rows"]):
+        modes = {r["mode"]: r["variants"] for r in content["rows"] if r["model"] == model and r["rank"] == 8}
+        rows = [[words, *(_gpu_cell(modes[m], variant) for m in modes)] for variant, words in VARIANTS.items()]
+        parts.append(table([model, *modes], rows))
+    note = (
+        "Milliseconds a step, over the floor's of the same mode (kernels launched; milliseconds inside them); 224 px, "
+        f"batch 64, bfloat16, rank 8 on qkv, proj, fc1 and fc2, random weights; {content['environment']['device']}."
+    )
+    return "\n\n".join([*parts, note])
+
+
+def _gpu_cell(variants: dict[str, Any], variant: str) -> str:
+    found, floor = variants[variant], variants["floor"]
+    return f"{found['ms']:.1f}, {found['ms'] / floor['ms']:.2f} ({found['kernels']}; {found['inside_ms']:.1f})"
+
+
 def nlp_step() -> str:
     content = read("nlp_step")
     head = [f"{r['model']}, {r['dtype'].removeprefix('torch.')}" for r in content["rows"]]
