@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from io import BytesIO
+from typing import TYPE_CHECKING
 
-from IPython.display import DisplayHandle, Image, display
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abm_vision.drawing import BLUE, OKABE_ITO
+
+if TYPE_CHECKING:
+    from IPython.display import DisplayHandle
 
 
 class LivePlot:
@@ -37,6 +40,8 @@ class LivePlot:
 
     def draw(self) -> None:
         """Draw all values recorded so far."""
+        from IPython.display import Image, display  # a notebook has it
+
         self._drawn = time.monotonic()
         drawn = BytesIO()  # the notebook shows a bare Figure as a picture only if pyplot has been set up for it
         self.figure().savefig(drawn, format="png", dpi=80)

@@ -30,7 +30,7 @@ def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = 
 
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=1e-3, fused=DEVICE == "cuda")
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, 8)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, len(loader) // 2)
     step = TrainingStep(model.train(), loss_fn)  # on a CPU its steps are ordinary ones
     for k, (x, y) in enumerate(loader):
         loss = step((x.to(DEVICE), y.to(DEVICE)))  # gradients are in .grad, added to those that were there
@@ -38,7 +38,7 @@ def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = 
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimiser.step()
             optimiser.zero_grad()
-        schedule.step()
+            schedule.step()
     save_adapter(model, out)
     return loss.item()
 

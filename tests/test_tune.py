@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,10 +22,12 @@ from abm_vision.images.evaluate import Evaluation, evaluate
 from abm_vision.images.photos import read_photo
 from abm_vision.images.predict import predict
 from abm_vision.runs import checkpoint
+from abm_vision.runs.commands import compare
 from abm_vision.runs.folder import Diverged
 from abm_vision.tune import make_config, run
 from abm_vision.tune.__main__ import main
 from abm_vision.tune.rate import choose_rate
+from abm_vision.tune.view import VIEW
 
 ROOT = Path(__file__).parent.parent
 COLOURS = {"grün": (60, 160, 60), "red cat": (200, 40, 40), "синий": (40, 40, 200)}
@@ -199,6 +202,10 @@ def test_the_command_prints_the_score_and_what_to_do_next(folder, capsys, tmp_pa
     shown = lines[lines.index("next:") + 1 :]
     assert shown[0].split()[:3] == ["abm-tune", "predict", f"{tmp_path}/{name}"]
     assert f"abm-tune compare '{folder}' --init kaiming,abm --lr 0.01 --seeds 3" in shown[4]
+    suggested = vars(compare.parser(VIEW).parse_args(shlex.split(shown[4])[2:]))
+    made, own = tiny(folder, epochs=1).to_dict(), {"runs", "init", "lr", "seeds"}
+    same = {name: value for name, value in suggested.items() if name in made and name not in own}
+    assert same == {name: made[name] for name in same} and {"epochs", "image_size", "model"} <= set(same)
     assert "export" in shown[2] and "demo" in shown[3]
     code, out, _ = answer(words(folder, "--out", tmp_path, "--json", epochs=1), capsys, main)
     assert json.loads(out)["best_epoch"] == 1

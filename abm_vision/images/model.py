@@ -39,6 +39,8 @@ def adapted(run: Run, backbone: nn.Module, images: Images) -> PeftModel:
         ValueError: the settings do not fit the model.
     """
     config = run.config
+    if config.step == "graph" and run.device.type != "cuda":
+        raise ValueError(f"step is 'graph', but the device is {run.device}: CUDA alone has graphs; use auto or eager")
     with run.stage("lora"):
         torch.manual_seed(config.seed)
         model = add_lora(

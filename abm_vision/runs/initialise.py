@@ -37,6 +37,8 @@ def initialise(run: Prepared, tune: Tune, diagnose: bool) -> dict[str, Any]:
         Its report, its reference, the information loss if it is asked for, and, as `start`, a fingerprint.
     """
     targets = list(adapted_layers(run.model, "default"))
+    if diagnose:
+        run.session.say("diagnosis information loss, three times: before the initialisation, and twice after it")
     before = _information_loss(run, targets, seen=False) if diagnose else None
     with _reference(run, tune) as reference:
         if reference and reference["seconds"] is not None:

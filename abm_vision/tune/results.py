@@ -100,11 +100,21 @@ def next_steps(result: dict[str, Any]) -> str:
             f"  abm-tune evaluate {folder} FOLDER      accuracy by class, confusions and mistakes on labelled images",
             f"  abm-tune export {folder} --to onnx --out model.onnx      one file; merge: a checkpoint for timm",
             f"  abm-tune demo {folder}      a page in the browser",
-            f"  abm-tune compare {data} --init {BASELINE},{other} --lr {config['lr']:g} --seeds 3",
+            f"  abm-tune compare {data} --init {BASELINE},{other} --lr {config['lr']:g} --seeds 3{_changed(config)}",
             f"  {folder}/adapter is in peft's format: load_adapter of abm_vision, or PeftModel.from_pretrained;",
             "  push_to_hub of abm_vision shares it",
         )
     )
+
+
+def _changed(config: dict[str, Any]) -> str:
+    """The flags of a run that are not the defaults, but for those that a comparison has of its own."""
+    defaults, flags = TuneConfig().to_dict(), ""
+    for name in sorted(TuneConfig.shared() - {"data", "init", "lr", "seed", "preset"}):
+        if config[name] != defaults[name]:
+            flags += f" --{name.replace('_', '-')}"
+            flags += "" if config[name] is True else f" {shlex.quote(str(config[name]))}"
+    return flags
 
 
 def model_card(result: dict[str, Any]) -> str:

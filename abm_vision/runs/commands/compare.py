@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import warnings
 from pathlib import Path
 from typing import Any
 
+from abm_vision.abm.arguments import count
 from abm_vision.initializers import BASELINE
 from abm_vision.runs.cli import Parser, add_settings, run_guarded, say
 from abm_vision.runs.commands.suite import add_executors, executor, executor_flags
@@ -109,6 +111,11 @@ def _run(view: View, options: dict[str, Any], out: str, quiet: bool) -> tuple[li
     from abm_vision.runs.run_suite import run_suite
 
     session = Session(out, quiet=quiet, diagnose=True, say=silent if quiet else say)
+    runs = [len(tasks), len(inits), len(rates), wanted["seeds"]]
+    session.say(
+        f"compare   {count(math.prod(runs), 'run')}: {', '.join(inits)}, each at {count(len(rates), 'learning rate')} "
+        f"with {count(wanted['seeds'], 'seed')}; --lr and --seeds ask for fewer"
+    )
     outcomes = run_guarded(view.program, lambda: run_suite(suite, session, execute))
     failed = [c for c, outcome in outcomes.items() if outcome.state == "failed" and not outcome.diverged]
     if failed:
