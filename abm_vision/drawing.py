@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,23 @@ FONTS = """
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a figure in the format of the path's suffix, names of classes in their own script where a font has it."""
+    """Write a figure in the format of the path's suffix, names of classes in their own script where a font has it.
+
+    Warns:
+        UserWarning: once, if no font has letters of the figure, which are boxes then.
+    """
     installed = set(get_font_names())
     fonts = [name for name in map(str.strip, FONTS.split(",")) if name in installed]
     for text in figure.findobj(Text):
         text.set_fontfamily(fonts)
-    write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        write_atomically(path, lambda beside: figure.savefig(beside, dpi=150))
+    others = [one for one in caught if not str(one.message).startswith("Glyph")]  # matplotlib's, one a letter
+    for one in others:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+    if len(others) < len(caught):
+        warnings.warn(f"{path.name}: no installed font has some of its letters: install Noto Sans CJK", stacklevel=2)
 
 
 def shown(name: str) -> str:

@@ -53,7 +53,7 @@ def plain_gradients(x: Tensor, scaled_a: Tensor, grad: Tensor, scaled_b: Tensor)
     return torch.cat([((grad @ scaled_b).T @ x).flatten(), (grad.T @ (x @ scaled_a.T)).flatten()])
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_layer_with_kernels_is_the_layer_without(compiled, monkeypatch):
     """The kernels' places taken by plain products, the layer run through them eagerly and compiled."""
     for op, plain in ((kernels.merge_op, plain_merge), (kernels.factor_gradients_op, plain_gradients)):

@@ -119,3 +119,13 @@ def test_letters_of_other_scripts_come_from_installed_fonts(monkeypatch, tmp_pat
     name = figure.text(0, 0, "猫")
     drawing.save_figure(figure, tmp_path / "a.png")
     assert name.get_fontfamily() == ["DejaVu Sans", "WenQuanYi Zen Hei"]
+
+
+@pytest.mark.figures
+def test_letters_that_no_font_has_are_named_once(tmp_path):
+    figure = Figure()
+    figure.text(0, 0, "\U000f0001 and \U000f0002")
+    with pytest.warns(UserWarning) as warned:
+        drawing.save_figure(figure, tmp_path / "a.png")
+    (message,) = [str(one.message) for one in warned]
+    assert "a.png: no installed font has some of its letters" in message and (tmp_path / "a.png").stat().st_size
