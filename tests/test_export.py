@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 
 import numpy as np
 import pytest
@@ -146,6 +147,17 @@ def test_a_file_that_computes_something_else_is_not_left(saved, tmp_path, monkey
 
 
 # ---- a page in the browser -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_one_message(saved, capsys):
+    pytest.importorskip("gradio")
+    from abm_vision.tune.__main__ import main
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        code, _, err = answer(["demo", saved[0], "--port", port], capsys, main)
+    assert code == 2 and f"nothing can be served at port {port} of 127.0.0.1: another program has it" in err
 
 
 @pytest.mark.slow

@@ -28,9 +28,16 @@ def command(options: argparse.Namespace) -> int:
         served = page(classifier)
     except ModuleNotFoundError as error:
         raise ValueError(str(error)) from None
-    _, address, _ = served.launch(
-        server_name=options.host, server_port=options.port, prevent_thread_lock=True, quiet=True
-    )
+    try:
+        _, address, _ = served.launch(
+            server_name=options.host, server_port=options.port, prevent_thread_lock=True, quiet=True
+        )
+    except OSError as error:  # gradio's advice is for a script of one's own
+        where = f"port {options.port} of {options.host}" if options.port else options.host
+        raise ValueError(
+            f"nothing can be served at {where}: another program has it, or there is no such address; "
+            "give another --port or --host, or leave --port out"
+        ) from error
     say(f"{address}  (Ctrl+C ends it)")
     served.block_thread()
     return 0
