@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -85,17 +86,16 @@ def test_kernels_give_what_double_precision_gives(shape, rank, dtype):
             draw(shape[0], rank).to(of_factors),
         )
         assert kernels.kernels_fit(weight, a, b, dtype)
-        merged, scaled_a, scaled_b = kernels.merge(weight, a, b, 0.7, dtype)
+        merged, cast_a, cast_b = kernels.merge(weight, a, b, 0.7, dtype)
         near(merged, weight.double() + 0.7 * b.double() @ a.double())
-        near(scaled_a, 0.7 * a.double())
-        near(scaled_b, 0.7 * b.double())
+        assert torch.equal(cast_a, a.to(dtype)) and torch.equal(cast_b, b.to(dtype))
     for tokens in (1, 100, 3000):
         x, grad = draw(tokens, shape[1] + 3).to(dtype)[:, :-3], draw(tokens, shape[0]).to(dtype)
-        found = kernels.factor_gradients(x, scaled_a, grad, scaled_b)
-        u, v = x.double() @ scaled_a.double().T, grad.double() @ scaled_b.double()
-        near(found[: a.numel()].view_as(a), v.T @ x.double(), torch.float32)
-        near(found[a.numel() :].view_as(b), grad.double().T @ u, torch.float32)
-        assert torch.equal(found, kernels.factor_gradients(x, scaled_a, grad, scaled_b))  # no order left to chance
+        found = kernels.factor_gradients(x, cast_a, grad, cast_b, 0.7)
+        u, v = x.double() @ cast_a.double().T, grad.double() @ cast_b.double()
+        near(found[: a.numel()].view_as(a), 0.7 * v.T @ x.double(), torch.float32)
+        near(found[a.numel() :].view_as(b), 0.7 * grad.double().T @ u, torch.float32)
+        assert torch.equal(found, kernels.factor_gradients(x, cast_a, grad, cast_b, 0.7))  # no order left to chance
 
 
 def test_no_kernels_for_what_they_cannot_do():
@@ -233,6 +233,17 @@ def counts(model, batch):
     return cross_entropy(model, batch)
 
 
+def draws(model, batch):
+    return cross_entropy(model, batch) * (1.0 + 0.0 * random.random())
+
+
+OUTSIDE = nn.Parameter(torch.ones(()))
+
+
+def trains_another(model, batch):
+    return cross_entropy(model, batch) * OUTSIDE.to(CUDA)
+
+
 def holds(model, batch):
     torch.cuda.get_rng_state()  # which torch does not allow while it captures
     return cross_entropy(model, batch)
@@ -246,6 +257,8 @@ def holds(model, batch):
         (lambda model: None, waits, "synchronizing"),
         (lambda model: None, counts, "calls of PeftModel changes"),
         (lambda model: None, holds, ""),
+        (lambda model: None, draws, "are drawn from"),
+        (lambda model: None, trains_another, "none of the model's"),
     ],
 )
 def test_auto_runs_eagerly_what_cannot_be_captured_and_says_why(prepare, loss_fn, reason):
@@ -266,12 +279,50 @@ def test_auto_runs_eagerly_what_cannot_be_captured_and_says_why(prepare, loss_fn
     assert torch.rand(3, device=CUDA).numel() == 3  # the generator works
 
 
+@pytest.mark.parametrize("batch", [lambda: {"x": images(4)}, lambda: [object()], lambda: [torch.ones(())]])
+def test_a_batch_that_a_graph_would_not_see_runs_eagerly(batch):
+    lines, model = [], adapted()
+    step = TrainingStep(model, lambda model, _: model(images(4).to(CUDA)).mean(), say=lines.append)
+    for _ in range(6):
+        step(batch())
+    assert not step.captured and len(lines) == 1 and "a batch holds" in lines[0]
+    with pytest.raises(ValueError, match="a batch holds"):
+        TrainingStep(model, cross_entropy, "graph")(batch())
+
+
+def test_auto_captures_a_changed_model_anew():
+    model, (batch, *_) = adapted(), batches()
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    step = TrainingStep(model, cross_entropy)
+    for adapter in ("default", "other"):
+        model.set_adapter(adapter)
+        for _ in range(4):
+            model.zero_grad()
+            loss = step(batch)
+        torch.testing.assert_close(loss, cross_entropy(model, batch).detach(), rtol=1e-3, atol=1e-3)
+        trained = [n for n, p in model.named_parameters() if "lora_" in n and p.grad is not None]
+        assert step.captured == 1 and trained and all(f".{adapter}." in n for n in trained)
+
+
+def test_running_statistics_are_those_of_eager_steps():
+    found = []
+    for mode in ("eager", "graph"):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.LazyLinear(5)).to(CUDA)
+        model(images(2).to(CUDA))
+        step = TrainingStep(model, cross_entropy, mode)
+        train(model, step, epochs=1)
+        found.append(dict(model.named_buffers()))
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-4)
+
+
 def test_a_third_shape_runs_eagerly():
     lines, model = [], adapted()
     step = TrainingStep(model, cross_entropy, say=lines.append)
     shapes = [(images(n).to(CUDA), torch.arange(n, device=CUDA) % 5) for n in (16, 12, 7)]
     train(model, step, data=shapes)
-    assert step.captured == 2 and len(lines) == 1 and "more than 2 shapes" in lines[0]
+    assert step.captured == 2 and len(lines) == 1 and "more than 2 kinds" in lines[0]
 
 
 def test_graph_of_compiled_blocks_and_learning_rates_that_change():
@@ -449,7 +500,7 @@ def test_distributed(how):
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
 
-    distributed.init_process_group("nccl", init_method="tcp://127.0.0.1:29611", rank=0, world_size=1)
+    distributed.init_process_group("nccl", store=distributed.HashStore(), rank=0, world_size=1)
     try:
         model = adapted()
         plain = copy.deepcopy(model)

@@ -75,6 +75,9 @@ CHANGES = {
     "weight of": lambda model: setattr(model.get_base_model().norm, "weight", nn.Parameter(torch.ones(64))),
     "(weight|bias) of": lambda model: model.get_base_model().head.requires_grad_(False),
     "grad_checkpointing of": lambda model: model.get_base_model().set_grad_checkpointing(True),
+    "offset of": lambda model: model.get_base_model().register_buffer("offset", torch.ones(1)),
+    "forward of|an attribute of": lambda model: setattr(model.get_base_model().norm, "forward", lambda x: x),
+    "weight of .*head": lambda model: model.get_base_model().head.modules_to_save.default.weight.register_hook(print),
     "p of": lambda model: setattr(model.get_base_model().blocks[0].attn.proj_drop, "p", 0.3),
 }
 
@@ -82,6 +85,7 @@ CHANGES = {
 @pytest.mark.parametrize("what", CHANGES)
 def test_snapshot_sees_what_would_make_a_graph_wrong(what):
     model = adapted()
+    model.get_base_model().register_buffer("offset", torch.zeros(1))
     snapshot = _Snapshot(model)
     CHANGES[what](model)
     assert re.match(what, snapshot.changed())

@@ -100,7 +100,7 @@ class Adapter:
     def is_zero(self) -> bool:
         """Whether every B is zero."""
         found = [layer.lora_B[self.name].weight.any() for layer in self.layers.values()]
-        return not any(torch.stack([one.to(found[0].device) for one in found]))  # an accelerator is waited for once
+        return not (found and torch.stack([one.to(found[0].device) for one in found]).any())  # waited for once
 
     @property
     def does_nothing(self) -> bool:

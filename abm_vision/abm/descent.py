@@ -36,20 +36,21 @@ class Descent:
             self._scale = float(max(sizes, default=1))  # undoes the mean: dL/dz is of the order of m
         return self._scale
 
-    def step(self, backward: Callable[[], Tensor]) -> Tensor:
+    def step(self, backward: Callable[[float | None], Tensor]) -> Tensor:
         """Go one step down; where gradients overflow, the scale is halved first, for as long as they do.
 
         Args:
-            backward: leaves the factors' gradients in `.grad` and returns the loss, or losses, both scaled.
+            backward: (scale, None in the first step: `scale_of`) leaves the factors' gradients in `.grad` and returns
+                the loss, or losses, both scaled.
 
         Returns:
             What `backward` returned, without the scale.
         """
-        losses = backward()
+        losses = backward(self._scale)
         while self._scale > 1 and not all(g is None or g.isfinite().all() for g in (f.grad for f in self._factors)):
             self._scale /= 2
             self.clear()
-            losses = backward()
+            losses = backward(self._scale)
         for factor, master in zip(self._factors, self._masters, strict=True):
             if factor.grad is not None:  # where the loss does not depend on it AdamW leaves a factor alone
                 wide = factor.grad.to(torch.promote_types(factor.dtype, torch.float32))

@@ -1,8 +1,8 @@
 """Two operations of `MergedLinear` in half precision on CUDA, by Triton kernels: merging, and the gradients of A and B.
 
-They read W0, x and g once each, where torch's products read them again for every cast and every factor, and they need
-four launches where those need ten. Triton comes with torch on CUDA; where it builds no kernel, torch's products do the
-same. Sums are in float32, in an order that is always the same.
+They read W0 once, x and g twice. A layer needs four launches, in the place of the one that casts a frozen model's W0;
+torch's products need ten. Triton comes with torch on CUDA; where it builds no kernel, torch's products do the same.
+Sums are in float32, in an order that is always the same.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 try:
     import triton
     import triton.language as tl
+    from triton.errors import TritonError
 except ImportError:
     triton = None
 
@@ -53,8 +54,9 @@ def _is_built(device: int) -> bool:
         return False
     tiny = torch.zeros(16, 16, device=f"cuda:{device}")
     try:
-        merge(tiny, tiny, tiny, 1.0, torch.bfloat16)
-    except (OSError, RuntimeError, SubprocessError) as error:
+        merged, a, b = merge(tiny, tiny, tiny, 1.0, torch.bfloat16)
+        factor_gradients(merged, a, merged, b, 1.0)
+    except (OSError, RuntimeError, SubprocessError, TritonError) as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"Triton builds no kernels here ({reason}): adapters train with more launches", stacklevel=2)
         return False
@@ -64,7 +66,7 @@ def _is_built(device: int) -> bool:
 def merge(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """W0 + s B A, summed in float32, s A and s B, all of `dtype`.
+    """W0 + s B A, summed in float32, A and B, all of `dtype`.
 
     Args:
         weight: W0 (out, in), contiguous as the factors, of one of `DTYPES`, on a CUDA device.
@@ -73,33 +75,34 @@ def merge(
         scaling: s.
         dtype: half precision.
     """
-    merged, scaled_a, scaled_b = (torch.empty_like(t, dtype=dtype) for t in (weight, lora_a, lora_b))
+    merged, cast_a, cast_b = (torch.empty_like(t, dtype=dtype) for t in (weight, lora_a, lora_b))
     out, in_ = weight.shape
     grid = (triton.cdiv(out, MERGE["ROWS"]), triton.cdiv(in_, MERGE["COLUMNS"]))
     with torch.cuda.device_of(weight):  # Triton launches on the current device
-        _merge[grid](weight, lora_a, lora_b, merged, scaled_a, scaled_b, scaling, out, in_, RANK=len(lora_a), **MERGE)
-    return merged, scaled_a, scaled_b
+        _merge[grid](weight, lora_a, lora_b, merged, cast_a, cast_b, scaling, out, in_, RANK=len(lora_a), **MERGE)
+    return merged, cast_a, cast_b
 
 
-def factor_gradients(x: Tensor, scaled_a: Tensor, grad: Tensor, scaled_b: Tensor) -> Tensor:
-    """dA = (g sB)^T x and dB = g^T (x sA^T), one after the other: float32 (r in + out r).
+def factor_gradients(x: Tensor, lora_a: Tensor, grad: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    """dA = s (g B)^T x and dB = s g^T (x A^T), one after the other: float32 (r in + out r).
 
     Args:
         x: (tokens, in), half precision as all of them, with columns side by side.
-        scaled_a: s A (r, in), contiguous.
+        lora_a: A (r, in), contiguous.
         grad: g (tokens, out), with columns side by side.
-        scaled_b: s B (out, r), contiguous.
+        lora_b: B (out, r), contiguous.
+        scaling: s, which multiplies in float32: in float16 a small factor would be rounded away.
     """
-    (tokens, in_), out, rank = x.shape, grad.shape[1], len(scaled_a)
+    (tokens, in_), out, rank = x.shape, grad.shape[1], len(lora_a)
     segments, padded = triton.cdiv(tokens, SEGMENT), max(16, triton.next_power_of_2(rank))
-    u, v = x.new_empty(2, tokens, padded)  # x sA^T and g sB, with columns of zeros
+    u, v = x.new_empty(2, tokens, padded)  # x A^T and g B, with columns of zeros
     partial = x.new_empty(segments, rank * (in_ + out), dtype=torch.float32)
     sizes = (tokens, in_, out, x.stride(0), grad.stride(0))
     ranks = {"RANK": rank, "PADDED": padded}
     tiles = triton.cdiv(in_, OUTER["COLUMNS"]) + triton.cdiv(out, OUTER["COLUMNS"])
     with torch.cuda.device_of(x):
-        _thin[(triton.cdiv(tokens, THIN["ROWS"]), 2)](x, scaled_a, u, grad, scaled_b, v, *sizes, **ranks, **THIN)
-        _outer[(tiles, segments)](x, v, grad, u, partial, *sizes, SEGMENT, **ranks, **OUTER)
+        _thin[(triton.cdiv(tokens, THIN["ROWS"]), 2)](x, lora_a, u, grad, lora_b, v, *sizes, **ranks, **THIN)
+        _outer[(tiles, segments)](x, v, grad, u, partial, *sizes, SEGMENT, scaling, **ranks, **OUTER)
     return partial.sum(0)
 
 
@@ -119,18 +122,18 @@ def _(
 
 
 @factor_gradients_op.register_fake
-def _(x: Tensor, scaled_a: Tensor, grad: Tensor, scaled_b: Tensor) -> Tensor:
-    return x.new_empty(len(scaled_a) * (x.shape[1] + grad.shape[1]), dtype=torch.float32)
+def _(x: Tensor, lora_a: Tensor, grad: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
+    return x.new_empty(len(lora_a) * (x.shape[1] + grad.shape[1]), dtype=torch.float32)
 
 
 if triton is not None:
 
     @triton.jit
     def _merge(
-        weight, a, b, merged, scaled_a, scaled_b, scaling, out_features, in_features,
+        weight, a, b, merged, cast_a, cast_b, scaling, out_features, in_features,
         RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """One tile of W; programs at its upper and left edge write s A and s B, too."""
+        """One tile of W; programs at its upper and left edge write A and B in the other precision, too."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         in_rows, in_columns = rows < out_features, columns < in_features
@@ -139,13 +142,12 @@ if triton is not None:
         total = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
         for k in range(RANK):
             one_a = tl.load(a + k * in_features + columns, mask=in_columns, other=0.0).to(tl.float32)
-            one_b = scaling * tl.load(b + rows * RANK + k, mask=in_rows, other=0.0).to(tl.float32)
-            total += one_b[:, None] * one_a[None, :]
+            one_b = tl.load(b + rows * RANK + k, mask=in_rows, other=0.0).to(tl.float32)
+            total += (scaling * one_b)[:, None] * one_a[None, :]
             if tl.program_id(0) == 0:
-                scaled = (scaling * one_a).to(scaled_a.dtype.element_ty)
-                tl.store(scaled_a + k * in_features + columns, scaled, mask=in_columns)
+                tl.store(cast_a + k * in_features + columns, one_a.to(cast_a.dtype.element_ty), mask=in_columns)
             if tl.program_id(1) == 0:
-                tl.store(scaled_b + rows * RANK + k, one_b.to(scaled_b.dtype.element_ty), mask=in_rows)
+                tl.store(cast_b + rows * RANK + k, one_b.to(cast_b.dtype.element_ty), mask=in_rows)
         tl.store(merged + at, total.to(merged.dtype.element_ty), mask=inside)
 
     @triton.jit
@@ -179,10 +181,10 @@ if triton is not None:
 
     @triton.jit
     def _outer(
-        x, v, g, u, partial, tokens, in_features, out_features, stride_x, stride_g, segment,
+        x, v, g, u, partial, tokens, in_features, out_features, stride_x, stride_g, segment, scaling,
         RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """dA = v^T x or dB = g^T u for a tile of columns, summed over a segment of tokens."""
+        """dA = s v^T x or dB = s g^T u for a tile of columns, summed over a segment of tokens."""
         first = tl.program_id(1) * segment
         last = tl.minimum(first + segment, tokens)
         of_a = partial + tl.program_id(1) * RANK * (in_features + out_features)
@@ -191,14 +193,16 @@ if triton is not None:
         tile = tl.program_id(0)
         if tile < tiles:
             at = tile * COLUMNS + tl.arange(0, COLUMNS)
-            _sum(x, v, of_a, at, first, last, in_features, stride_x, in_features, 1, RANK, PADDED, ROWS, COLUMNS)
+            _sum(
+                x, v, of_a, at, first, last, in_features, stride_x, in_features, 1, scaling, RANK, PADDED, ROWS, COLUMNS
+            )
         else:
             at = (tile - tiles) * COLUMNS + tl.arange(0, COLUMNS)
-            _sum(g, u, of_b, at, first, last, out_features, stride_g, 1, RANK, RANK, PADDED, ROWS, COLUMNS)
+            _sum(g, u, of_b, at, first, last, out_features, stride_g, 1, RANK, scaling, RANK, PADDED, ROWS, COLUMNS)
 
     @triton.jit
     def _sum(
-        wide, thin, gradient, at, first, last, columns, stride, rank_step, column_step,
+        wide, thin, gradient, at, first, last, columns, stride, rank_step, column_step, scaling,
         RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         ranks = tl.arange(0, PADDED)
@@ -210,4 +214,4 @@ if triton is not None:
             side = tl.load(thin + rows[:, None] * PADDED + ranks[None, :], mask=rows[:, None] < last, other=0.0)
             total += tl.dot(tl.trans(tile), side)
         inside = (ranks[None, :] < RANK) & (at[:, None] < columns)
-        tl.store(gradient + ranks[None, :] * rank_step + at[:, None] * column_step, total, mask=inside)
+        tl.store(gradient + ranks[None, :] * rank_step + at[:, None] * column_step, scaling * total, mask=inside)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import torch
@@ -119,11 +118,12 @@ def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_p
     descent = Descent(adapter.trained, config.learning_rate, config.steps)
     parts = [small for part in calibration.parts for small in part.split(config.batch_size)]
 
-    def scaled_losses(model: nn.Module, part: Part) -> Tensor:
+    def scaled_losses(model: nn.Module, batch: tuple[Part, float | None]) -> Tensor:
+        part, scale = batch
         z = calibration.preactivations(model, part)
         losses = boundary_losses(calibration.boundaries, z, part.signs, part.masks)  # Eq. (22) is their mean
         _check_reached(losses)
-        return descent.scale_of(z.values()) * losses
+        return (descent.scale_of(z.values()) if scale is None else scale) * losses
 
     mode = "eager" if computes_in_float16(adapter.model) else "auto"  # there the scale may change
     step = TrainingStep(adapter.model, scaled_losses, mode, say=lambda reason: None)
@@ -131,7 +131,8 @@ def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_p
     descent.clear()
     bar = progress(range(config.steps), "ABM", show=show_progress_bar, unit="step")
     for k in bar:
-        found.append(descent.step(partial(step, parts[k % len(parts)])))
+        part = parts[k % len(parts)]
+        found.append(descent.step(lambda scale, part=part: step((part, scale))))
         if not bar.disable:
             bar.set_postfix(loss=f"{found[-1].mean().item():.5f}", refresh=False)
     losses = torch.stack(found).cpu()

@@ -50,8 +50,6 @@ def merge_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float,
     finer = torch.promote_types(weight.dtype, lora_a.dtype)
     a, b = lora_a.to(finer), lora_b.to(finer)
     with _no_autocast(weight.device.type):
-        if torch.compiler.is_compiling():  # which makes one kernel of the sum and the cast
-            return (weight + scaling * (b @ a)).to(dtype)
         return torch.addmm(weight.to(finer), b, a, alpha=scaling).to(dtype)
 
 
@@ -62,10 +60,9 @@ class _MergedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        a = b = None  # s A and s B in x's dtype
+        a = b = None  # A and B in x's dtype
         if kernels.kernels_fit(weight, lora_a, lora_b, x.dtype):
-            merge = kernels.merge_op if torch.compiler.is_compiling() else kernels.merge
-            merged, a, b = merge(weight, lora_a, lora_b, scaling, x.dtype)
+            merged, a, b = _merge_by_kernel(weight, lora_a, lora_b, scaling, x.dtype)
         else:
             merged = merge_weight(weight, lora_a, lora_b, scaling, x.dtype)
         # Under autocast the copy in x's dtype is kept, as autocast itself keeps its cast of W0. Otherwise it is
@@ -86,7 +83,9 @@ class _MergedLoRA(torch.autograd.Function):
         # The caller's autocast must not touch products whose precision the forward pass has settled.
         with _no_autocast(grad.device.type):
             if needs_x:
-                if merged is None:
+                if merged is None and a is not None:
+                    merged, *_ = _merge_by_kernel(weight, lora_a, lora_b, ctx.scaling, x.dtype)
+                elif merged is None:
                     merged = merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype)
                 dx = grad @ merged
             rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
@@ -94,18 +93,24 @@ class _MergedLoRA(torch.autograd.Function):
             if needs_bias:
                 dbias = rows.sum(0)
             if a is not None and needs_a and needs_b:
-                both = kernels.factor_gradients_op if torch.compiler.is_compiling() else kernels.factor_gradients
-                da, db = both(inputs.contiguous(), a, rows.contiguous(), b).split([lora_a.numel(), lora_b.numel()])
+                both = _gradients_by_kernels(inputs.contiguous(), a, rows.contiguous(), b, ctx.scaling)
+                da, db = both.split([lora_a.numel(), lora_b.numel()])
                 da, db = da.view(lora_a.shape).to(lora_a.dtype), db.view(lora_b.shape).to(lora_b.dtype)
                 return dx, None, dbias, da, db, None
-            # The thin products come as (r, tokens): on CPU that is the faster side.
+            # Every product has the r rows on its left, (r, tokens): on CPU that is the faster side.
             if needs_a:
-                scaled = (ctx.scaling * lora_b).to(x.dtype)
-                da = ((scaled.T @ rows.T) @ inputs).to(lora_a.dtype)  # (r, in)
+                da = ctx.scaling * ((lora_b.to(x.dtype).T @ rows.T) @ inputs).to(lora_a.dtype)  # (r, in)
             if needs_b:
-                scaled = (ctx.scaling * lora_a).to(x.dtype)
-                db = (rows.T @ (scaled @ inputs.T).T).to(lora_b.dtype)  # (out, r)
+                db = ctx.scaling * ((lora_a.to(x.dtype) @ inputs.T) @ rows).T.to(lora_b.dtype)  # (out, r)
         return dx, None, dbias, da, db, None
+
+
+def _merge_by_kernel(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return (kernels.merge_op if torch.compiler.is_compiling() else kernels.merge)(*operands)
+
+
+def _gradients_by_kernels(*operands: Any) -> Tensor:
+    return (kernels.factor_gradients_op if torch.compiler.is_compiling() else kernels.factor_gradients)(*operands)
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:

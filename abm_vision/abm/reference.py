@@ -190,7 +190,8 @@ def _margin(z: Tensor, mask: Tensor | None, config: ABMConfig) -> float:
 
 def _check_recorded(z: dict[str, Tensor], whose: str) -> None:
     # Asked of all at once: on CUDA every answer waits for the device.
-    if not all(torch.stack([value.detach().abs().amax().float().cpu() for value in z.values()]).isfinite()):
+    largest = [value.detach().abs().amax().float() for value in z.values() if value.numel()]
+    if largest and not torch.stack([one.to(largest[0].device) for one in largest]).isfinite().all():
         for name, value in z.items():
             check_finite(value, f"the {whose}'s pre-activation at {name}")
 

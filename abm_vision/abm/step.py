@@ -6,6 +6,7 @@ is waiting. A CUDA graph holds all launches of a step and is one launch itself.
 
 from __future__ import annotations
 
+import random
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator
@@ -14,13 +15,18 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_map
 
 from abm_vision.abm.arguments import STEP_MODES, check_choice
-from abm_vision.abm.batches import BadBatch, out_of_memory
+from abm_vision.abm.batches import BadBatch
 
+CHANGES = 3  # of the model after which it is captured anew
+KINDS = 8  # of batches that are waited for until one comes again
 GRAPHS = 2  # shapes that are captured: those of whole batches and of the last one
 EAGER = 2  # steps of a shape before it is captured: libraries choose their kernels in the first ones
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -31,8 +37,9 @@ class TrainingStep:
 
     On CUDA the first calls with batches of a shape run as they are; then both passes are captured as a CUDA graph, and
     every further call copies its batch into the graph's and replays it. The optimiser, clipping and whatever else
-    stands between two calls run as before, and an adapter is saved, merged and switched as before. What is only
-    Python runs until the capture alone: a `print` in `loss_fn`, say.
+    stands between two calls run as before. Gradients are added to those that are there; those of a replay are in the
+    same tensors every time, so that whoever keeps one must clone it. What is only Python runs until the capture alone:
+    a `print` in `loss_fn`, say.
 
         step = TrainingStep(model, loss_fn)
         for batch in loader:
@@ -43,7 +50,9 @@ class TrainingStep:
     Args:
         model: on its device, in the mode that it is trained in. `torch.compile` of its blocks is welcome.
         loss_fn: (model, batch) to the loss, a scalar or a tensor whose mean it is; autocast belongs into it.
-        mode: "graph", "eager", or "auto": a graph on CUDA wherever the step can be captured.
+        mode: "graph", "eager", or "auto": a graph on CUDA wherever the step can be captured. A model that is no longer
+            what was captured (evaluation mode, another active adapter, merged) is captured anew by "auto", and an error
+            for "graph".
         say: receives the reason, in one line, if "auto" runs a step eagerly on CUDA; a warning by default.
 
     Raises:
@@ -55,20 +64,20 @@ class TrainingStep:
     ) -> None:
         check_choice("mode", mode, STEP_MODES)
         self._model, self._loss_fn, self._mode, self._say = model, loss_fn, mode, say
-        self._calls: Counter[Hashable] = Counter()  # of every shape, so far eager
+        self._calls: Counter[Hashable] = Counter()  # of every kind of batch, so far eager
         self._captured: dict[Hashable, _Captured] = {}
-        self._said = False
+        self._said, self._changes = False, 0
         if mode == "graph" and (reason := _why_eager(model)):
             raise ValueError(_REFUSED.format(reason))
 
     def __call__(self, batch: Any) -> Tensor:
-        """Run both passes on a batch of any structure: what `loss_fn` returned, without gradient.
+        """Run both passes on a batch: nested lists, tuples and dictionaries with tensors on the model's device.
 
-        Gradients are added to those that are there.
+        Returns:
+            What `loss_fn` returned, without gradient.
 
         Raises:
-            ValueError: the model has been changed since its step was captured, or `mode="graph"` and this batch cannot
-                be captured.
+            ValueError: for mode "graph", this batch cannot be captured, or the model is no longer what was captured.
         """
         if self._mode == "auto" and not self._calls and (reason := _why_eager(self._model)):
             self._mode = "eager"
@@ -77,26 +86,30 @@ class TrainingStep:
         if self._mode == "eager":
             return self._eager(batch)
         leaves, structure = tree_flatten(batch)
-        key = (structure, _autocast(), *map(_shape, leaves))
-        if self._captured:
-            self._check_unchanged()
+        device = next(self._model.parameters()).device
+        if odd := next((leaf for leaf in leaves if not _is_copied(leaf, device)), None):
+            what = f"a tensor on {odd.device}" if isinstance(odd, Tensor) else f"a {type(odd).__name__}"
+            return self._without_graph(batch, f"a batch holds {what}; it must be of tensors on {device} and numbers")
+        key = (structure, _autocast(), *map(_kind, leaves))
+        if self._captured and (changed := self._snapshot.changed()):
+            self._forget(changed)
         if key not in self._captured:
-            if len(self._captured) == GRAPHS:
-                return self._without_graph(batch, f"batches have more than {GRAPHS} shapes")
+            if len(self._captured) == GRAPHS or len(self._calls) > KINDS:
+                return self._without_graph(batch, f"batches are of more than {GRAPHS} kinds (shapes, numbers)")
             self._calls[key] += 1
             if self._calls[key] <= EAGER:
                 return self._eager(batch)
             try:
                 self._capture(key, batch)
             except (RuntimeError, BadBatch) as error:  # of torch, for whatever a graph cannot hold
-                if out_of_memory(error):
-                    raise
+                self._mode = "eager" if self._mode == "auto" else "graph"  # the next attempt would fail as this one did
+                self._captured.clear()
                 return self._without_graph(batch, str(error).partition("\n")[0], error)
         return self._captured[key].replay(leaves)
 
     @property
     def captured(self) -> int:
-        """How many graphs there are, one for every shape of batches."""
+        """How many graphs there are, one for every kind of batch."""
         return len(self._captured)
 
     def _without_graph(self, batch: Any, reason: str, error: Exception | None = None) -> Tensor:
@@ -105,10 +118,21 @@ class TrainingStep:
         if not self._said:
             self._say(_EAGER.format(reason))
             self._said = True
-        if error:  # the next attempt would fail as this one did
-            self._mode = "eager"
-            self._captured.clear()
         return self._eager(batch)
+
+    def _forget(self, changed: str) -> None:
+        """The graphs are no longer the model's."""
+        if self._mode == "graph":
+            raise ValueError(
+                f"the model is not what was captured: {changed} has changed. Put it back (model.train() after an "
+                "evaluation, unmerge_adapter() after a merge), or make a new TrainingStep"
+            )
+        self._captured.clear()
+        self._calls.clear()
+        self._changes += 1
+        if self._changes > CHANGES:
+            self._mode = "eager"
+            self._say(_EAGER.format(f"the model is another one again and again: {changed} has changed"))
 
     def _eager(self, batch: Any) -> Tensor:
         loss = self._loss_fn(self._model, batch)
@@ -117,42 +141,46 @@ class TrainingStep:
 
     def _capture(self, key: Hashable, batch: Any) -> None:
         """Try the step on a stream of its own, and capture it; gradients, buffers and random state are as before."""
+        if reason := _why_eager(self._model):
+            raise RuntimeError(reason)
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         device = parameters[0].device
         inputs = tree_map(_own, batch)
-        leaves = tree_flatten(inputs)[0]
+        leaves = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
+        aside = _aside(device)
 
-        def run() -> Tensor:
+        def run(backward: Callable[[Tensor], None]) -> Tensor:
             for tensor in (*parameters, *leaves):
-                if isinstance(tensor, Tensor):
-                    tensor.grad = None
+                tensor.grad = None
             torch.clear_autocast_cache()  # casts made outside the graph would be those of old weights
-            return self._eager(inputs)
+            loss = self._loss_fn(self._model, inputs)
+            backward(loss.mean())
+            return loss.detach()
+
+        def tried(loss: Tensor) -> None:
+            known = {id(tensor) for tensor in (*parameters, *leaves)}
+            if any(id(leaf) not in known for leaf in _leaves(loss)):
+                raise RuntimeError("the loss trains a parameter that is none of the model's")
+            loss.backward()
 
         with _given_back(self._model, parameters, device):
-            aside = _aside(device)
             aside.wait_stream(torch.cuda.current_stream(device))
-            with torch.cuda.stream(aside), _synchronising_is_an_error():
-                run()
-            torch.cuda.current_stream(device).wait_stream(aside)
-            snapshot = _Snapshot(self._model)
+            try:
+                with torch.cuda.stream(aside), _synchronising_is_an_error():
+                    run(tried)
+            finally:
+                torch.cuda.current_stream(device).wait_stream(aside)
+            snapshot, drawn = _Snapshot(self._model), _host_random()
             graph = torch.cuda.CUDAGraph()
-            # Graphs that never run side by side share their memory.
-            pool = next(iter(self._captured.values())).graph.pool() if self._captured else None
-            with torch.cuda.graph(graph, pool=pool, stream=aside):
-                loss = run()
+            with _mended(device), torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
+                loss = run(Tensor.backward)
             if changed := snapshot.changed():
                 raise RuntimeError(f"{changed} changes with every call")
+            if drawn != _host_random():
+                raise RuntimeError("Python, NumPy or torch's CPU generator are drawn from, which a graph would not be")
             gradients = [(p, p.grad) for p in parameters if p.grad is not None]
-        self._captured[key] = _Captured(graph, leaves, loss, gradients)
+        self._captured[key] = _Captured(graph, tree_flatten(inputs)[0], loss, gradients)
         self._snapshot = snapshot
-
-    def _check_unchanged(self) -> None:
-        if changed := self._snapshot.changed():
-            raise ValueError(
-                f"the model is not what was captured: {changed} has changed. Put it back (model.train() after an "
-                "evaluation, unmerge_adapter() after a merge), or make a new TrainingStep"
-            )
 
 
 _EAGER = "steps run eagerly, not as a CUDA graph: {}"
@@ -165,26 +193,54 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
+def _leaves(loss: Tensor) -> Iterator[Tensor]:
+    """The tensors that a backward pass gives gradients to."""
+    nodes, seen = [loss.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):  # AccumulateGrad
+            yield node.variable
+        nodes += [following for following, _ in node.next_functions]
+
+
+def _host_random() -> tuple[Any, ...]:
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
+
+
 @contextmanager
 def _given_back(model: nn.Module, parameters: list[nn.Parameter], device: torch.device) -> Iterator[None]:
-    """What a step changes that nobody asked for: gradients, buffers, CUDA's random state."""
+    """What a step changes that nobody asked for: gradients, buffers, random states."""
     gradients = [p.grad for p in parameters]
     buffers = [(b, b.clone()) for b in model.buffers()]
     generator = torch.cuda.default_generators[device.index]
-    random = generator.get_state()
+    states = generator.get_state(), torch.get_rng_state(), random.getstate(), np.random.get_state()
     try:
         yield
-    except (RuntimeError, BadBatch):
-        # After a capture that failed a generator believes that it is still being captured: it gets a new state.
-        generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
-        raise
     finally:
         torch.clear_autocast_cache()
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         for buffer, value in buffers:
             buffer.copy_(value)
-        generator.set_state(random)
+        generator.set_state(states[0])
+        torch.set_rng_state(states[1])
+        random.setstate(states[2])
+        np.random.set_state(states[3])
+
+
+@contextmanager
+def _mended(device: torch.device) -> Iterator[None]:
+    """What a capture that fails leaves behind: its stream as the current one, a generator that waits for its end."""
+    generator = torch.cuda.default_generators[device.index]
+    with torch.cuda.device(device), torch.cuda.stream(torch.cuda.current_stream(device)):
+        try:
+            yield
+        except (RuntimeError, BadBatch):
+            generator.graphsafe_set_state(torch.Generator(device).graphsafe_get_state())
+            raise
 
 
 @contextmanager
@@ -227,6 +283,9 @@ class _Captured:
 
 _NO_CUDA = "the model is not on a CUDA device"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+_SPREAD = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)
+_PLAIN = (bool, int, float, str, bytes, type(None))
 
 
 def _why_eager(model: nn.Module) -> str | None:
@@ -236,14 +295,28 @@ def _why_eager(model: nn.Module) -> str | None:
         return _NO_CUDA
     if len(devices) > 1:
         return "the model lies on several devices"
-    if isinstance(model, nn.parallel.DistributedDataParallel):
-        return "gradients are exchanged between processes (DistributedDataParallel)"
+    if not any(p.requires_grad for p in model.parameters()):
+        return "nothing of the model is trained"
     for name, module in model.named_modules():
+        where = name or type(module).__name__
+        if isinstance(module, _SPREAD):
+            return f"gradients are exchanged between devices ({type(module).__name__})"
         if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
             return "gradient checkpointing is on"
         if any(getattr(module, hooks) for hooks in _HOOKS) or hasattr(module, "_hf_hook"):
-            return f"there is a hook on {name or type(module).__name__}, which a graph would not call"
-    return None
+            return f"there is a hook on {where}, which a graph would not call"
+        if any(p is not None and _has_hooks(p) for p in module._parameters.values()):
+            return f"there is a hook on a parameter of {where}, which a graph would not call"
+    return "there are hooks on all modules, which a graph would not call" if _has_any_global_hook() else None
+
+
+def _has_hooks(parameter: Tensor) -> bool:
+    return any(getattr(parameter, hooks, None) for hooks in _OF_PARAMETERS)
+
+
+def _is_copied(leaf: Any, device: torch.device) -> bool:
+    """Whether a graph has a batch's leaf anew at every step: a tensor is copied, a number decides which graph it is."""
+    return leaf.device == device if isinstance(leaf, Tensor) else isinstance(leaf, _PLAIN)
 
 
 def _own(leaf: Any) -> Any:
@@ -251,11 +324,9 @@ def _own(leaf: Any) -> Any:
     return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
 
 
-def _shape(leaf: Any) -> Hashable:
+def _kind(leaf: Any) -> Hashable:
     """What a graph is made for, of one leaf of a batch."""
-    if isinstance(leaf, Tensor):
-        return tuple(leaf.shape), leaf.dtype
-    return type(leaf), leaf if isinstance(leaf, Hashable) else id(leaf)
+    return (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
 
 def _autocast() -> tuple[bool, torch.dtype]:
@@ -263,33 +334,43 @@ def _autocast() -> tuple[bool, torch.dtype]:
 
 
 class _Snapshot:
-    """What decides which kernels a step runs, and on what memory: plain attributes, modules, hooks and parameters.
+    """What decides which kernels a step runs, and on what memory: attributes, modules, hooks, parameters and buffers.
 
     It is asked at every step, so that tables are gone through and no module is looked up.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._attributes: list[tuple[str, dict[str, Any], str, Any]] = []  # module, its table, name, value
-        self._parameters: list[tuple[str, dict[str, Any], str, tuple[int, bool]]] = []
+        self._objects: list[tuple[str, dict[str, Any], str, Any]] = []  # the same of what is compared by identity
+        self._tensors: list[tuple[str, dict[str, Any], str, tuple[Any, ...]]] = []
+        self._sizes: list[tuple[str, dict[str, Any], int]] = []  # of the tables: "forward" may be put into one
         for name, module in model.named_modules():
-            where = name or type(module).__name__
-            for attribute, value in vars(module).items():
+            where, table = name or type(module).__name__, vars(module)
+            self._sizes.append((where, table, len(table)))
+            for attribute, value in table.items():
                 if attribute in _WATCHED or (attribute not in _OF_TORCH and _is_plain(value)):
                     kept = value.copy() if isinstance(value, dict | list) else value
-                    self._attributes.append((where, vars(module), attribute, kept))
-            for key, parameter in module._parameters.items():
-                if parameter is not None:
-                    self._parameters.append((where, module._parameters, key, _placed(parameter)))
+                    self._attributes.append((where, table, attribute, kept))
+                elif attribute not in _OF_TORCH:
+                    self._objects.append((where, table, attribute, value))
+            for held in (module._parameters, module._buffers):
+                self._tensors += [(where, held, key, _placed(t)) for key, t in held.items() if t is not None]
 
     def changed(self) -> str | None:
         """What is no longer as it was, if anything: "training of blocks.0"."""
         for where, table, name, value in self._attributes:
             if table.get(name) != value:
                 return f"{name} of {where}"
-        for where, table, key, placed in self._parameters:
+        for where, table, name, value in self._objects:
+            if table.get(name) is not value:
+                return f"{name} of {where}"
+        for where, table, key, placed in self._tensors:
             if table.get(key) is None or _placed(table[key]) != placed:
                 return f"{key} of {where}"
-        return None
+        for where, table, size in self._sizes:
+            if len(table) != size:
+                return f"an attribute of {where}"
+        return "a hook on all modules" if _has_any_global_hook() else None
 
 
 _OF_TORCH = frozenset(vars(nn.Module()))
@@ -302,8 +383,5 @@ def _is_plain(value: Any) -> bool:
     return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
 
 
-_PLAIN = (bool, int, float, str, type(None))
-
-
-def _placed(parameter: Tensor) -> tuple[int, bool]:
-    return parameter.data_ptr(), parameter.requires_grad
+def _placed(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.requires_grad, _has_hooks(tensor)
