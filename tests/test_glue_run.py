@@ -11,6 +11,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed")
+
 import torch
 from helpers import GLUE as SMALL
 from helpers import answer

@@ -12,6 +12,10 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("datasets", reason="datasets is not installed")
+pytest.importorskip("trl", reason="trl is not installed")
+
 import torch
 from helpers import answer as answer_of
 from peft import PeftModel

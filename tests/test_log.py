@@ -13,7 +13,6 @@ from abm_vision.abm import bars
 from abm_vision.runs.log import opened
 from abm_vision.vtab import run
 from abm_vision.vtab.__main__ import main
-from nlp_ext.glue import run as run_glue
 
 
 class Kept:
@@ -40,6 +39,9 @@ def test_harness_tells_every_step(tmp_path):
 
 def test_glue_tells_every_step(t5, tmp_path):
     log = Kept()
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    from nlp_ext.glue import run as run_glue
+
     result = run_glue(small_glue(t5, epochs=1), tmp_path, log=log)
     steps = list(range(1, len(result["loss_per_step"]) + 1))
     assert log.kept["train/loss"] == (steps, result["loss_per_step"])
@@ -77,7 +79,8 @@ def test_live_plot_draws_what_it_was_told(monkeypatch):
     shown, times = [], iter([0.0, 0.0, 0.4, 5.0, 5.0, 5.1, 5.2])
     monkeypatch.setattr("abm_vision.live.time.monotonic", lambda: next(times))
     handle = types.SimpleNamespace(update=shown.append)
-    monkeypatch.setattr("abm_vision.live.display", lambda figure, display_id: shown.append(figure) or handle)
+    pytest.importorskip("IPython", reason="IPython is not installed")
+    monkeypatch.setattr("IPython.display.display", lambda figure, display_id: shown.append(figure) or handle)
     plot = LivePlot(every=1.0)
     plot._drawn = -9.0
     for step, value in enumerate((3.0, 2.0, 1.0), 1):

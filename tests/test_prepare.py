@@ -30,6 +30,7 @@ def small(monkeypatch):
 @pytest.fixture
 def readers(monkeypatch):
     """As if the packages that read raw files were there: the tests replace what uses them."""
+    pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(module, "_READERS", {})
 
 
@@ -143,6 +144,7 @@ def test_files_to_be_fetched_by_hand(tmp_path, readers, task, files, missing):
 
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("tensorflow_datasets")
     monkeypatch.setattr(module, "_READERS", {"no_such_reader": "no_such_reader (kitti)"})
     assert main(["prepare", "--task", "kitti_dist", "--data-dir", str(tmp_path)]) == 2
     assert 'needs no_such_reader (kitti): pip install -e ".[prepare]"' in capsys.readouterr().err

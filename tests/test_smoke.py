@@ -129,6 +129,8 @@ def test_a_suite_without_its_data_is_one_message(more, monkeypatch, tmp_path, ca
     ],
 )
 def test_data_of_other_harnesses_that_are_not_there(command, words, message, monkeypatch, tmp_path, capsys):
+    if command is not tune.main:
+        pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setattr(executors, "attempt", None)
     data = tmp_path / ("absent.jsonl" if command is instruct.main else "absent")
     code, _, err = answer([*words, "--data", data, "--out", tmp_path / "out"], capsys, command)

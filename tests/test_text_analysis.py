@@ -113,6 +113,9 @@ def test_a_result_of_the_vision_harness(tmp_path, capsys):
 
 @pytest.mark.parametrize("view", [GLUE_VIEW, VIEW, VTAB, TUNE])
 def test_a_harness_can_be_sent_to_another_process(view):
+    if view in (GLUE_VIEW, VIEW):
+        pytest.importorskip("datasets", reason="datasets is not installed")
+        pytest.importorskip("trl", reason="trl is not installed")
     harness = resolve_name(view.harness)
     assert pickle.loads(pickle.dumps(harness)).kept.config is harness.kept.config
     assert harness.kept is view.kept
