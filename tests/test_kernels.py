@@ -33,7 +33,7 @@ for tokens, in_, out, rank in ((100, 70, 33, 3), (130, 64, 192, 8), (70, 33, 40,
 """
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which test_gpu.py runs the kernels themselves")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the kernels themselves: test_gpu.py")
 def test_kernels_give_what_plain_products_give():
     done = subprocess.run(
         [sys.executable, "-c", CODE], env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True
