@@ -11,7 +11,7 @@ from helpers import refused
 from torch import nn
 
 from abm_vision import TrainingStep, add_lora
-from abm_vision.abm.step import _Snapshot, _why_eager
+from abm_vision.abm.step import _leaves, _Snapshot, _why_eager
 
 
 def adapted():
@@ -104,6 +104,14 @@ def test_snapshot_bears_what_leaves_a_graph_right():
     model.train().merge_adapter()
     model.unmerge_adapter()
     assert snapshot.changed() is None
+
+
+def test_what_a_loss_trains_is_found():
+    model, outside = adapted(), nn.Parameter(torch.ones(()))
+    loss = cross_entropy(model, (images(4), torch.arange(4) % 5))
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    assert {id(leaf) for leaf in _leaves(loss)} == trained
+    assert {id(leaf) for leaf in _leaves(loss * outside)} == trained | {id(outside)}
 
 
 def test_reasons_for_eager_steps():

@@ -93,6 +93,7 @@ class TrainingStep:
         key = (structure, _autocast(), *map(_kind, leaves))
         if self._captured and (changed := self._snapshot.changed()):
             self._forget(changed)
+            return self._eager(batch)
         if key not in self._captured:
             if len(self._captured) == GRAPHS or len(self._calls) > KINDS:
                 return self._without_graph(batch, f"batches are of more than {GRAPHS} kinds (shapes, numbers)")
