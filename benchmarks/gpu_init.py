@@ -71,6 +71,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
     images = torch.randn(SAMPLES, 3, args.image_size, args.image_size)
     labels = torch.arange(SAMPLES) % CLASSES
     loader = list(zip(images.split(BATCH), labels.split(BATCH), strict=True))

@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--add", action="store_true", help="to the rows that the file has")
     args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("there is no CUDA device")
     rows = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
     begun = len(rows)
     for name in args.models:
