@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, TypeVar
 
-from abm_vision.abm.arguments import KINDS, are, check_choice
+from abm_vision.abm.arguments import KINDS, are, check_choice, nearest
 from abm_vision.abm.settings import InitConfig, flag
 from abm_vision.initializers import BASELINE, INITIALIZERS, Initializer, Needs, get_initializer, load_plugin
 from abm_vision.initializers.record import TYPES, kind_of
@@ -125,7 +125,8 @@ class AdapterSettings:
             load_plugin(settings[PLUGIN])
         known = cls.settings()
         if unknown := sorted(set(settings) - set(known)):
-            raise ValueError(f"unknown settings {', '.join(unknown)}; a run has {', '.join(known)}")
+            hint = nearest(unknown[0], known)
+            raise ValueError(f"unknown settings {', '.join(unknown)}{hint}; a run has {', '.join(known)}")
         preset = settings.get("preset", "quick")
         check_choice("preset", preset, tuple(cls.presets))
         values = {**cls.presets[preset], **settings}

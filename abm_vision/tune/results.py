@@ -98,7 +98,7 @@ def next_steps(result: dict[str, Any]) -> str:
             "next:",
             f"  abm-tune predict {folder} IMAGE|FOLDER...      classes of other images",
             f"  abm-tune evaluate {folder} FOLDER      accuracy by class, confusions and mistakes on labelled images",
-            f"  abm-tune export {folder} --to onnx --out model.onnx      one file; merge: a checkpoint for timm",
+            f"  abm-tune export {folder} --to onnx --normalise --out model.onnx      one file; merge: one for timm",
             f"  abm-tune demo {folder}      a page in the browser",
             f"  abm-tune compare {data} --init {BASELINE},{other} --lr {config['lr']:g} --seeds 3{_changed(config)}",
             f"  {folder}/adapter is in peft's format: load_adapter of abm_vision, or PeftModel.from_pretrained;",
