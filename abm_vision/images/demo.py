@@ -40,8 +40,8 @@ def page(classifier: Classifier) -> Interface:
         gradio.Image(type="filepath", image_mode=None, sources=["upload", "clipboard"], label="picture"),
         gradio.Label(num_top_classes=SHOWN, label="class"),
         title=classifier.task,
-        description=f"{len(classifier.classes)} classes; training images: {classifier.trained_on}. Pictures are resized "
-        f"to {side} x {side} pixels.",
+        description=f"{len(classifier.classes)} classes; training images: {classifier.trained_on}. Pictures are "
+        f"resized to {side} x {side} pixels.",
         flagging_mode="never",
         analytics_enabled=False,  # else it would report to its makers
     )
