@@ -18,30 +18,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from training_step import VARIANTS, build
 
-from abm_vision import TrainingStep, add_lora
+from abm_vision import TrainingStep
 from abm_vision.abm.files import write_json
 from abm_vision.runs.provenance import environment
 
 RESULT = Path(__file__).parent / "results" / "gpu_step.json"
-VARIANTS = ("floor", "full", "peft", "ours")
 MODES = ("eager", "graph", "compiled", "reduce", "callable")
 ROUNDS, STEPS = 3, 5  # timings of a variant, steps in each
-
-
-def build(variant: str, name: str, rank: int, depth: int | None) -> nn.Module:
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=16, **({"depth": depth} if depth else {}))
-    if variant in ("peft", "ours"):
-        model = add_lora(model, rank=rank, alpha=rank, merged_linear=variant == "ours")
-    elif variant == "floor":
-        model.requires_grad_(False)
-        model.get_classifier().requires_grad_(True)
-    return model.train().cuda()
 
 
 def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:
@@ -104,7 +92,7 @@ def measure(args: argparse.Namespace, name: str, mode: str) -> dict[str, dict[st
     steps, rows = {}, {}
     for variant in args.variants:
         torch._dynamo.reset()
-        model = build(variant, name, args.rank, args.depth)
+        model = build(variant, name, 224, "cuda", args.rank, **({"depth": args.depth} if args.depth else {}))
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

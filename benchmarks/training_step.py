@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -33,11 +34,11 @@ VARIANTS = ("floor", "peft", "ours", "full")
 RESULT = Path(__file__).parent / "results" / "training_step.json"
 
 
-def build(variant: str, name: str, image_size: int, device: str) -> nn.Module:
+def build(variant: str, name: str, image_size: int, device: str, rank: int = 8, **options: Any) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model(name, img_size=image_size, num_classes=16)
+    model = timm.create_model(name, img_size=image_size, num_classes=16, **options)
     if variant in ("peft", "ours"):
-        model = add_lora(model, rank=8, merged_linear=variant == "ours")
+        model = add_lora(model, rank=rank, merged_linear=variant == "ours")
     elif variant == "floor":
         model.requires_grad_(False)
         model.get_classifier().requires_grad_(True)

@@ -76,7 +76,9 @@ def weight_gradients(
             loss = _scalar(explained(loss_fn)(model, batch)) * weight
             torch.autograd.grad(loss, factors, allow_unused=True)
 
-    half = computes_in_float16(model)
+    device = factors[0].device.type
+    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    half = torch.float16 in (autocast, *(p.dtype for p in model.parameters()))
     with _inputs_of_a_gradient(model, factors), torch.enable_grad():
         for batch, count in zip(batches, samples, strict=True):
             weight = count / sum(samples)
@@ -90,13 +92,6 @@ def weight_gradients(
     silent = [name for name in layers if name not in received]
     if silent:
         raise ValueError(f"no gradient reaches {', '.join(silent)}: check_adapters(model, batch) says more")
-
-
-def computes_in_float16(model: nn.Module) -> bool:
-    """Whether gradients of a model, under the caller's autocast, may be too small or too large for their precision."""
-    device = next(model.parameters()).device.type
-    autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return torch.float16 in (autocast, *(p.dtype for p in model.parameters()))
 
 
 def _scaled(backward: Callable[[Any, float, Receive], None], batch: Any) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Two operations of `MergedLinear` in half precision on CUDA, by Triton kernels: merging, and the gradients of A and B.
 
-They read W0 once, x and g twice. A layer needs four launches, in the place of the one that casts a frozen model's W0;
-torch's products need ten. Triton comes with torch on CUDA; where it builds no kernel, torch's products do the same.
+They read W0 once, x and g twice. A layer needs four launches, in the place of the one that casts a frozen model's W0.
+Triton comes with torch on CUDA; where it builds no kernel, torch's products do the same.
 Sums are in float32, in an order that is always the same.
 """
 
@@ -21,7 +21,7 @@ try:
 except ImportError:
     triton = None
 
-RANKS = 64  # at most: beyond, torch's products are as fast
+RANKS = 64  # at most: a program holds a tile's sums over all ranks in registers
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
 # Rows and columns of the tile that one program works on, and its warps.

@@ -20,7 +20,6 @@ from abm_vision.abm.batches import collect, explained
 from abm_vision.abm.boundary import boundary_losses, choose_boundaries
 from abm_vision.abm.closed_form import fit_locally
 from abm_vision.abm.descent import Descent
-from abm_vision.abm.gradient import computes_in_float16
 from abm_vision.abm.hooks import ForwardFn, TokenMaskFn
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.reference import Calibration, Part, Reference, calibrate, check_reference, reference_name
@@ -125,8 +124,7 @@ def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_p
         _check_reached(losses)
         return (descent.scale_of(z.values()) if scale is None else scale) * losses
 
-    mode = "eager" if computes_in_float16(adapter.model) else "auto"  # there the scale may change
-    step = TrainingStep(adapter.model, scaled_losses, mode, say=lambda reason: None)
+    step = TrainingStep(adapter.model, scaled_losses, say=lambda reason: None)
     found: list[Tensor] = []  # of every step, (layers,)
     descent.clear()
     bar = progress(range(config.steps), "ABM", show=show_progress_bar, unit="step")

@@ -114,7 +114,7 @@ def _gradients_by_kernels(*operands: Any) -> Tensor:
 
 
 def _no_autocast(device: str) -> AbstractContextManager[Any]:
-    """Autocast switched off, if it is on: the context costs as much as two launches."""
+    """Autocast switched off, if it is on: where it is off, no context is entered at every layer."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 

@@ -1,7 +1,7 @@
 """A training step that the host does not hold back: forward and backward pass as one CUDA graph.
 
-A GPU works through the kernels of a step faster than Python launches them: at ViT-B/16, batch 64, half of an eager step
-is waiting. A CUDA graph holds all launches of a step and is one launch itself.
+A GPU works through the kernels of a step faster than Python launches them (`benchmarks/gpu_step.py`: 10 of 47 ms at
+ViT-S/16, batch 64). A CUDA graph holds all launches of a step and is one launch itself.
 """
 
 from __future__ import annotations
@@ -87,9 +87,10 @@ class TrainingStep:
             return self._eager(batch)
         leaves, structure = tree_flatten(batch)
         device = next(self._model.parameters()).device
-        if odd := next((leaf for leaf in leaves if not _is_copied(leaf, device)), None):
-            what = f"a tensor on {odd.device}" if isinstance(odd, Tensor) else f"a {type(odd).__name__}"
-            return self._without_graph(batch, f"a batch holds {what}; it must be of tensors on {device} and numbers")
+        for leaf in leaves:
+            if not _is_copied(leaf, device):
+                what = f"a tensor on {leaf.device}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
+                return self._without_graph(batch, f"a batch holds {what}; all must be tensors on {device} or numbers")
         key = (structure, _autocast(), *map(_kind, leaves))
         if self._captured and (changed := self._snapshot.changed()):
             self._forget(changed)
@@ -190,7 +191,7 @@ _REFUSED = "the step cannot be captured as a CUDA graph: {}; use mode 'auto' or 
 
 @cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    """The stream of all captures: libraries keep a workspace for every stream, tens of MiB, as long as the process."""
+    """The stream of all captures: libraries keep a workspace for every stream, as long as the process."""
     return torch.cuda.Stream(device)
 
 

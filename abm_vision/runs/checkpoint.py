@@ -9,7 +9,7 @@ import pickle
 import struct
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from abm_vision.abm.files import write_atomically
 from abm_vision.runs.folder import CHECKPOINT
 from abm_vision.runs.harness import Checkpoint, Prepared
-from abm_vision.runs.records import AFRESH, Notes, Positive, Record, Seconds, Share, checked
+from abm_vision.runs.records import AFRESH, Notes, Positive, Record, Seconds, Share, StepKind, checked
 
 
 @dataclass
@@ -41,7 +41,7 @@ class Content(Record):
     losses: list[float]
     seconds: list[Seconds]
     accuracies: dict[int, Share]
-    step: Literal["eager", "graph"] = "eager"
+    step: StepKind = "eager"
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

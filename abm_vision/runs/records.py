@@ -24,6 +24,7 @@ Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Times = dict[str, Seconds]
 Precision = Literal["bf16", "fp32"]
+StepKind = Literal["eager", "graph"]  # how training steps ran
 
 
 NUMBERED = "vtab"  # the harness whose schema is a number alone

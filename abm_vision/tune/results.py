@@ -12,7 +12,7 @@ from abm_vision.initializers import BASELINE
 from abm_vision.runs import records
 from abm_vision.runs.folder import CHECKPOINT, Kept
 from abm_vision.runs.markup import code, markdown
-from abm_vision.runs.records import Positive, Record, Share, settings_of
+from abm_vision.runs.records import Positive, Record, Share, StepKind, settings_of
 from abm_vision.tune.config import TuneConfig
 
 SOURCES = ("folder", "csv", "datasets")
@@ -54,7 +54,7 @@ class Result(records.Result):
     data: Data
     weights: Weights
     preprocessing: Shape
-    step: Literal["eager", "graph"] = "eager"  # results of before have none, and were eager
+    step: StepKind = "eager"  # results of before have none, and were eager
     top1_per_epoch: Annotated[dict[str, Share], Field(min_length=1)]
     images_per_second: Speed
 

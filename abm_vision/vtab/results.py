@@ -11,7 +11,7 @@ from abm_vision.images.records import Score, Shape, Weights
 from abm_vision.runs import records
 from abm_vision.runs.folder import CHECKPOINT, Kept
 from abm_vision.runs.markup import code, markdown
-from abm_vision.runs.records import Positive, Record, Share, settings_of
+from abm_vision.runs.records import Positive, Record, Share, StepKind, settings_of
 from abm_vision.vtab.config import RunConfig
 
 ORIGIN = {"training images", "training labels", "test images", "test labels", "weights", "initialisation"}
@@ -62,7 +62,7 @@ class Result(records.Result):
     num_classes: Positive
     weights: Weights
     preprocessing: Shape
-    step: Literal["eager", "graph"] = "eager"  # results of before have none, and were eager
+    step: StepKind = "eager"  # results of before have none, and were eager
     top1_per_epoch: dict[str, Share]
     images_per_second: Speed
     reference_only: bool
