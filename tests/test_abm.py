@@ -20,7 +20,7 @@ from abm_vision.abm import hooks
 from abm_vision.abm import match as match_page
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.boundary import choose_boundaries
-from abm_vision.abm.reference import calibrate
+from abm_vision.abm.reference import calibrate, masked
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -42,7 +42,7 @@ def test_equals_the_procedure_of_the_paper_with_two_full_models(merged, qkv):
     trained = list(factors(student).values())
     optimiser = torch.optim.AdamW(trained, lr=0.01)
     losses = []
-    for step in range(5):
+    for step, rate in enumerate((1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)):
         batch = batches[step % 3]
         z, reference = record(student, batch), record(pretrained, batch)
         loss = 0
@@ -52,7 +52,7 @@ def test_equals_the_procedure_of_the_paper_with_two_full_models(merged, qkv):
         optimiser.zero_grad()
         loss.backward()
         for group in optimiser.param_groups:
-            group["lr"] = 0.01 * (1 - step / 5)
+            group["lr"] = 0.01 * rate
         optimiser.step()
         losses.append(loss.item())
 
@@ -151,7 +151,7 @@ def test_signs_are_kept_as_bits():
     model = add_lora(build_vit()).eval()
     config = ABMConfig(samples=8)
     chosen = choose_boundaries(VIT.find_boundaries(model.get_base_model()), config)
-    arguments = ([images(8)], chosen, config, "pretrained", VIT.forward_fn, VIT.token_mask_fn)
+    arguments = (masked([images(8)], chosen, VIT.token_mask_fn), chosen, config, "pretrained", VIT.forward_fn)
     (part,) = calibrate(Adapter(model), *arguments).parts
     elements = 8 * 5 * 192  # images, tokens (2x2 patches and a class token), hidden units
     reference = record(build_vit().eval(), images(8))
@@ -163,7 +163,26 @@ def test_signs_are_kept_as_bits():
 
 def test_one_step_and_one_sample():
     report = match(add_lora(build_vit()), config=replace(FAST, steps=1, samples=1))
-    assert len(report.loss_per_step) == 1 and report.samples == 4  # whole batches
+    assert len(report.loss_per_step) == 1 and report.samples == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples"),
+    [
+        ({}, 8),
+        ({"samples": 5}, 5),
+        ({"steps": 3, "batch_size": 2}, 6),  # no more than the steps see
+        ({"tokens": 15}, 3),  # of 5 a sample
+        ({"tokens": 25}, 5),  # into the second batch
+        ({"tokens": 4}, 1),
+    ],
+)
+def test_budget_of_samples_and_tokens(settings, samples):
+    config = replace(FAST, **{"samples": 8, "batch_size": 4, "steps": 2, **settings})
+    report = match(
+        add_lora(build_vit()), config=config, token_mask_fn=lambda batch, stack: torch.ones(len(batch), 5).bool()
+    )
+    assert report.samples == samples
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"image": x, "side": 32, "labels": torch.zeros(len(x))}])
