@@ -36,7 +36,8 @@ class Descent:
     def __init__(self, factors: Sequence[Tensor], learning_rate: float, steps: int) -> None:
         self._factors = factors
         self._masters = [f if torch.finfo(f.dtype).bits >= 32 else f.detach().float() for f in factors]
-        self._optimiser = torch.optim.AdamW(self._masters, lr=learning_rate)
+        fused = all(f.device.type in ("cpu", "cuda") for f in factors)
+        self._optimiser = torch.optim.AdamW(self._masters, lr=learning_rate, fused=fused)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, partial(share_of_rate, steps=steps))
         self._scale: float | None = None
 
