@@ -4,7 +4,8 @@
 
 The reference procedure, written plainly: two full models, batch 1, both run in full at each of 100 steps, AdamW at 3e-4
 on stock peft's layers, every block of encoder and decoder, margin 0.5. Ours has its defaults: few steps on few samples,
-the reference's signs kept as bits, and nothing run above the last boundary. Both work on the same fresh adapter, in turn, on the same sentences of the grammar's SST-2 (not GLUE), on T5-Base's shape with random
+the reference's signs kept as bits, and nothing run above the last boundary. Both work on the same fresh adapter, in
+turn, on the same sentences of the grammar's SST-2 (not GLUE), on T5-Base's shape with random
 weights and on tiny-t5. Compared are boundary loss and match rate on 100 other sentences.
 """
 

@@ -124,7 +124,7 @@ def initialize_lora_abm_weights(
 def _enough(batches: list[Masked], config: ABMConfig) -> list[Masked]:
     """What the steps will see of the batches, within the budget of tokens."""
     seen = config.samples if config.fit == "local" else min(config.samples, config.steps * config.batch_size)
-    return within(batches, seen, config.tokens, lambda b: sum(m.shape[1] for m in b[1].values() if m is not None))
+    return within(batches, seen, config.tokens, lambda b: sum(m.shape[-1] for m in b[1].values() if m is not None))
 
 
 def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_progress_bar: bool) -> list[float]:
