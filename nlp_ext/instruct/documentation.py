@@ -1,4 +1,4 @@
-"""Instructions made of the standard library's documentation: what does this function do? Real text, on every machine."""
+"""Instructions made of the standard library's documentation (what does this function do?): real text, no network."""
 
 from __future__ import annotations
 
