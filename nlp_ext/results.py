@@ -19,6 +19,7 @@ class Weights(Record):
     revision: str | None
     sha256: str
     tiny: bool
+    dequantised: str | None
 
 
 class TextResult(Result):
@@ -50,8 +51,10 @@ def model_card(
     """
     config, weights, tiny = result["config"], result["weights"], result["tiny"]
     hub = f"base_model: {quoted(config['model'])}\n" if weights["revision"] else ""
+    made_here = tiny or weights["dequantised"] is not None
     name = quoted(config["model"])
     revision = f" at {markdown(weights['revision'])}" if weights["revision"] else ""
+    dequantised = f", dequantised from {markdown(weights['dequantised'])}" if weights["dequantised"] else ""
     return f"""---
 library_name: peft
 {hub}tags: [lora, abm-lora, {tag}]
@@ -61,14 +64,14 @@ library_name: peft
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}), initialised by {code(config["init"])}.
 Trained for {count(config["epochs"], "epoch")} on {training}
 {_STAND_IN if tiny else ""}
-Base weights: {markdown(weights["location"])}{revision}{base}, sha256
+Base weights: {markdown(weights["location"])}{revision}{dequantised}{base}, sha256
 {weights["sha256"]}.
 
 ```python
 from peft import PeftModel
 from transformers import {loader}
-{"from nlp_ext.tiny import tiny_folder" if tiny else ""}
-model = {loader}.from_pretrained({f"tiny_folder({name})" if tiny else name})
+{"from nlp_ext.models import model_folder" if made_here else ""}
+model = {loader}.from_pretrained({f"model_folder({name})" if made_here else name})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
 ```
 {more}"""

@@ -8,15 +8,12 @@ of `nlp_ext.glue.synthetic`. Processes share the cached models.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -29,18 +26,16 @@ from transformers import (
 )
 
 from abm_vision.abm.bars import progress
-from abm_vision.abm.files import read_object, write_json, writing
-from abm_vision.runs.content import cache_folder
 from abm_vision.runs.device import autocast, has_fast_bf16
 from nlp_ext.batches import IGNORED
 from nlp_ext.corpus import documentation
 from nlp_ext.glue import synthetic
+from nlp_ext.models.cached import cached_model
 
 BATCH, SEED, WARMUP = 16, 0, 100
 GRAMMAR_SENTENCES = EXERCISES = 20_000
 NOISE, SPAN = 0.15, 6.0  # share of bytes that T5 has to fill in, and the mean length of a gap in bytes
 PAD, EOS = 0, 1  # ByT5's ids; byte b has id b + 3
-RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -113,34 +108,13 @@ def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
         CannotWrite: the cache cannot be written.
     """
     recipe = {"model": name, "code": _code_hash(), "python": platform.python_version()}
-    digest = hashlib.sha256(repr(sorted(recipe.items())).encode()).hexdigest()[:12]
-    folder = cache_folder() / f"{name}-{digest}"
-    with writing(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_suffix(".lock")):
-        if not _is_whole(folder):
-            model = pretrain(name, show_progress_bar=show_progress_bar)
-            beside = folder.with_suffix(f".{os.getpid()}.part")
-            with writing(folder):
-                model.save_pretrained(beside)
-                ByT5Tokenizer().save_pretrained(beside)
-                write_json(beside / RECIPE, {**recipe, "torch": torch.__version__, "sha256": _hashes(beside)})
-                shutil.rmtree(folder, ignore_errors=True)
-                os.replace(beside, folder)
-    return folder
 
+    def make(folder: Path) -> dict[str, str]:
+        pretrain(name, show_progress_bar=show_progress_bar).save_pretrained(folder)
+        ByT5Tokenizer().save_pretrained(folder)
+        return {"torch": torch.__version__}
 
-def _is_whole(folder: Path) -> bool:
-    try:
-        return read_object(folder / RECIPE, "it is made again").get("sha256") == _hashes(folder)
-    except (FileNotFoundError, ValueError):
-        return False
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """SHA-256 of every file except the recipe."""
-    files = (path for path in sorted(folder.iterdir()) if path.name != RECIPE)
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return cached_model(name, recipe, make)
 
 
 def _code_hash() -> str:

@@ -31,15 +31,27 @@ def plugin(tmp_path):
     return tmp_path / "lib" / "my_noise.py"
 
 
-def command(tmp_path, *words, module="abm_vision.vtab"):
+def command(tmp_path, *words):
     """A command in a process of its own, which finds the plugin as a user's would."""
     path = os.pathsep.join([str(tmp_path / "lib"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
-        [sys.executable, "-m", module, *words, "--out", str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": path},
+        [sys.executable, "-m", "abm_vision.vtab", *words, "--out", str(tmp_path / "out")],
+        env={**os.environ, "PYTHONPATH": path, "RAY_ADDRESS": "local"},  # not the cluster of another test
         capture_output=True,
         text=True,
     )
+
+
+@pytest.fixture
+def here(findable, tmp_path, capsys):
+    """A command in this process, which imports the plugin anew."""
+
+    def answer(*words, main=main):
+        forget()
+        code = main([*words, "--out", str(tmp_path / "out")])
+        return code, *capsys.readouterr()
+
+    return answer
 
 
 def results(tmp_path):
@@ -48,27 +60,26 @@ def results(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_its_identity_and_its_files(plugin, tmp_path):
-    done = command(tmp_path, *WORDS, *OWN, "--init", "noise", "--json")
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_a_run_its_identity_and_its_files(plugin, here, tmp_path):
+    code, out, err = here(*WORDS, *OWN, "--init", "noise", "--json")
+    assert code == 0, err
+    result = json.loads(out)
     config = result["config"]
     assert config["plugin"] == "my_noise" and config["noise_strength"] == 0.5
     assert not [name for name in config if name.startswith(("align_", "abm_steps"))]
     # The file alone says where the initialisation is; nothing is run a second time.
-    again = command(tmp_path, "--config", f"{result['folder']}/config.json", "--noise-strength", "0.5", "--json")
-    assert again.returncode == 0 and json.loads(again.stdout) == result, again.stderr
+    code, out, err = here("--config", f"{result['folder']}/config.json", "--noise-strength", "0.5", "--json")
+    assert code == 0 and json.loads(out) == result, err
     plugin.write_text(PLUGIN.replace("std=", "mean=0.1, std="))
-    changed = command(tmp_path, *WORDS, *OWN, "--init", "noise")
-    assert changed.returncode == 2 and "Traceback" not in changed.stderr
-    assert "was made with other content: initialisation (source" in changed.stderr
+    code, _, err = here(*WORDS, *OWN, "--init", "noise")
+    assert code == 2 and "was made with other content: initialisation (source" in err
     plugin.unlink()
-    gone = command(tmp_path, "--config", f"{result['folder']}/config.json")
-    assert gone.returncode == 2 and "plugin is 'my_noise': no module named 'my_noise'" in gone.stderr
+    code, _, err = here("--config", f"{result['folder']}/config.json")
+    assert code == 2 and "plugin is 'my_noise': no module named 'my_noise'" in err
 
 
 @pytest.mark.slow
-def test_suite_of_several_processes(plugin, tmp_path):
+def test_suite_of_several_processes(plugin, here, tmp_path):
     suite = ["suite", "--tasks", "dsprites_loc", "--init", "noise,kaiming", *WORDS, *OWN]
     done = command(tmp_path, *suite, "--jobs", "2")
     assert done.returncode == 0, done.stderr
@@ -76,9 +87,9 @@ def test_suite_of_several_processes(plugin, tmp_path):
     assert set(found) == {"noise", "kaiming"} and found["noise"]["noise_strength"] == 0.5
     assert "plugin" not in found["kaiming"] and "noise_strength" not in found["kaiming"]
     compare = ["compare", "--task", "dsprites_loc", "--init", "kaiming,noise", "--lr", "2e-3", "--seeds", "1", "--json"]
-    done = command(tmp_path, *compare, *WORDS, *OWN)
-    assert done.returncode == 0, done.stderr
-    assert {row["init"] for row in json.loads(done.stdout)} == {"kaiming", "noise"}
+    code, out, err = here(*compare, *WORDS, *OWN)
+    assert code == 0, err
+    assert {row["init"] for row in json.loads(out)} == {"kaiming", "noise"}
 
 
 @pytest.mark.slow
@@ -91,10 +102,12 @@ def test_suite_on_ray(plugin, tmp_path):
 
 
 @pytest.mark.slow
-def test_text(plugin, tmp_path):
+def test_text(here, tmp_path):
+    from nlp_ext.glue.__main__ import main as glue
+
     own = ["--init", "noise", *OWN, "--epochs", "1", "--train-examples", "64", "--validation-examples", "16"]
-    done = command(tmp_path, *own, "--batch-size", "8", "--json", module="nlp_ext.glue")
-    assert done.returncode == 0, done.stderr
+    code, _, err = here(*own, "--batch-size", "8", "--json", main=glue)
+    assert code == 0, err
     assert results(tmp_path)["noise"]["noise_strength"] == 0.5
 
 
@@ -103,6 +116,10 @@ def findable(plugin, monkeypatch):
     """A module that may be imported in this process, and is forgotten when the test ends."""
     monkeypatch.syspath_prepend(plugin.parent)
     yield
+    forget()
+
+
+def forget():
     INITIALIZERS.pop("noise", None), sys.modules.pop("my_noise", None)
 
 

