@@ -72,6 +72,14 @@ def text_device(name: str) -> torch.device:
     return state.device if state.num_processes > 1 else device
 
 
+def as_the_first(decision: bool) -> bool:
+    """Return what the first process has decided, of what each sees differently, such as its clock."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return decision
+    return bool(broadcast(torch.tensor(int(decision), device=state.device), from_process=0))
+
+
 @torch.no_grad()
 def same_on_all_ranks(model: PeftModel) -> None:
     """Broadcast the initialisation of the first process, so that all train the same model.

@@ -59,7 +59,7 @@ def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
-    assert result["schema"] == "glue-2" and not result["tiny"]
+    assert result["schema"] == "glue-3" and not result["tiny"]
     assert set(result["scores"]) == {"validation"} and result["scores"]["validation"]["count"] == 12
     assert len(result["loss_per_step"]) == 2 * 5 and len(result["seconds_per_epoch"]) == 2  # 80 examples in fives
     assert result["data"]["train"] == {
@@ -240,10 +240,10 @@ def test_other_content_is_neither_resumed_nor_handed_back(base, tmp_path, monkey
         ("scores", {"validation": {"accuracy": "all"}}, "it lacks scores.validation.count"),
         ("scores", 3, "scores is 3"),
         ("processes", 0, "processes is 0"),
-        ("loss_per_step", [1.0] * 3, "3 losses and 2 times are not those of 2 epochs"),
+        ("loss_per_step", [1.0] * 3, "3 losses and 2 times are not those of 10 steps, 5 an epoch"),
         ("data", {}, "it lacks data.train, data.validation"),
         ("config", {"task": "rte"}, "config: it lacks abm_batch_size"),
-        ("schema", "glue-1", "has schema 'glue-1', this version reads 'glue-2'"),
+        ("schema", "glue-2", "has schema 'glue-2', this version reads 'glue-3'"),
     ],
 )
 def test_a_field_of_a_result_that_is_no_good(finished, base, tmp_path, place, value, message):

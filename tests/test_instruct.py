@@ -17,11 +17,13 @@ pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("trl", reason="trl is not installed")
 
 import torch
+from helpers import INSTRUCT as SMALL
 from helpers import answer as answer_of
+from helpers import small_instruct as small
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 from abm_vision.runs import folder as files
 from abm_vision.runs.harness import Processes, Run, Session
@@ -33,44 +35,10 @@ from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.talk import mt_bench
 from nlp_ext.ranks import join
 
-SMALL = {
-    "data": "synthetic",
-    "rank": 2,
-    "abm_samples": 16,
-    "abm_steps": 2,
-    "epochs": 2,
-    "train_examples": 80,
-    "held_out": 10,
-    "samples": 1,
-    "new_tokens": 8,
-    "batch_size": 16,
-    "precision": "fp32",
-}
-
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A folder with a LLaMA of random weights and a tokeniser of bytes."""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=384,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    ByT5Tokenizer().save_pretrained(folder)
-    return folder
-
-
-def small(base, **settings):
-    return InstructConfig.make(**{**SMALL, "model": str(base), **settings})
+def base(llama):
+    return llama
 
 
 @pytest.fixture(scope="module")
@@ -285,7 +253,7 @@ def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
-    assert result["schema"] == "instruct-2" and result["processes"] == 1 and not result["tiny"]
+    assert result["schema"] == "instruct-3" and result["processes"] == 1 and not result["tiny"]
     assert len(result["loss_per_step"]) == 2 * 5
     assert result["data"]["train"]["conversations"] == 80 and result["data"]["held_out"]["conversations"] == 10
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

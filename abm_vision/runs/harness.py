@@ -46,6 +46,7 @@ class Session:
         reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
             until the same run is asked for in its own right.
         extras: names of `Harness.extras` that the finished run is to have as well.
+        save_minutes: after so many a run on text saves what it is resumed from, within an epoch, too.
         say: receives a line about every stage.
         log: receives every step's loss and learning rate (see `runs.log`).
     """
@@ -56,8 +57,13 @@ class Session:
     diagnose: bool = False
     reference_only: bool = False
     extras: tuple[str, ...] = ()
+    save_minutes: float = 10.0
     say: Say = silent
     log: Log | None = None
+
+    def __post_init__(self) -> None:
+        if not self.save_minutes > 0:
+            raise ValueError(f"save_minutes is {self.save_minutes}; it must be positive")
 
 
 class SessionOptions(TypedDict, total=False):
@@ -68,6 +74,7 @@ class SessionOptions(TypedDict, total=False):
     diagnose: bool
     reference_only: bool
     extras: tuple[str, ...]
+    save_minutes: float
     say: Say
     log: Log | None
 
@@ -183,11 +190,13 @@ class Checkpoint:
         notes: of its initialisation, a `records.Notes`.
         epoch: whole epochs that it has.
         state: the rest, for the harness that has saved it.
+        step: steps that it has, if they end within an epoch.
     """
 
     notes: dict[str, Any]
     epoch: int
     state: Any
+    step: int | None = None
 
 
 # ------------------------------------------------------------------------------------- what differs between modalities

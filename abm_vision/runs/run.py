@@ -28,8 +28,8 @@ from abm_vision.runs.settings import AdapterSettings
 def run(harness: Harness, config: AdapterSettings, session: Session) -> dict[str, Any]:
     """Adapt a pretrained model, score it once, and write everything into the run's folder.
 
-    A finished run is read, not repeated. An interrupted one is resumed after its last whole epoch, with the same
-    result, bit for bit on CPU.
+    A finished run is read, not repeated. An interrupted one is resumed from its last checkpoint, with the same result,
+    bit for bit on CPU.
 
     Args:
         harness: what differs between modalities.
@@ -75,7 +75,7 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
     run = harness.measure_pretrained(run)
     notes = _initialise(harness, run, checkpoint)
     if checkpoint:
-        run.session.say(f"resumed   after epoch {checkpoint.epoch} of {run.config.epochs}")
+        run.session.say(f"resumed   after {_place(checkpoint, run.config.epochs)}")
     progress = harness.train(run, notes, checkpoint)
     run.seconds["train"] = sum(progress.seconds)
     scored = harness.score(run, progress)
@@ -101,6 +101,12 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
         settings = harness.settings(result)
         files.write_adapter(run.folder, run.model, harness.card(result), state_dict=state_dict, **settings)
     return result
+
+
+def _place(checkpoint: Checkpoint, epochs: int) -> str:
+    if checkpoint.step is None:
+        return f"epoch {checkpoint.epoch} of {epochs}"
+    return f"step {checkpoint.step}, in epoch {checkpoint.epoch + 1} of {epochs}"
 
 
 def _prepare(harness: Harness, request: Request) -> Prepared:

@@ -219,7 +219,7 @@ def score(run: GlueRun, progress: Progress) -> dict[str, Any]:
     """The metrics of every validation split."""
     with run.stage("validation"):
         scores = {split.name: _score(run, split) for split in run.validation}
-    return {**run.recorded(), "scores": scores}
+    return {**run.recorded(), "steps_per_epoch": progress.steps_per_epoch, "scores": scores}
 
 
 def _score(run: GlueRun, split: Split) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from abm_vision.runs import commands
 from abm_vision.runs.cli import Parser, say
 from abm_vision.runs.commands import Command
 from nlp_ext.instruct.view import VIEW
+from nlp_ext.textview import add_flags
 
 
 def _talk_parser(name: str, description: str) -> Parser:
@@ -110,6 +111,7 @@ COMMANDS = commands.commands_of(
         "chat": Command(chat_parser, chat, "talk to an adapter"),
         "mt-bench": Command(mt_bench_parser, mt_bench, "answer its questions"),
     },
+    add_flags,
 )
 
 

@@ -31,7 +31,7 @@ from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import is_sharded, processes, text_device
 from nlp_ext.textrun import TextRun, adapt, adapter_settings, split_content, text_origin
-from nlp_ext.trainer import Progress, training_arguments
+from nlp_ext.trainer import Follow, Progress, training_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -183,7 +183,9 @@ def measure_pretrained(run: InstructRun) -> MeasuredRun:
 
 def train(run: MeasuredRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
     """Train to the end, with trl's trainer."""
-    return trainer.train(make_trainer(run), run, notes, checkpoint)
+    config = run.config
+    follow = Follow(partial(perplexity, run), config.eval_steps, config.keep == "best") if config.eval_steps else None
+    return trainer.train(make_trainer(run), run, notes, checkpoint, follow)
 
 
 def make_trainer(run: InstructRun) -> SFTTrainer:
@@ -212,8 +214,12 @@ def make_trainer(run: InstructRun) -> SFTTrainer:
 
 def score(run: MeasuredRun, progress: Progress) -> dict[str, Any]:
     """Perplexity after training; some prompts are answered, into a file."""
-    with run.stage("perplexity"):
-        after = perplexity(run, progress.model)
+    after = progress.perplexities.get(progress.kept_step)
+    if after is None:
+        with run.stage("perplexity"):
+            after = perplexity(run, progress.model)
+        if run.session.log:
+            run.session.log("val/perplexity", after, len(progress.losses))
     run.session.say(f"perplexity of held-out answers {run.before:.2f} before, {after:.2f} after")
     with run.stage("samples"):  # all processes hold a part of a sharded model
         samples = _samples(run) if run.processes.main or is_sharded(run.model) else []
@@ -221,7 +227,13 @@ def score(run: MeasuredRun, progress: Progress) -> dict[str, Any]:
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_atomically(run.folder / SAMPLES, lambda path: path.write_text(lines, encoding="utf-8"))
     found = {"before": run.before, "after": after, "conversations": run.held_out.conversations}
-    return {**run.recorded(), "perplexity": found}
+    return {
+        **run.recorded(),
+        "steps_per_epoch": progress.steps_per_epoch,
+        "perplexity": found,
+        "perplexity_per_step": {str(step): value for step, value in progress.perplexities.items()},
+        "best_step": progress.kept_step if run.config.keep == "best" else None,
+    }
 
 
 def _samples(run: InstructRun) -> list[dict[str, Any]]:
