@@ -57,7 +57,7 @@ def test_a_run_killed_within_an_epoch_resumes_there(t5, tmp_path, monkeypatch):
     assert resumed["seconds_per_epoch"][1] > kept["running"] > 0
 
 
-FOLLOWED = {"init": "kaiming", "train_examples": 96, "eval_steps": 2, "max_steps": 8, "lr": 1.0}  # 6 steps an epoch
+FOLLOWED = {"init": "kaiming", "train_examples": 96, "eval_steps": 2, "max_steps": 8, "lr": 0.3}  # 6 steps an epoch
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_measuring_changes_nothing_and_the_schedule_ends_with_the_steps(followed
     assert result["perplexity"] == followed[0]["perplexity"]
     assert rates["val/perplexity", 8] == result["perplexity"]["after"]
     # One of 8 steps is the warm-up (a share of .1), the cosine of the seven others ends at zero; rates before a step.
-    expected = [0.0] + [1.0 * (1 + math.cos(math.pi * k / 7)) / 2 for k in range(7)]
+    expected = [0.0] + [0.3 * (1 + math.cos(math.pi * k / 7)) / 2 for k in range(7)]
     assert [rates["train/lr", step] for step in range(1, 9)] == pytest.approx(expected)
 
 
@@ -101,7 +101,7 @@ def test_the_best_weights_are_kept_also_by_a_resumed_run(followed, llama, tmp_pa
     """The learning rate is so high that the last step is not the best."""
     values = followed[0]["perplexity_per_step"]
     best = min(values, key=values.get)
-    assert best != "8"
+    assert best == "2"
     config = small_instruct(llama, **FOLLOWED, keep="best")
     whole = instruct.run(config, tmp_path / "whole")
     assert whole["perplexity_per_step"] == values and whole["best_step"] == int(best)
