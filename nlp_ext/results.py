@@ -86,9 +86,10 @@ Base weights: {markdown(weights["location"])}{revision}{dequantised}{base}, sha2
 
 ```python
 from peft import PeftModel
-from transformers import {loader}
+from transformers import {loader}, AutoTokenizer
 {"from nlp_ext.models import model_folder" if made_here else ""}
 model = {loader}.from_pretrained({f"model_folder({name})" if made_here else name})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 {more}"""

@@ -19,8 +19,8 @@ from helpers import GLUE as SMALL
 from helpers import answer
 from helpers import small_glue as small
 from huggingface_hub import constants
-from peft import PeftModel
-from transformers import ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
+from peft import AutoPeftModelForSeq2SeqLM, PeftModel
+from transformers import AutoTokenizer, ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
 
 from nlp_ext import trainer
 from nlp_ext.glue import harness, run
@@ -97,6 +97,14 @@ def test_stock_peft_gives_the_same_predictions(finished, base):
         right += label == example["label"]
     scores = result["scores"]["validation"]
     assert (scores["accuracy"], scores["invalid"]) == (pytest.approx(right / 12), invalid)
+
+
+def test_a_t5_adapter_is_one_for_sequence_to_sequence(finished):
+    folder = Path(finished[0]["folder"]) / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    inputs = AutoTokenizer.from_pretrained(folder)("rte sentence1: a", return_tensors="pt")
+    model = AutoPeftModelForSeq2SeqLM.from_pretrained(folder)
+    assert model.generate(**inputs, max_new_tokens=2).shape == (1, 3)
 
 
 @pytest.mark.slow

@@ -214,6 +214,10 @@ def _unread(config: AdapterSettings) -> list[partial[Any]]:
     return []
 
 
+def _nothing_beside(run: Prepared, folder: Path) -> None:
+    """The adapter needs no other files."""
+
+
 def _unmeasured(run: Prepared) -> Prepared:
     return run
 
@@ -239,6 +243,7 @@ class Harness:
         card: the adapter's model card.
         next_steps: what a user can do with a finished run, in lines; none by default.
         settings: what `abm.json` says of the adapter besides.
+        beside_adapter: writes what else belongs into the adapter's folder, which it is given.
         leaves: other files that a run leaves.
         extras: file or folder to what makes it of a finished run (see `Session.extras`).
         measure_pretrained: the run with what was measured of the pretrained model, before the adapter is initialised.
@@ -285,6 +290,7 @@ class Harness:
     card: Callable[[dict[str, Any]], str]
     settings: Callable[[dict[str, Any]], dict[str, Any]]
     data: Callable[[AdapterSettings], list[partial[Any]]] = _unread
+    beside_adapter: Callable[[Prepared, Path], None] = _nothing_beside
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
     measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured

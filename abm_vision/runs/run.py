@@ -99,7 +99,8 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
     state_dict = run.processes.gather(run.model)  # which all of them must call
     if run.processes.main:
         settings = harness.settings(result)
-        files.write_adapter(run.folder, run.model, harness.card(result), state_dict=state_dict, **settings)
+        more = partial(harness.beside_adapter, run)
+        files.write_adapter(run.folder, run.model, harness.card(result), more, state_dict=state_dict, **settings)
     return result
 
 
