@@ -76,9 +76,23 @@ def make(name: str, work: Sequence[Work], options: argparse.Namespace) -> None:
             one = part[config]
             if outcome.state == "failed" and not outcome.diverged:
                 raise RuntimeError(f"{one.key}: {outcome.reason}")
-            found = kind[0].kept.read(session.out / config.run_name()) if outcome.state == "done" else {}
-            ledger.append({"key": one.key, "diverged": outcome.diverged, **slim(found)})
+            folder = session.out / config.run_name()
+            found = kind[0].kept.read(folder) if outcome.state == "done" else {}
+            ledger.append({"key": one.key, "diverged": outcome.diverged, **slim(found), **accuracy(folder)})
             print(json.dumps(ledger.records[-1] | {"loss_per_step": None, "environment": None}), flush=True)
+
+
+def accuracy(folder: Path) -> dict[str, float]:
+    """The share of a text run's greedy answers that are the expected ones, before and after training."""
+    path = folder / "samples.jsonl"
+    samples = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    if not samples:
+        return {}
+
+    def share(name: str) -> float:
+        return sum(s[name].strip().rstrip(".").lower() == s["expected"] for s in samples) / len(samples)
+
+    return {"accuracy": share("answer"), "accuracy_before": share("before")}
 
 
 def slim(result: Mapping[str, Any]) -> dict[str, Any]:

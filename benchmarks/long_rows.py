@@ -1,4 +1,4 @@
-"""peft's default with the rows of A four times as long, as an initialisation: how much of a lead is their length alone."""
+"""peft's default with the rows of A four times as long: how much of a lead is their length alone."""
 
 from abm_vision.initializers import InitConfig, Initializer, Needs, Properties, register_initializer
 

@@ -76,7 +76,7 @@ def rows(archive: Path) -> Iterator[dict[str, str]]:
     with zipfile.ZipFile(archive) as outer:
         inner = next(name for name in outer.namelist() if name.endswith("hutto_ICWSM_2014.tar.gz"))
         with tarfile.open(fileobj=BytesIO(outer.read(inner))) as tar:
-            text = tar.extractfile(FILE).read().decode("latin-1")
+            text = tar.extractfile(FILE).read().decode("utf-8")
     for line in text.splitlines():
         _, valence, *_, snippet = line.split("\t")
         if abs(float(valence)) > 0.5:

@@ -21,7 +21,7 @@ from abm_vision.vit import VIT
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TINY = ("vit_tiny_patch16_224", 32, "none")
-SCRIPTS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"made_up", "ddp", "own_images", "noise"})
+SCRIPTS = sorted({path.stem for path in EXAMPLES.glob("*.py")} - {"made_up", "ddp", "own_images", "noise", "trl_sft"})
 
 
 def tiny(**options):

@@ -52,6 +52,26 @@ def flags(settings):
     return [f"--{k.replace('_', '-')}={v}" for k, v in settings.items()]
 
 
+# The spine's own trainer in somebody else's hands
+
+
+def test_the_example_with_trl(base, tmp_path, monkeypatch):
+    """Stock peft reads the adapter, whose boundaries were matched before training."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))
+    import trl_sft
+
+    model = tmp_path / "model"
+    shutil.copytree(base, model)
+    tokenizer = ByT5Tokenizer.from_pretrained(model)
+    tokenizer.chat_template = data.TEMPLATE
+    tokenizer.save_pretrained(model)
+    assert math.isfinite(trl_sft.main(str(model), steps=2, out=str(tmp_path / "adapter")))
+    tuned = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    factors = [p for n, p in tuned.named_parameters() if "lora_B" in n]
+    assert len(factors) == 14 and all(p.abs().max() > 0 for p in factors)
+    assert json.loads((tmp_path / "adapter" / "abm.json").read_text())["report"]["samples"] > 0
+
+
 # Conversations and labels
 
 
