@@ -9,8 +9,10 @@ import pytest
 pytest.importorskip("datasets", reason="datasets is not installed")
 pytest.importorskip("trl", reason="trl is not installed")
 
-from helpers import small_glue, small_instruct
+from helpers import answer, small_glue, small_instruct
 
+from abm_vision.analysis.stats import epochs_to
+from abm_vision.runs import epochs
 from abm_vision.runs.harness import Session
 from nlp_ext import glue, instruct, trainer
 from nlp_ext.instruct.__main__ import main as instruct_main
@@ -110,6 +112,40 @@ def test_the_best_weights_are_kept_also_by_a_resumed_run(followed, llama, tmp_pa
     resumed = instruct.run(config, tmp_path / "killed")
     assert resumed["perplexity_per_step"] == values and adapter_of(resumed) == adapter_of(whole)
     assert adapter_of(resumed) != adapter_of(followed[0])
+
+
+def test_a_part_of_an_epoch_in_a_comparison(followed, llama, capsys):
+    """Its curve has a point at the middle of the part, and seconds are those of whole epochs."""
+    result = followed[0]
+    assert list(epochs.middles(result)) == pytest.approx([0.5, (1 + 8 / 6) / 2])
+    losses, (first, part) = result["loss_per_step"], result["seconds_per_epoch"]
+    assert list(epochs.mean_losses(result)) == pytest.approx([sum(losses[:6]) / 6, sum(losses[6:]) / 2])
+    assert epochs.seconds(result) == pytest.approx((first + 3 * part) / 2)
+    assert epochs_to([result], -1.0) is None and epochs_to([result], 1e9) == 1.0
+    out = Path(result["folder"]).parent
+    instruct.run(small_instruct(llama, **{**FOLLOWED, "init": "gaussian"}), out)
+    assert answer(["compare", out, f"--report={out}", "--quiet"], capsys, instruct_main)[0] == 0
+    assert (out / "compare.png").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"packing": True, "batch_size": 2, "length": 192},
+        {"checkpointing": True, "accumulation": 2, "batch_size": 8, "dropout": 0.2},
+        {"init": "pissa", "precision": "bf16"},
+    ],
+)
+def test_every_kind_of_training_resumes_within_an_epoch(llama, tmp_path, monkeypatch, settings):
+    config = small_instruct(llama, **settings)
+    whole = instruct.run(config, tmp_path / "whole")
+    step = whole["steps_per_epoch"] + 2
+    killed_in(step, instruct.run, config, tmp_path / "killed", monkeypatch)
+    lines = []
+    resumed = instruct.run(config, tmp_path / "killed", say=lines.append)
+    assert f"resumed   after step {step}, in epoch 2 of 2" in lines
+    assert resumed["loss_per_step"] == whole["loss_per_step"] and adapter_of(resumed) == adapter_of(whole)
 
 
 def test_of_several_best_steps_the_last():
