@@ -13,6 +13,7 @@ from helpers import answer, small_glue, small_instruct
 
 from abm_vision.analysis.stats import epochs_to
 from abm_vision.runs import epochs
+from abm_vision.runs.figures import draw_training
 from abm_vision.runs.harness import Session
 from nlp_ext import glue, instruct, trainer
 from nlp_ext.instruct.__main__ import main as instruct_main
@@ -40,18 +41,21 @@ def adapter_of(result):
 
 
 def test_a_run_killed_within_an_epoch_resumes_there(t5, tmp_path, monkeypatch):
-    """Dropout is drawn as in the whole run, too; the seconds of the epoch's first part are kept."""
-    config = small_glue(t5, init="kaiming", dropout=0.2, validation_examples=2)
+    """Dropout is drawn as in the whole run, too; the seconds of the epoch's first part are kept.
+
+    A bound beyond all epochs, of 3 steps each, changes nothing.
+    """
+    config = small_glue(t5, init="kaiming", dropout=0.2, train_examples=48, validation_examples=2, max_steps=99)
     whole = glue.run(config, tmp_path / "whole")
-    killed_in(7, glue.run, config, tmp_path / "killed", monkeypatch)
-    kept = json.loads(next(tmp_path.glob("killed/*/checkpoints/checkpoint-7/progress.json")).read_text())
+    killed_in(5, glue.run, config, tmp_path / "killed", monkeypatch)
+    kept = json.loads(next(tmp_path.glob("killed/*/checkpoints/checkpoint-5/progress.json")).read_text())
     seen, lines = [], []
     monkeypatch.setattr(
         trainer.Progress, "on_step_end", lambda self, args, state, *rest, **more: seen.append(state.global_step)
     )
     resumed = glue.run(config, tmp_path / "killed", say=lines.append)
-    assert seen == [8, 9, 10]
-    assert "resumed   after step 7, in epoch 2 of 2" in lines
+    assert seen == [6]
+    assert "resumed   after step 5, in epoch 2 of 2" in lines
     assert [line[:14] for line in lines if line.startswith("epoch")] == ["epoch   2 loss"]
     assert resumed["loss_per_step"] == whole["loss_per_step"] and resumed["scores"] == whole["scores"]
     assert adapter_of(resumed) == adapter_of(whole)
@@ -99,6 +103,7 @@ def test_measuring_changes_nothing_and_the_schedule_ends_with_the_steps(followed
     assert [rates["train/lr", step] for step in range(1, 9)] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_kept_also_by_a_resumed_run(followed, llama, tmp_path, monkeypatch):
     """The learning rate is so high that the last step is not the best."""
     values = followed[0]["perplexity_per_step"]
@@ -114,6 +119,7 @@ def test_the_best_weights_are_kept_also_by_a_resumed_run(followed, llama, tmp_pa
     assert adapter_of(resumed) != adapter_of(followed[0])
 
 
+@pytest.mark.slow
 def test_a_part_of_an_epoch_in_a_comparison(followed, llama, capsys):
     """Its curve has a point at the middle of the part, and seconds are those of whole epochs."""
     result = followed[0]
@@ -125,7 +131,14 @@ def test_a_part_of_an_epoch_in_a_comparison(followed, llama, capsys):
     out = Path(result["folder"]).parent
     instruct.run(small_instruct(llama, **{**FOLLOWED, "init": "gaussian"}), out)
     assert answer(["compare", out, f"--report={out}", "--quiet"], capsys, instruct_main)[0] == 0
-    assert (out / "compare.png").is_file()
+    assert (out / "compare.png").is_file() and "2 epochs (8 steps at most)" in (out / "compare.md").read_text()
+
+
+def test_a_picture_of_a_small_part_of_an_epoch(followed):
+    result = {**followed[0], "steps_per_epoch": 100}
+    axes, right = draw_training(result, "title").axes
+    assert axes.get_xlim() == pytest.approx((0, 0.084)) and list(right.lines[0].get_xdata()) == [0.02, 0.04, 0.06, 0.08]
+    assert axes.get_title().startswith("llama0, LoRA r = 2")
 
 
 @pytest.mark.slow
@@ -150,14 +163,6 @@ def test_every_kind_of_training_resumes_within_an_epoch(llama, tmp_path, monkeyp
 
 def test_of_several_best_steps_the_last():
     assert trainer.best_step({2: 3.0, 4: 2.0, 6: 2.0, 8: 4.0}) == 6
-
-
-def test_a_bound_beyond_the_epochs_changes_nothing(t5, tmp_path):
-    whole, bounded = (
-        glue.run(small_glue(t5, init="kaiming", epochs=1, validation_examples=2, max_steps=n), tmp_path)
-        for n in (0, 99)
-    )
-    assert whole["loss_per_step"] == bounded["loss_per_step"] and len(whole["loss_per_step"]) == 5
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,7 +37,8 @@ def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     axes.set(ylabel="training loss (cross-entropy)")
     epochs_axis(axes)
     axes.set_title(
-        f"{config['model'].split('.')[0]}, LoRA r = {config['rank']}, initialisation: {config['init']}", fontsize=10
+        f"{Path(config['model']).name.split('.')[0]}, LoRA r = {config['rank']}, initialisation: {config['init']}",
+        fontsize=10,
     )
     plain_log(axes)
     tidy(axes)
