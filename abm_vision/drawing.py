@@ -62,9 +62,11 @@ def tidy(axes: Axes) -> None:
 
 
 def epochs_axis(axes: Axes) -> None:
-    """From 0 to the end of the last epoch that is drawn, with ticks at whole ones."""
-    axes.set(xlabel="epoch", xlim=(0, np.ceil(axes.dataLim.xmax) + 0.1))
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    """From 0 to the end of the last epoch that is drawn, with ticks at whole ones; of a small part to its end."""
+    last = axes.dataLim.xmax
+    whole = last >= 0.5  # where the mean of a single epoch is drawn
+    axes.set(xlabel="epoch", xlim=(0, np.ceil(last) + 0.1 if whole else 1.05 * last))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
 
 
 def plain_log(axes: Axes) -> None:

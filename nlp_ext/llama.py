@@ -59,4 +59,5 @@ LLAMA = Backbone(
     forward_fn=batches.forward,
     loss_fn=batches.loss,
     token_mask_fn=batches.real_tokens,
+    task_type=lambda model: "CAUSAL_LM" if hasattr(model, "lm_head") else None,
 )

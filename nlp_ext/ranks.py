@@ -19,12 +19,22 @@ from abm_vision.runs.harness import Processes
 from abm_vision.runs.settings import AdapterSettings
 
 
+def refuse_deepspeed() -> None:
+    """Raise a ValueError if the launcher has configured DeepSpeed."""
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise ValueError(
+            "DeepSpeed is configured, whose engine wraps the model so that its adapter can be neither shared nor "
+            "gathered here: launch with accelerate launch --multi_gpu, or with --use_fsdp --fsdp_version 2 to shard"
+        )
+
+
 def join(cpu: bool) -> PartialState:
     """Join the processes of the run; without a launcher there is only this one.
 
     Raises:
-        ValueError: FSDP of the first version is configured.
+        ValueError: DeepSpeed, or FSDP of the first version, is configured.
     """
+    refuse_deepspeed()
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION", "1") != "2":
             raise ValueError("FSDP is of version 1, which hides LoRA's weights: accelerate launch --fsdp_version 2")
@@ -34,7 +44,13 @@ def join(cpu: bool) -> PartialState:
 
 
 def processes(config: AdapterSettings) -> Processes:
-    """Those of a run, as the spine takes them; this one has joined the others."""
+    """Those of a run, as the spine takes them; this one has joined the others.
+
+    Raises:
+        ValueError: as `join`, or the best weights are to be kept of a model that FSDP will shard.
+    """
+    if parse_flag_from_env("ACCELERATE_USE_FSDP") and getattr(config, "keep", "last") == "best":
+        raise ValueError("keep is best, but FSDP shards the model: --keep last")
     state = join(cpu=resolve_device(config.device).type == "cpu")
     return Processes(
         state.is_main_process, state.num_processes, state.wait_for_everyone, same_on_all_ranks, whole_state
@@ -61,8 +77,9 @@ def text_device(name: str) -> torch.device:
     """Return this process's device: the Trainer uses the first visible GPU, or one GPU per process.
 
     Raises:
-        ValueError: another GPU is named, which the Trainer would not use.
+        ValueError: another GPU is named, which the Trainer would not use; or DeepSpeed is configured.
     """
+    refuse_deepspeed()
     device = resolve_device(name)
     if device.type != "cuda":
         return device
@@ -70,6 +87,14 @@ def text_device(name: str) -> torch.device:
         raise ValueError(f"device is {name!r}; choose a GPU by CUDA_VISIBLE_DEVICES={device.index} and --device cuda")
     state = PartialState()
     return state.device if state.num_processes > 1 else device
+
+
+def as_the_first(decision: bool) -> bool:
+    """Return what the first process has decided, of what each sees differently, such as its clock."""
+    state = PartialState()
+    if state.num_processes == 1:
+        return decision
+    return bool(broadcast(torch.tensor(int(decision), device=state.device), from_process=0))
 
 
 @torch.no_grad()

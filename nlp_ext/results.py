@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from pydantic import model_validator
 
 from abm_vision.abm.arguments import count
 from abm_vision.runs.markup import code, markdown, quoted
@@ -28,6 +31,17 @@ class TextResult(Result):
     weights: Weights
     tiny: bool
     processes: Positive
+    steps_per_epoch: Positive
+
+    @model_validator(mode="after")
+    def _whole_epochs(self) -> TextResult:
+        """But for the last, where the steps are bounded."""
+        whole = self.steps_per_epoch * self.config["epochs"]
+        steps = min(self.config["max_steps"] or whole, whole)
+        if (len(self.loss_per_step), len(self.seconds_per_epoch)) != (steps, -(-steps // self.steps_per_epoch)):
+            found = f"{len(self.loss_per_step)} losses and {len(self.seconds_per_epoch)} times"
+            raise ValueError(f"{found} are not those of {steps} steps, {self.steps_per_epoch} an epoch")
+        return self
 
 
 def marks(result: dict[str, Any]) -> str:
@@ -53,25 +67,29 @@ def model_card(
     hub = f"base_model: {quoted(config['model'])}\n" if weights["revision"] else ""
     made_here = tiny or weights["dequantised"] is not None
     name = quoted(config["model"])
+    called = config["model"] if weights["revision"] else Path(config["model"]).name
+    steps, epochs = len(result["loss_per_step"]), count(config["epochs"], "epoch")
+    trained = count(steps, "step") if steps == config["max_steps"] else epochs
     revision = f" at {markdown(weights['revision'])}" if weights["revision"] else ""
     dequantised = f", dequantised from {markdown(weights['dequantised'])}" if weights["dequantised"] else ""
     return f"""---
 library_name: peft
 {hub}tags: [lora, abm-lora, {tag}]
 ---
-# {markdown(config["model"])}, {title}
+# {markdown(called)}, {title}
 
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}), initialised by {code(config["init"])}.
-Trained for {count(config["epochs"], "epoch")} on {training}
+Trained for {trained} on {training}
 {_STAND_IN if tiny else ""}
 Base weights: {markdown(weights["location"])}{revision}{dequantised}{base}, sha256
 {weights["sha256"]}.
 
 ```python
 from peft import PeftModel
-from transformers import {loader}
+from transformers import {loader}, AutoTokenizer
 {"from nlp_ext.models import model_folder" if made_here else ""}
 model = {loader}.from_pretrained({f"model_folder({name})" if made_here else name})
 model = PeftModel.from_pretrained(model, "path/to/this/folder").eval()
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 ```
 {more}"""

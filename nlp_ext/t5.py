@@ -77,4 +77,5 @@ T5 = Backbone(
     loss_fn=batches.loss,
     token_mask_fn=_real_tokens,
     input_stack=_input_stack,
+    task_type=lambda model: "SEQ_2_SEQ_LM" if hasattr(model, "lm_head") else None,
 )

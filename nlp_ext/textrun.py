@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -132,6 +133,11 @@ def adapt(
         )
         check_adapters(evaluate(adapted), made.batch(rows[:2]))
     return made
+
+
+def save_tokenizer(run: TextRun, folder: Path) -> None:
+    """Write the tokeniser, and the chat template that made the tokens, where `AutoTokenizer` finds them."""
+    run.tokenizer.save_pretrained(folder)
 
 
 def adapter_settings(result: dict[str, Any], kept: Sequence[str], score: str) -> dict[str, Any]:

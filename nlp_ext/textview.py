@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from abm_vision.runs.cli import Parser
 from abm_vision.runs.view import Kind, Mean
 
 ASKED = ("data",)  # a folder or a name; the content is in the result's origin
@@ -24,6 +25,12 @@ def kind(result: dict[str, Any]) -> str:
 def content(result: dict[str, Any]) -> dict[str, Any]:
     """Hashes of all examples and of the code that makes tokens of them."""
     return {name: value for name, value in result["origin"].items() if name.endswith(" data") or name == "encoding"}
+
+
+def add_flags(flags: Parser) -> None:
+    """Flags of a run on text that do not change its result."""
+    text = "save what an interrupted run is resumed from after so many minutes, and after every epoch (default: 10)"
+    flags.add_argument("--save-minutes", type=float, default=10.0, help=text)
 
 
 def circumstances(result: dict[str, Any]) -> dict[str, Any]:

@@ -130,6 +130,29 @@ def t5(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """A folder with a LLaMA of random weights and ByT5's tokeniser."""
+    from transformers import ByT5Tokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=512,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    ByT5Tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def vit_run(tmp_path_factory):
     """A finished run on images, to be read alone: configuration, results folder, what it returned."""
     from abm_vision.vtab import make_config, run

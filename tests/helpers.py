@@ -21,6 +21,7 @@ from abm_vision.runs import checkpoint
 from abm_vision.vtab import make_config, run
 from abm_vision.vtab.__main__ import main
 from nlp_ext.glue.config import GlueConfig
+from nlp_ext.instruct.config import InstructConfig
 
 ACTS = [f"blocks.{i}.mlp.act" for i in range(6)]
 FAST = ABMConfig(steps=3, samples=8, learning_rate=0.01)
@@ -34,6 +35,19 @@ GLUE = {  # settings of a run on `t5` that takes seconds
     "epochs": 2,
     "train_examples": 80,
     "validation_examples": 12,
+    "batch_size": 16,
+    "precision": "fp32",
+}
+INSTRUCT = {  # the same on `llama`
+    "data": "synthetic",
+    "rank": 2,
+    "abm_samples": 16,
+    "abm_steps": 2,
+    "epochs": 2,
+    "train_examples": 80,
+    "held_out": 10,
+    "samples": 1,
+    "new_tokens": 8,
     "batch_size": 16,
     "precision": "fp32",
 }
@@ -192,6 +206,10 @@ def break_off(config, out, monkeypatch):
 
 def small_glue(base, **settings):
     return GlueConfig.make(**{**GLUE, "model": str(base), **settings})
+
+
+def small_instruct(base, **settings):
+    return InstructConfig.make(**{**INSTRUCT, "model": str(base), **settings})
 
 
 def start(*words):

@@ -59,7 +59,7 @@ def test_killed_and_interrupted_runs_go_on(tmp_path, capsys, unbroken, how, code
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "Traceback" not in err and ("resumes after the last whole epoch" in err) is (how != signal.SIGKILL)
+    assert "Traceback" not in err and ("resumes from its last checkpoint" in err) is (how != signal.SIGKILL)
     (folder,) = tmp_path.iterdir()
     assert {p.name for p in folder.iterdir() if p.name[0] != "."} == {"config.json", "checkpoint.pt"}
     code, out, err = answer([*words, "--out", tmp_path], capsys)

@@ -19,8 +19,8 @@ from helpers import GLUE as SMALL
 from helpers import answer
 from helpers import small_glue as small
 from huggingface_hub import constants
-from peft import PeftModel
-from transformers import ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
+from peft import AutoPeftModelForSeq2SeqLM, PeftModel
+from transformers import AutoTokenizer, ByT5Tokenizer, T5EncoderModel, T5ForConditionalGeneration
 
 from nlp_ext import trainer
 from nlp_ext.glue import harness, run
@@ -59,7 +59,7 @@ def test_result_says_everything(finished, base):
     result, lines, _ = finished
     folder = Path(result["folder"])
     assert json.loads((folder / "result.json").read_text()) == {k: v for k, v in result.items() if k != "folder"}
-    assert result["schema"] == "glue-2" and not result["tiny"]
+    assert result["schema"] == "glue-3" and not result["tiny"]
     assert set(result["scores"]) == {"validation"} and result["scores"]["validation"]["count"] == 12
     assert len(result["loss_per_step"]) == 2 * 5 and len(result["seconds_per_epoch"]) == 2  # 80 examples in fives
     assert result["data"]["train"] == {
@@ -97,6 +97,14 @@ def test_stock_peft_gives_the_same_predictions(finished, base):
         right += label == example["label"]
     scores = result["scores"]["validation"]
     assert (scores["accuracy"], scores["invalid"]) == (pytest.approx(right / 12), invalid)
+
+
+def test_a_t5_adapter_is_one_for_sequence_to_sequence(finished):
+    folder = Path(finished[0]["folder"]) / "adapter"
+    assert json.loads((folder / "adapter_config.json").read_text())["task_type"] == "SEQ_2_SEQ_LM"
+    inputs = AutoTokenizer.from_pretrained(folder)("rte sentence1: a", return_tensors="pt")
+    model = AutoPeftModelForSeq2SeqLM.from_pretrained(folder)
+    assert model.generate(**inputs, max_new_tokens=2).shape == (1, 3)
 
 
 @pytest.mark.slow
@@ -240,10 +248,10 @@ def test_other_content_is_neither_resumed_nor_handed_back(base, tmp_path, monkey
         ("scores", {"validation": {"accuracy": "all"}}, "it lacks scores.validation.count"),
         ("scores", 3, "scores is 3"),
         ("processes", 0, "processes is 0"),
-        ("loss_per_step", [1.0] * 3, "3 losses and 2 times are not those of 2 epochs"),
+        ("loss_per_step", [1.0] * 3, "3 losses and 2 times are not those of 10 steps, 5 an epoch"),
         ("data", {}, "it lacks data.train, data.validation"),
         ("config", {"task": "rte"}, "config: it lacks abm_batch_size"),
-        ("schema", "glue-1", "has schema 'glue-1', this version reads 'glue-2'"),
+        ("schema", "glue-2", "has schema 'glue-2', this version reads 'glue-3'"),
     ],
 )
 def test_a_field_of_a_result_that_is_no_good(finished, base, tmp_path, place, value, message):

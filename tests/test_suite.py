@@ -393,7 +393,7 @@ def test_no_process_outlives_a_suite(tmp_path, how, code):
     (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
     err = process.communicate(timeout=60)[1]  # ends when the last process has closed it
     assert process.returncode == code and "Traceback" not in err
-    assert ("resumes after the last whole epoch" in err) is (how != signal.SIGKILL)
+    assert ("resumes from its last checkpoint" in err) is (how != signal.SIGKILL)
     for folder in tmp_path.glob("*/"):
         assert not files.is_locked(folder) and not (folder / "result.json").exists()
 

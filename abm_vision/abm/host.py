@@ -59,6 +59,8 @@ class Backbone:
             `hub` in it is the base model's name on the hub.
         card: (what `abm.json` says, the model, Markdown on data and results) to the adapter's model card; None leaves
             peft's.
+        task_type: the model to peft's name of what it is for ("CAUSAL_LM"), which the Auto classes of peft need in an
+            adapter's file; None where it has none.
         build: (an adapter's folder, weights or None) to the model that it is for; None where that is not known.
     """
 
@@ -76,6 +78,7 @@ class Backbone:
     prepare: Callable[[nn.Module, list[str]], None] = lambda model, adapted: None
     describe: Callable[[nn.Module, Mapping[str, Any]], dict[str, Any]] = lambda model, given: dict(given)
     card: Callable[[Mapping[str, Any], nn.Module, str], str] | None = None
+    task_type: Callable[[nn.Module], str | None] = lambda model: None
     build: Callable[[Path, str | None], nn.Module] | None = None
 
     def input_mask(self, batch: Any, name: str) -> Tensor | None:

@@ -112,6 +112,8 @@ def add_lora(
             model.add_adapter(adapter_name, config, low_cpu_mem_usage=on_meta)
         else:
             model = get_peft_model(model, config, adapter_name=adapter_name, low_cpu_mem_usage=on_meta)
+        # Only now: a file needs it, while peft would wrap the model in a class of its own.
+        model.peft_config[adapter_name].task_type = backbone.task_type(bare)
         settle_modes(model, adapter_name)
         restrict_to_blocks(model, adapter_name, blocks)
     return guard(model)

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from abm_vision.abm.arguments import count
 from abm_vision.analysis import stats
 from abm_vision.analysis.comparable import check_seeds, common_settings
 from abm_vision.analysis.tables import Table, csv_table, markdown_table, plain_table, write_texts
@@ -258,9 +259,10 @@ def records(comparison: Comparison) -> list[dict[str, Any]]:
 
 def _legend(comparison: Comparison) -> str:
     s = comparison.settings
+    most = f" ({count(s['max_steps'], 'step')} at most)" if s.get("max_steps") else ""
     difference = "gain" if comparison.view.score.higher else "difference"
     return (
-        f"{comparison.view.model(s)}, rank {s['rank']} on {s['targets']}, {s['epochs']} epochs, {s['device']}. "
+        f"{comparison.view.model(s)}, rank {s['rank']} on {s['targets']}, {s['epochs']} epochs{most}, {s['device']}. "
         "Every initialisation at the learning rate with its lowest training loss (mean over all steps). Ratio and "
         f"{difference} are to {BASELINE}, paired by seed, with a bootstrap interval over the seeds (of three seeds: "
         "their range); ± is the standard error."

@@ -17,6 +17,7 @@ from abm_vision.analysis.compare import Comparison, Row
 from abm_vision.analysis.sections import Section
 from abm_vision.analysis.stats import epoch_losses, seconds_before
 from abm_vision.drawing import OKABE_ITO, by_depth, epochs_axis, heat_map, plain_log, shown, tidy
+from abm_vision.runs import epochs as by_epoch
 from abm_vision.runs.view import Result, Score, stand_in
 
 
@@ -35,8 +36,7 @@ def _draw_band(axes: Axes, x: np.ndarray, values: np.ndarray, colour: Any, label
 
 def _losses(runs: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
     """The middle of every epoch, and its mean training loss: (runs, epochs)."""
-    losses = epoch_losses(runs)
-    return np.arange(losses.shape[1]) + 0.5, losses
+    return by_epoch.middles(runs[0]), epoch_losses(runs)
 
 
 # ----------------------------------------------------------------------------------------------------- a comparison
@@ -96,7 +96,7 @@ def _scores_by(axes: Axes, lines: Sequence[Line], score: Score, seconds: bool) -
     def followed(runs: Sequence[Result]) -> tuple[np.ndarray, np.ndarray]:
         epochs = [*score.followed(runs[0])]
         values = [[score.scale * score.followed(run)[epoch] for epoch in epochs] for run in runs]
-        return np.array([*map(int, epochs)]), np.array(values)
+        return np.array([*map(float, epochs)]), np.array(values)
 
     _draw_curves(axes, lines, followed, seconds)
     axes.set(ylabel=score.label)
@@ -121,7 +121,7 @@ def _draw_curves(
 
 def _seconds(runs: Sequence[Result], epochs: np.ndarray) -> np.ndarray:
     """What the initialisation and so many epochs take, mean over runs."""
-    return np.mean([*map(seconds_before, runs)]) + np.mean([np.median(r["seconds_per_epoch"]) for r in runs]) * epochs
+    return np.mean([*map(seconds_before, runs)]) + np.mean([*map(by_epoch.seconds, runs)]) * epochs
 
 
 def _final_scores(axes: Axes, lines: Sequence[Line], score: Score) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from abm_vision.runs import epochs as by_epoch
+
 RESAMPLES = 10_000
 
 
@@ -19,7 +21,7 @@ def training_loss(result: dict[str, Any]) -> float:
 def delayed_training_loss(result: dict[str, Any], epochs: float) -> float:
     """The same when training begins so many epochs late: the first step's loss until then, and the end cut off."""
     losses = np.array(result["loss_per_step"])
-    late = min(len(losses), epochs * len(losses) / result["config"]["epochs"])  # steps, a fraction at the end
+    late = min(len(losses), epochs * by_epoch.steps_per_epoch(result))  # steps, a fraction at the end
     whole = len(losses) - int(np.ceil(late))
     rest = len(losses) - late - whole  # of the step that is only partly run
     total = late * losses[0] + losses[:whole].sum() + (rest * losses[whole] if rest else 0.0)
@@ -35,12 +37,12 @@ def cost(result: dict[str, Any]) -> float | None:
     """The same in median training epochs of the run; None where the cost of a given reference is not known."""
     if result["reference"] and result["reference"]["seconds"] is None:
         return None
-    return seconds_before(result) / float(np.median(result["seconds_per_epoch"]))
+    return seconds_before(result) / by_epoch.seconds(result)
 
 
 def epoch_losses(runs: Sequence[dict[str, Any]]) -> np.ndarray:
     """Mean training loss of every epoch: (runs, epochs)."""
-    return np.array([np.reshape(r["loss_per_step"], (r["config"]["epochs"], -1)).mean(1) for r in runs])
+    return np.array([by_epoch.mean_losses(r) for r in runs])
 
 
 def epochs_to(runs: Sequence[dict[str, Any]], target: float) -> float | None:
@@ -50,7 +52,10 @@ def epochs_to(runs: Sequence[dict[str, Any]], target: float) -> float | None:
     if not len(below):
         return None
     k = int(below[0])
-    return 1.0 if k == 0 else float(k + (curve[k - 1] - target) / (curve[k - 1] - curve[k]))
+    after = by_epoch.ends(runs[0])
+    if k == 0:
+        return float(after[0])
+    return float(np.interp(-target, -curve[k - 1 : k + 1], after[k - 1 : k + 1]))
 
 
 def deviation(values: Sequence[float] | np.ndarray) -> float | None:

@@ -158,7 +158,7 @@ def run_guarded(program: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except KeyboardInterrupt as stop:
-        code = _stopped(program, stop, "; the same command resumes after the last whole epoch")
+        code = _stopped(program, stop, "; the same command resumes from its last checkpoint")
         raise SystemExit(code) from None
 
 

@@ -178,7 +178,7 @@ def on_ray(cpus: float = 1, gpus: float = 0, address: str | None = None) -> Exec
             f"a run is to take {cpus:g} CPU and {gpus:g} GPU, and no node of the Ray cluster has as much ({largest})"
         )
 
-    # A lost node's lock is free, and its run is resumed after the last whole epoch.
+    # A lost node's lock is free, and its run is resumed from the last checkpoint.
     @ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=5)
     def remote(config: AdapterSettings, harness: Harness, session: Session) -> Outcome:
         torch.set_num_threads(max(1, int(cpus)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from abm_vision.drawing import BLUE, GREEN, GREY, ORANGE, by_depth, epochs_axis, heat_map, plain_log, shown, tidy
+from abm_vision.runs import epochs as by_epoch
 from abm_vision.runs.view import stand_in
 
 
@@ -26,31 +28,40 @@ def draw_training(result: dict[str, Any], title: str) -> Figure:
 
 def _draw_losses(axes: Axes, result: dict[str, Any]) -> None:
     losses = np.array(result["loss_per_step"])
-    steps = len(losses) // result["config"]["epochs"]
+    steps = by_epoch.steps_per_epoch(result)
     epochs = np.arange(1, len(losses) + 1) / steps
     axes.semilogy(epochs, losses, color=BLUE, alpha=0.3, linewidth=1, label="each step")
-    means = losses.reshape(-1, steps).mean(1)
-    axes.semilogy(np.arange(len(means)) + 0.5, means, "o-", color=BLUE, markersize=4, label="mean of the epoch")
+    means = by_epoch.mean_losses(result)
+    axes.semilogy(by_epoch.middles(result), means, "o-", color=BLUE, markersize=4, label="mean of the epoch")
     config = result["config"]
     axes.set(ylabel="training loss (cross-entropy)")
     epochs_axis(axes)
     axes.set_title(
-        f"{config['model'].split('.')[0]}, LoRA r = {config['rank']}, initialisation: {config['init']}", fontsize=10
+        f"{Path(config['model']).name.split('.')[0]}, LoRA r = {config['rank']}, initialisation: {config['init']}",
+        fontsize=10,
     )
     plain_log(axes)
     tidy(axes)
     handles, labels = axes.get_legend_handles_labels()
-    followed = result.get("top1_per_epoch", {})
-    if followed:
+    points, name, unit = _followed(result)
+    if points:
         right = axes.twinx()
-        points = {int(k): 100 * v for k, v in followed.items()}
-        split = "validation" if "validation" in result else "test"
-        right.plot(list(points), list(points.values()), "s-", color=ORANGE, markersize=4, label=f"{split} top-1")
-        right.set_ylabel(f"{split} top-1 (%)", color=ORANGE)
-        right.set_ylim(0, 100)
+        right.plot(list(points), list(points.values()), "s-", color=ORANGE, markersize=4, label=name)
+        right.set_ylabel(f"{name}{unit}", color=ORANGE)
+        if unit:
+            right.set_ylim(0, 100)
         right.spines[["top"]].set_visible(False)
         handles, labels = [a + b for a, b in zip((handles, labels), right.get_legend_handles_labels(), strict=True)]
-    axes.legend(handles, labels, frameon=False, loc="center left" if followed else "best")
+    axes.legend(handles, labels, frameon=False, loc="center left" if points else "best")
+
+
+def _followed(result: dict[str, Any]) -> tuple[dict[float, float], str, str]:
+    """Epoch to what was measured there, its name, and its unit."""
+    if found := result.get("perplexity_per_step"):
+        every = by_epoch.steps_per_epoch(result)
+        return {int(step) / every: value for step, value in found.items()}, "held-out perplexity", ""
+    split = "validation" if "validation" in result else "test"
+    return {int(k): 100 * v for k, v in result.get("top1_per_epoch", {}).items()}, f"{split} top-1", " (%)"
 
 
 def _draw_boundaries(axes: Axes, report: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -209,14 +209,17 @@ def _sweep(folder: Path) -> None:
                 remove(folder, [path.name])
 
 
-def write_adapter(folder: Path, model: PeftModel, card: str, **settings: Any) -> None:
-    """The adapter in peft's format with `abm.json` and a model card, as a folder that appears whole."""
+def write_adapter(
+    folder: Path, model: PeftModel, card: str, write_more: Callable[[Path], None], **settings: Any
+) -> None:
+    """The adapter in peft's format with `abm.json`, a model card and more, as a folder that appears whole."""
     from abm_vision.abm.saving import save_adapter  # loads torch
 
     beside = folder / f".{ADAPTER}.{os.getpid()}.part"
     with writing(folder / ADAPTER):
         try:
             save_adapter(model, beside, card=card, **settings)
+            write_more(beside)
             shutil.rmtree(folder / ADAPTER, ignore_errors=True)
             os.replace(beside, folder / ADAPTER)
         finally:

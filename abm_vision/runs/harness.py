@@ -46,6 +46,7 @@ class Session:
         reference_only: the run is made for the sake of another that matches boundaries to it; a report leaves it out,
             until the same run is asked for in its own right.
         extras: names of `Harness.extras` that the finished run is to have as well.
+        save_minutes: after so many a run on text saves what it is resumed from, within an epoch, too.
         say: receives a line about every stage.
         log: receives every step's loss and learning rate (see `runs.log`).
     """
@@ -56,8 +57,13 @@ class Session:
     diagnose: bool = False
     reference_only: bool = False
     extras: tuple[str, ...] = ()
+    save_minutes: float = 10.0
     say: Say = silent
     log: Log | None = None
+
+    def __post_init__(self) -> None:
+        if not self.save_minutes > 0:
+            raise ValueError(f"save_minutes is {self.save_minutes}; it must be positive")
 
 
 class SessionOptions(TypedDict, total=False):
@@ -68,6 +74,7 @@ class SessionOptions(TypedDict, total=False):
     diagnose: bool
     reference_only: bool
     extras: tuple[str, ...]
+    save_minutes: float
     say: Say
     log: Log | None
 
@@ -183,11 +190,13 @@ class Checkpoint:
         notes: of its initialisation, a `records.Notes`.
         epoch: whole epochs that it has.
         state: the rest, for the harness that has saved it.
+        step: steps that it has, if they end within an epoch.
     """
 
     notes: dict[str, Any]
     epoch: int
     state: Any
+    step: int | None = None
 
 
 # ------------------------------------------------------------------------------------- what differs between modalities
@@ -203,6 +212,10 @@ def _nothing_next(result: dict[str, Any]) -> str:
 
 def _unread(config: AdapterSettings) -> list[partial[Any]]:
     return []
+
+
+def _nothing_beside(run: Prepared, folder: Path) -> None:
+    """The adapter needs no other files."""
 
 
 def _unmeasured(run: Prepared) -> Prepared:
@@ -230,6 +243,7 @@ class Harness:
         card: the adapter's model card.
         next_steps: what a user can do with a finished run, in lines; none by default.
         settings: what `abm.json` says of the adapter besides.
+        beside_adapter: writes what else belongs into the adapter's folder, which it is given.
         leaves: other files that a run leaves.
         extras: file or folder to what makes it of a finished run (see `Session.extras`).
         measure_pretrained: the run with what was measured of the pretrained model, before the adapter is initialised.
@@ -276,6 +290,7 @@ class Harness:
     card: Callable[[dict[str, Any]], str]
     settings: Callable[[dict[str, Any]], dict[str, Any]]
     data: Callable[[AdapterSettings], list[partial[Any]]] = _unread
+    beside_adapter: Callable[[Prepared, Path], None] = _nothing_beside
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
     measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured

@@ -1,7 +1,8 @@
 """Log the values of a run during training: one callback, for TensorBoard and any other logger.
 
 A log is called with a name, a value, and the number of finished training steps, the arguments of
-`SummaryWriter.add_scalar`: train/loss and train/lr at every step, and test/top1 with `--eval-epochs`.
+`SummaryWriter.add_scalar`: train/loss and train/lr at every step, test/top1 with `--eval-epochs`,
+val/perplexity with `--eval-steps`.
 For Weights & Biases: `log=lambda name, value, step: wandb.log({name: value}, step=step)`.
 """
 

@@ -120,7 +120,7 @@ def read_record(
 
 
 def _program(schema: Any) -> str | None:
-    """The command whose records have this schema, `abm-glue` of `glue-2`; None if it is none."""
+    """The command whose records have this schema, `abm-glue` of `glue-3`; None if it is none."""
     name = re.fullmatch(r"(?:([a-z_]+)-)?\d+", str(schema))
     return f"abm-{name[1] or NUMBERED}" if name else None
 
@@ -287,6 +287,10 @@ class Result(Record):
         if len(self.seconds_per_epoch) != epochs or len(self.loss_per_step) % epochs:
             found = f"{len(self.loss_per_step)} losses and {len(self.seconds_per_epoch)} times"
             raise ValueError(f"{found} are not those of {count(epochs, 'epoch')}")
+        return self
+
+    @model_validator(mode="after")
+    def _timed(self) -> Result:
         if absent := sorted({"init", "train"} - set(self.seconds)):
             raise ValueError(f"it lacks seconds.{', seconds.'.join(absent)}")
         return self

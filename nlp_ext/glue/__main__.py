@@ -7,10 +7,12 @@ from collections.abc import Sequence
 
 from abm_vision.runs import commands
 from abm_vision.runs.cli import Parser
+from nlp_ext import textview
 from nlp_ext.glue.view import VIEW
 
 
 def _add_flags(flags: Parser) -> None:
+    textview.add_flags(flags)
     flags.add_argument(
         "--test",
         dest="extras",

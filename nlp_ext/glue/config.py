@@ -11,7 +11,7 @@ from abm_vision.runs.settings import AdapterSettings, at_least
 from nlp_ext.glue.data import HUB, SYNTHETIC
 from nlp_ext.glue.tasks import TASKS, get_task
 
-SCHEMA = "glue-2"
+SCHEMA = "glue-3"
 # What a preset sets beyond the defaults. `paper` is the reference recipe of ABM-LoRA on T5-Base (arXiv:2511.19145).
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "quick": {},
@@ -61,6 +61,7 @@ class GlueConfig(AdapterSettings, _First):
     presets: ClassVar[Mapping[str, Mapping[str, Any]]] = PRESETS
 
     epochs: int = flag(6, "training epochs")
+    max_steps: int = flag(0, "end after so many training steps, the learning rate with them; 0: all epochs")
     batch_size: int = flag(32, "examples in a training step")
     train_examples: int = flag(2000, "training examples, the first of the shuffled split; 0, or fewer in it: all")
     validation_examples: int = flag(2000, "most examples of a validation split, the first; 0: all")
@@ -69,7 +70,7 @@ class GlueConfig(AdapterSettings, _First):
     def check(self) -> None:
         """Raise a ValueError for a field that is out of its range."""
         get_task(self.task)
-        at_least("train_examples validation_examples".split(), self, 0)
+        at_least("train_examples validation_examples max_steps".split(), self, 0)
         at_least(["source_tokens"], self, 8)
 
     @property

@@ -37,7 +37,7 @@ from nlp_ext.glue.tasks import INVALID, GlueTask, get_task
 from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import text_device
-from nlp_ext.textrun import Row, TextRun, adapt, adapter_settings, split_content, text_origin
+from nlp_ext.textrun import Row, TextRun, adapt, adapter_settings, save_tokenizer, split_content, text_origin
 from nlp_ext.trainer import Progress, training_arguments
 
 if TYPE_CHECKING:
@@ -93,6 +93,8 @@ def prepare(run: Run) -> GlueRun:
     """
     config, say = run.config, run.session.say
     task = get_task(config.task)
+    with run.stage("data"):  # before the weights, which take longer: a mistake in a file is reported at once
+        examples = {split: read_split(config, split) for split in ("train", *task.validation)}
     with run.stage("weights"):
         model, tokenizer, weights = load_model(
             config.model,
@@ -103,8 +105,7 @@ def prepare(run: Run) -> GlueRun:
         )
         say(f"weights   {weights}")
     with run.stage("data"):
-        train = read_split(config, "train", tokenizer)
-        validation = [read_split(config, split, tokenizer) for split in task.validation]
+        train, *validation = (encode_split(config, split, found, tokenizer) for split, found in examples.items())
         count = " and ".join(f"{len(split.rows)} of {split.name}" for split in validation)
         say(f"data      {config.data_source}: {len(train.rows)} training examples, {count}")
     record = {
@@ -151,13 +152,17 @@ def _encoding(task: str) -> str:
     return version(encode, get_task(task))
 
 
-def read_split(config: GlueConfig, name: str, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """The examples of a split that the configuration asks for, as tokens.
+def read_split(config: GlueConfig, name: str) -> Dataset:
+    """The examples of a split that the configuration asks for.
 
     A training set that is not taken whole is the first part of the shuffled one; of validation it is the first part.
     Test splits are always whole, and have no labels.
     """
-    examples = _examples(*_asked(config, name))
+    return _examples(*_asked(config, name))
+
+
+def encode_split(config: GlueConfig, name: str, examples: Dataset, tokenizer: PreTrainedTokenizerBase) -> Split:
+    """The examples of a split as tokens."""
     rows, cut = encode(get_task(config.task), examples, tokenizer, config.source_tokens, not name.startswith("test"))
     return Split(name, examples, rows, cut)
 
@@ -219,7 +224,7 @@ def score(run: GlueRun, progress: Progress) -> dict[str, Any]:
     """The metrics of every validation split."""
     with run.stage("validation"):
         scores = {split.name: _score(run, split) for split in run.validation}
-    return {**run.recorded(), "scores": scores}
+    return {**run.recorded(), "steps_per_epoch": progress.steps_per_epoch, "scores": scores}
 
 
 def _score(run: GlueRun, split: Split) -> dict[str, Any]:
@@ -254,7 +259,7 @@ def write_predictions(run: Run) -> None:
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir()
     for name, file in prepared.task.server.items():
-        split = read_split(run.config, name, prepared.tokenizer)
+        split = encode_split(run.config, name, read_split(run.config, name), prepared.tokenizer)
         labels = [prepared.task.read(text) for text in _texts(prepared, split)]
         invalid = sum(label is INVALID for label in labels)
         run.session.say(
@@ -276,6 +281,7 @@ HARNESS = Harness(
     card=model_card,
     settings=partial(adapter_settings, kept=("task", "model", "init", "seed"), score="scores"),
     data=data_parts,
+    beside_adapter=save_tokenizer,
     extras={SERVER: write_predictions},
     device=text_device,
     hushed=only_our_own_words,

@@ -13,12 +13,13 @@ from abm_vision.runs import commands
 from abm_vision.runs.cli import Parser, say
 from abm_vision.runs.commands import Command
 from nlp_ext.instruct.view import VIEW
+from nlp_ext.textview import add_flags
 
 
 def _talk_parser(name: str, description: str) -> Parser:
     flags = Parser(f"{VIEW.program} {name}", description=description)
-    flags.add_argument("--adapter", required=True, metavar="DIR", help="a run's folder, or the adapter's own")
-    flags.add_argument("--model", help="the base model (default: as the run had it)")
+    flags.add_argument("--adapter", metavar="DIR", help="a run's folder, or the adapter's own; none: the base alone")
+    flags.add_argument("--model", help="the base model (default: as the adapter's run had it)")
     flags.add_argument("--device", default="auto", help="auto, or a torch device (default: auto)")
     tokens = 1024 if name == "mt-bench" else 512
     flags.add_argument("--new-tokens", type=int, default=tokens, help=f"longest answer in tokens (default: {tokens})")
@@ -26,18 +27,18 @@ def _talk_parser(name: str, description: str) -> Parser:
 
 
 def chat_parser() -> Parser:
-    """An adapter, and how to draw its answers."""
-    flags = _talk_parser("chat", "Talk to an adapter; an empty line or Ctrl-D ends.")
+    """An adapter or a model, and how to draw its answers."""
+    flags = _talk_parser("chat", "Talk to an adapter, or to a base model; an empty line or Ctrl-D ends.")
     flags.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest answer (default: 0)")
     return flags
 
 
 def mt_bench_parser() -> Parser:
-    """An adapter, questions, and where the answers go."""
+    """An adapter or a model, questions, and where the answers go."""
     flags = _talk_parser("mt-bench", "Answer MT-Bench's questions, as FastChat's judge reads them.")
     flags.add_argument("--questions", required=True, metavar="FILE", help="FastChat's question.jsonl")
     flags.add_argument("--out", default=".", metavar="DIR", help="writes DIR/model_answer/NAME.jsonl (default: here)")
-    flags.add_argument("--name", default="abm-lora", help="the name that the judge shows (default: abm-lora)")
+    flags.add_argument("--name", help="the name that the judge shows (default: abm-lora; of a base alone its own)")
     flags.add_argument("--seed", type=int, default=0, help="of answers that are drawn (default: 0)")
     flags.add_argument("--quiet", action="store_true", help="no progress bar")
     return flags
@@ -95,7 +96,7 @@ def mt_bench(options: argparse.Namespace) -> int:
             _assistant(options),
             Path(options.questions),
             Path(options.out),
-            options.name,
+            options.name or ("abm-lora" if options.adapter else Path(options.model).name),
             options.seed,
             show_bar=not options.quiet,
         )
@@ -107,9 +108,10 @@ COMMANDS = commands.commands_of(
     VIEW,
     "Tune a LLaMA or a relative on instructions. Several GPUs: accelerate launch -m nlp_ext.instruct.",
     {
-        "chat": Command(chat_parser, chat, "talk to an adapter"),
+        "chat": Command(chat_parser, chat, "talk to an adapter or a model"),
         "mt-bench": Command(mt_bench_parser, mt_bench, "answer its questions"),
     },
+    add_flags,
 )
 
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from abm_vision.abm.restore import evaluate
 from abm_vision.runs.device import autocast
+from abm_vision.runs.folder import Diverged
 from nlp_ext.batches import IGNORED, forward
 from nlp_ext.instruct.data import Conversation, end_of_turn, prompt
 
@@ -60,7 +61,11 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 @torch.no_grad()
 def perplexity(run: InstructRun, model: nn.Module) -> float:
-    """Compute exp of the mean negative log-likelihood over all answer tokens of the held-out conversations."""
+    """Compute exp of the mean negative log-likelihood over all answer tokens of the held-out conversations.
+
+    Raises:
+        Diverged: it is too large for a number, or NaN.
+    """
     evaluate(model)
     total, count = 0.0, 0
     rows, size = run.held_out.rows, run.config.batch_size
@@ -70,7 +75,12 @@ def perplexity(run: InstructRun, model: nn.Module) -> float:
         tokens = int((batch["labels"][:, 1:] != IGNORED).sum())
         total += loss.item() * tokens
         count += tokens
+    if not total / count < LARGEST:
+        raise Diverged(f"the loss on held-out answers is {total / count:g}: lower --lr (now {run.config.lr})")
     return math.exp(total / count)
+
+
+LARGEST = 700.0  # the perplexity of a larger loss is no number of double precision
 
 
 def _chunks(rows: Sequence[dict[str, list[int]]], size: int) -> list[Sequence[dict[str, list[int]]]]:

@@ -12,8 +12,9 @@ from abm_vision.runs.settings import AdapterSettings, at_least
 from nlp_ext.instruct.data import DOCUMENTATION, SYNTHETIC, WIZARD
 from nlp_ext.models.packages import PACKAGES
 
-SCHEMA = "instruct-2"
+SCHEMA = "instruct-3"
 BASES = ("fp32", "bf16", "4bit")
+KEPT_WEIGHTS = ("last", "best")
 # What a preset sets beyond the defaults. ABM-LoRA's paper names model and data set of its dialogue setting; the numbers
 # of `paper` are those of LoRA-GA (arXiv:2407.05000), which tunes the same model on the same data.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
@@ -74,6 +75,9 @@ class InstructConfig(AdapterSettings, _First):
         needs=Needs.BATCHES,
     )
     epochs: int = flag(3, "training epochs")
+    max_steps: int = flag(0, "end after so many training steps, the learning rate with them; 0: all epochs")
+    eval_steps: int = flag(0, "measure the held-out perplexity after so many steps each; 0: only before and after")
+    keep: str = flag("last", "weights to keep: after the last step, or of the best perplexity", choices=KEPT_WEIGHTS)
     batch_size: int = flag(16, "sequences that a process takes at a time")
     accumulation: int = flag(1, "batches in a training step")
     length: int = flag(512, "longest sequence in tokens; longer ones are cut, and counted in the result")
@@ -87,8 +91,10 @@ class InstructConfig(AdapterSettings, _First):
     def check(self) -> None:
         """Raise a ValueError for a field that is out of its range."""
         at_least("accumulation held_out new_tokens".split(), self, 1)
-        at_least("train_examples samples".split(), self, 0)
+        at_least("train_examples samples max_steps eval_steps".split(), self, 0)
         at_least(["length"], self, 8)
+        if self.keep == "best" and not self.eval_steps:
+            raise ValueError("keep is best, but no perplexity is measured on the way: give eval_steps as well")
         if self.samples > self.held_out:
             raise ValueError(f"samples is {self.samples}; at most the {self.held_out} held-out prompts can be answered")
 

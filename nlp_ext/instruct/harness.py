@@ -16,6 +16,7 @@ from trl import SFTConfig, SFTTrainer
 
 from abm_vision.abm.files import write_atomically
 from abm_vision.abm.host import Backbone
+from abm_vision.abm.restore import evaluate
 from abm_vision.runs.content import Origin, version
 from abm_vision.runs.device import autocast
 from abm_vision.runs.harness import Checkpoint, Harness, Run, Session, SessionOptions
@@ -30,8 +31,8 @@ from nlp_ext.instruct.results import KEPT, model_card, summary
 from nlp_ext.models import load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import is_sharded, processes, text_device
-from nlp_ext.textrun import TextRun, adapt, adapter_settings, split_content, text_origin
-from nlp_ext.trainer import Progress, training_arguments
+from nlp_ext.textrun import TextRun, adapt, adapter_settings, save_tokenizer, split_content, text_origin
+from nlp_ext.trainer import Follow, Progress, training_arguments
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,12 +61,12 @@ class InstructRun(TextRun):
 
     Args:
         held_out: conversations for the perplexity.
-        prompts: what is to be answered: held-out conversations without their last answer.
+        asked: held-out conversations whose last turn the model is to answer, too.
     """
 
     config: InstructConfig
     held_out: data.Tokens
-    prompts: list[data.Conversation]
+    asked: list[data.Conversation]
 
     @property
     def backbone(self) -> Backbone:
@@ -81,6 +82,13 @@ def prepare(run: Run) -> InstructRun:
         ValueError, OSError: of the data, the model, or the adapter, each with one message.
     """
     config, say = run.config, run.session.say
+    with run.stage("data"):  # before the weights, which take longer: a mistake in a file is reported at once
+        conversations = data.read(config.data_source)
+        if len(conversations) <= config.held_out:
+            raise ValueError(
+                f"{config.data_source} has {len(conversations)} conversations, of which {config.held_out} would be "
+                "held out: lower --held-out"
+            )
     with run.stage("weights"):
         model, tokenizer, weights = load_model(
             config.model,
@@ -92,21 +100,16 @@ def prepare(run: Run) -> InstructRun:
         model = model if config.base == "4bit" else model.to(run.device)
         tokenizer.padding_side = "right"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        tokenizer.chat_template = tokenizer.chat_template or data.TEMPLATE  # is saved with the adapter
         _check_length(config, model)
         say(f"weights   {weights}, {config.base}")
     with run.stage("data"):
-        conversations = data.read(config.data_source)
-        if len(conversations) <= config.held_out:
-            raise ValueError(
-                f"{config.data_source} has {len(conversations)} conversations, of which {config.held_out} would be "
-                "held out: lower --held-out"
-            )
         (order,) = shuffled(len(conversations), len(conversations), config.seed, 0)
         kept, tested = order[: -config.held_out][: config.train_examples or None], order[-config.held_out :]
         train, held_out = (
             data.encode_all(tokenizer, [conversations[k] for k in part], config.length) for part in (kept, tested)
         )
-        prompts = [conversations[k][:-1] for k in tested[: config.samples]]
+        asked = [conversations[k] for k in tested[: config.samples]]
         say(f"data      {config.data_source}: {train.conversations} conversations, {held_out.conversations} held out")
     record = {
         "train": train.record(config.data_source),
@@ -125,7 +128,7 @@ def prepare(run: Run) -> InstructRun:
         tokenizer=tokenizer,
         data=record,
         held_out=held_out,
-        prompts=prompts,
+        asked=asked,
     )
 
 
@@ -169,21 +172,27 @@ def _check_length(config: InstructConfig, model: torch.nn.Module) -> None:
 
 @dataclass(kw_only=True)
 class MeasuredRun(InstructRun):
-    """The same with `before`, the perplexity of the pretrained model."""
+    """The same with `before`, the perplexity of the pretrained model, and `answered`, what it answers."""
 
     before: float
+    answered: list[str]
 
 
 def measure_pretrained(run: InstructRun) -> MeasuredRun:
-    """Perplexity before all."""
-    with run.stage("perplexity"), run.model.disable_adapter():
-        before = perplexity(run, run.model)
-    return MeasuredRun(**vars(run), before=before)
+    """Perplexity and answers before all; every process has the whole model, and the first one writes."""
+    with run.model.disable_adapter():
+        with run.stage("perplexity"):
+            before = perplexity(run, run.model)
+        with run.stage("samples"):
+            answered = _answers(run) if run.processes.main else []
+    return MeasuredRun(**vars(run), before=before, answered=answered)
 
 
 def train(run: MeasuredRun, notes: dict[str, Any], checkpoint: Checkpoint | None) -> Progress:
     """Train to the end, with trl's trainer."""
-    return trainer.train(make_trainer(run), run, notes, checkpoint)
+    config = run.config
+    follow = Follow(partial(perplexity, run), config.eval_steps, config.keep == "best") if config.eval_steps else None
+    return trainer.train(make_trainer(run), run, notes, checkpoint, follow)
 
 
 def make_trainer(run: InstructRun) -> SFTTrainer:
@@ -212,25 +221,36 @@ def make_trainer(run: InstructRun) -> SFTTrainer:
 
 def score(run: MeasuredRun, progress: Progress) -> dict[str, Any]:
     """Perplexity after training; some prompts are answered, into a file."""
-    with run.stage("perplexity"):
-        after = perplexity(run, progress.model)
+    after = progress.perplexities.get(progress.kept_step)
+    if after is None:
+        with run.stage("perplexity"):
+            after = perplexity(run, progress.model)
+        if run.session.log:
+            run.session.log("val/perplexity", after, len(progress.losses))
     run.session.say(f"perplexity of held-out answers {run.before:.2f} before, {after:.2f} after")
     with run.stage("samples"):  # all processes hold a part of a sharded model
-        samples = _samples(run) if run.processes.main or is_sharded(run.model) else []
+        answered = _answers(run) if run.processes.main or is_sharded(run.model) else []
     if run.processes.main:
+        samples = [
+            {"prompt": turns[:-1], "expected": turns[-1]["content"], "before": before, "answer": after}
+            for turns, before, after in zip(run.asked, run.answered, answered, strict=True)
+        ]
         lines = "".join(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
         write_atomically(run.folder / SAMPLES, lambda path: path.write_text(lines, encoding="utf-8"))
     found = {"before": run.before, "after": after, "conversations": run.held_out.conversations}
-    return {**run.recorded(), "perplexity": found}
+    return {
+        **run.recorded(),
+        "steps_per_epoch": progress.steps_per_epoch,
+        "perplexity": found,
+        "perplexity_per_step": {str(step): value for step, value in progress.perplexities.items()},
+        "best_step": progress.kept_step if run.config.keep == "best" else None,
+    }
 
 
-def _samples(run: InstructRun) -> list[dict[str, Any]]:
-    run.model.eval()
+def _answers(run: InstructRun) -> list[str]:
+    evaluate(run.model)
     with autocast(run.device, run.precision):
-        return [
-            {"prompt": turns, "answer": answer(run.model, run.tokenizer, turns, run.config.new_tokens)}
-            for turns in run.prompts
-        ]
+        return [answer(run.model, run.tokenizer, turns[:-1], run.config.new_tokens) for turns in run.asked]
 
 
 HARNESS = Harness(
@@ -244,6 +264,7 @@ HARNESS = Harness(
     card=model_card,
     settings=partial(adapter_settings, kept=("model", "base", "init", "seed"), score="perplexity"),
     data=data_parts,
+    beside_adapter=save_tokenizer,
     leaves=(SAMPLES,),
     measure_pretrained=measure_pretrained,
     device=text_device,

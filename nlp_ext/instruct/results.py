@@ -48,6 +48,8 @@ class Result(TextResult):
     config: settings_of(InstructConfig)
     data: Data
     perplexity: Perplexity
+    perplexity_per_step: dict[str, Annotated[float, Field(ge=1)]]
+    best_step: Positive | None
 
 
 KEPT = Kept(InstructConfig, Result, unfinished=(NOTES, CHECKPOINTS))
@@ -60,10 +62,11 @@ def summary(result: dict[str, Any]) -> str:
 
 def perplexity_in_words(result: dict[str, Any]) -> str:
     """Before and after, and of how many conversations."""
-    found = result["perplexity"]
+    found, steps = result["perplexity"], len(result["loss_per_step"])
+    best = f"; step {result['best_step']} of {steps}, the best" if result["best_step"] else ""
     return (
         f"perplexity {found['before']:.2f} before, {found['after']:.2f} after, on the answers of "
-        f"{found['conversations']} held-out conversations"
+        f"{found['conversations']} held-out conversations{best}"
     )
 
 

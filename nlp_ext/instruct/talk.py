@@ -13,7 +13,8 @@ from typing import Any, Literal
 import torch
 from peft import PeftModel
 from pydantic import BaseModel, ConfigDict
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically
@@ -64,45 +65,61 @@ class Trained(BaseModel):
 
 
 class Assistant:
-    """A base model with a saved adapter.
+    """A base model, with a saved adapter or alone.
 
     Args:
-        adapter: a run's folder, or the adapter's own.
+        adapter: a run's folder, or the adapter's own; None for the base model alone.
         model: the base model; None takes the run's.
         device: device to run on.
         new_tokens: length of the longest answer in tokens.
 
     Raises:
-        FileNotFoundError, ValueError, OSError: there is no adapter, no base is named, or the base cannot be loaded.
+        FileNotFoundError, ValueError, OSError: nothing is given, there is no adapter, no base is named, or the base
+            cannot be loaded.
     """
 
-    def __init__(self, adapter: str | Path, model: str | None, device: torch.device, new_tokens: int) -> None:
-        folder = adapter_folder(adapter)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {adapter}: give that of a finished run, or of an adapter")
-        settings = read_settings(folder) if (folder / ABM_FILE).is_file() else {}
-        remedy = "it is damaged, or was not written by a run: give the model with --model, or another adapter"
-        checked(settings, Trained, str(folder / ABM_FILE), remedy)
-        recorded = settings.get("run", {})
-        name = model or recorded.get("model")
-        if name is None:
-            raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
-        # A 4-bit base of the training is loaded in bfloat16 here.
-        dtype = torch.float32 if recorded.get("base", "fp32") == "fp32" else torch.bfloat16
-        base, tokenizer, weights = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
-        tuned_on = settings["weights"]["sha256"] if "weights" in settings else None
-        if model is None and tuned_on not in (None, weights.sha256):
+    def __init__(self, adapter: str | Path | None, model: str | None, device: torch.device, new_tokens: int) -> None:
+        if adapter is not None:
+            self.model, self.tokenizer = _adapted(adapter, model, device)
+        elif model is not None:
+            base, self.tokenizer, _ = load_model(model, AutoModelForCausalLM, "tiny-llama", dtype="auto")
+            self.model: PreTrainedModel | PeftModel = base.to(device)
+        else:
             raise ValueError(
-                f"{folder} was tuned on weights of sha256 {tuned_on}, {name} has {weights.sha256} now; --model {name} "
-                "uses them anyway"
+                "neither an adapter nor a model is given: --adapter DIR (a run's folder, or the adapter's own), or "
+                "--model NAME for a base model alone"
             )
-        self.model: PeftModel = load_adapter(base.to(device), folder).eval()
-        self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.new_tokens = new_tokens
 
     def reply(self, turns: Conversation, temperature: float = 0.0) -> str:
         """Generate the next turn."""
         return answer(self.model, self.tokenizer, turns, self.new_tokens, temperature)
+
+
+def _adapted(adapter: str | Path, model: str | None, device: torch.device) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """The adapter on its base, and the tokeniser that it was trained with."""
+    folder = adapter_folder(adapter)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder {adapter}: give that of a finished run, or of an adapter")
+    settings = read_settings(folder) if (folder / ABM_FILE).is_file() else {}
+    remedy = "it is damaged, or was not written by a run: give the model with --model, or another adapter"
+    checked(settings, Trained, str(folder / ABM_FILE), remedy)
+    recorded = settings.get("run", {})
+    name = model or recorded.get("model")
+    if name is None:
+        raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
+    # A 4-bit base of the training is loaded in bfloat16 here.
+    dtype = torch.float32 if recorded.get("base", "fp32") == "fp32" else torch.bfloat16
+    base, tokenizer, weights = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
+    tuned_on = settings["weights"]["sha256"] if "weights" in settings else None
+    if model is None and tuned_on not in (None, weights.sha256):
+        raise ValueError(
+            f"{folder} was tuned on weights of sha256 {tuned_on}, {name} has {weights.sha256} now; --model {name} "
+            "uses them anyway"
+        )
+    if (folder / TOKENIZER_CONFIG_FILE).is_file():
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    return load_adapter(base.to(device), folder).eval(), tokenizer
 
 
 def mt_bench(assistant: Assistant, questions: Path, out: Path, model_id: str, seed: int, show_bar: bool) -> Path:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from abm_vision.runs.view import Data, Score, Smoke, View
+from abm_vision.runs.epochs import steps_per_epoch
+from abm_vision.runs.view import Data, Result, Score, Smoke, View
 from nlp_ext import textview
 from nlp_ext.instruct.results import KEPT
 
 SUBJECT = "instruct"  # there is one task
+
+
+def _followed(result: Result) -> dict[str, float]:
+    every = steps_per_epoch(result)
+    return {str(int(step) / every): value for step, value in result["perplexity_per_step"].items()}
+
 
 VIEW = View(
     program="abm-instruct",
@@ -20,6 +27,7 @@ VIEW = View(
         value=lambda result: result["perplexity"]["after"],
         digits=2,
         higher=False,
+        followed=_followed,
         details=lambda result: {key: result["perplexity"][key] for key in ("before", "conversations")},
     ),
     data=Data(

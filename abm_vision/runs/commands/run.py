@@ -16,6 +16,8 @@ from abm_vision.runs.records import read_config
 from abm_vision.runs.settings import AdapterSettings
 from abm_vision.runs.view import View
 
+HOW = ("out", "rerun", "diagnose", "extras", "save_minutes")  # fields of a `Session` that are flags as they are
+
 
 def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parser], None]) -> Parser:
     """A flag for every setting, and those that do not change a result."""
@@ -47,7 +49,7 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     options = vars(parsed)
     kind, as_json = options.pop("log"), options.pop("json")
     quiet, print_config = options.pop("quiet") or as_json, options.pop("print_config")
-    how = {name: options.pop(name) for name in ("out", "rerun", "diagnose", "extras") if name in options}
+    how = {name: options.pop(name) for name in HOW if name in options}
     settings = settings_of(options, view)
     if print_config:
         print(json.dumps({"schema": settings.schema, "config": settings.to_dict()}, indent=2))
