@@ -76,7 +76,7 @@ SHORTER = {  # what is stored took minutes; the same cells in fewer steps, on sm
     },
     "05": {"(256, 3, 1)": "(128, 1, 1)", "SIZE = 70": "SIZE = 28"},
     "06": {"(1500, 3)": "(160, 1)"},
-    "07": {"800 if SMALL": "160 if SMALL"},
+    "07": {'"smollm2-135m"': '"tiny-llama"', "fetch(MODEL)": "None", "20 if SMALL": "40 if SMALL"},
 }
 
 
