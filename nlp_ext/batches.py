@@ -18,14 +18,19 @@ def forward(model: nn.Module, batch: Any) -> Any:
     Raises:
         ValueError: the batch is no mapping.
     """
+    check_mapping(batch)
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
+    caches = "use_cache" in inspect.signature(bare.forward).parameters
+    return model(**batch, **({"use_cache": False} if caches else {}))
+
+
+def check_mapping(batch: Any) -> None:
+    """Raise a ValueError unless the batch is a mapping."""
     if not isinstance(batch, Mapping):
         raise ValueError(
             f"a batch of type {type(batch).__name__} was given; a mapping with input_ids is needed, as transformers' "
             "collators make it. Pass forward_fn=lambda model, batch: ... for anything else"
         )
-    bare = model.get_base_model() if hasattr(model, "get_base_model") else model
-    caches = "use_cache" in inspect.signature(bare.forward).parameters
-    return model(**batch, **({"use_cache": False} if caches else {}))
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
@@ -44,6 +49,7 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 def real_tokens(batch: Mapping[str, Any], stack: str = "") -> Tensor | None:
     """Mark tokens that are no padding: boolean (batch, tokens), or None, for all, without an attention_mask."""
+    check_mapping(batch)
     mask = batch.get("attention_mask")
     return None if mask is None else mask.bool()
 
@@ -56,6 +62,7 @@ def answer_tokens(batch: Mapping[str, Any], stack: str = "") -> Tensor | None:
     Raises:
         ValueError: the batch has no labels, or none that counts.
     """
+    check_mapping(batch)
     if "labels" not in batch:
         raise ValueError(f"the batch has {', '.join(sorted(batch))} and no labels, so no answers are known")
     mask = batch["labels"] != IGNORED

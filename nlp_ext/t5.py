@@ -51,6 +51,7 @@ def _real_tokens(batch: Mapping[str, Any], stack: str) -> Tensor | None:
     T5 shifts labels to the right to get the decoder's inputs: position t predicts label t. With one class per sentence
     (labels (batch,)) it shifts the encoder's inputs.
     """
+    batches.check_mapping(batch)
     if stack == "encoder":
         return batches.real_tokens(batch)
     if (mask := batch.get("decoder_attention_mask")) is not None:

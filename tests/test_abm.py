@@ -1,8 +1,10 @@
 """initialize_lora_abm_weights: the figures against plain loops over two models, and everything that it guards."""
 
 import copy
+import itertools
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 
@@ -10,17 +12,20 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import build_vit, images, randomise
 from helpers import ACTS, FAST, factors, figures, match, record, rows_of, same, values
 from peft import IA3Config, LoraConfig, get_peft_model
 from torch.utils.data import DataLoader, TensorDataset
 
+import vtab_tasks
 from abm_vision import VIT, ABMConfig, add_lora, initialize_lora_abm_weights
 from abm_vision.abm import hooks
 from abm_vision.abm import match as match_page
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.boundary import choose_boundaries
-from abm_vision.abm.reference import calibrate
+from abm_vision.abm.reference import calibrate, masked
+from vtab_tasks.sources import rendered
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -42,7 +47,7 @@ def test_equals_the_procedure_of_the_paper_with_two_full_models(merged, qkv):
     trained = list(factors(student).values())
     optimiser = torch.optim.AdamW(trained, lr=0.01)
     losses = []
-    for step in range(5):
+    for step, rate in enumerate((1 / 3, 2 / 3, 1, 2 / 3, 1 / 3)):
         batch = batches[step % 3]
         z, reference = record(student, batch), record(pretrained, batch)
         loss = 0
@@ -52,7 +57,7 @@ def test_equals_the_procedure_of_the_paper_with_two_full_models(merged, qkv):
         optimiser.zero_grad()
         loss.backward()
         for group in optimiser.param_groups:
-            group["lr"] = 0.01 * (1 - step / 5)
+            group["lr"] = 0.01 * rate
         optimiser.step()
         losses.append(loss.item())
 
@@ -151,7 +156,7 @@ def test_signs_are_kept_as_bits():
     model = add_lora(build_vit()).eval()
     config = ABMConfig(samples=8)
     chosen = choose_boundaries(VIT.find_boundaries(model.get_base_model()), config)
-    arguments = ([images(8)], chosen, config, "pretrained", VIT.forward_fn, VIT.token_mask_fn)
+    arguments = (masked([images(8)], chosen, VIT.token_mask_fn), chosen, config, "pretrained", VIT.forward_fn)
     (part,) = calibrate(Adapter(model), *arguments).parts
     elements = 8 * 5 * 192  # images, tokens (2x2 patches and a class token), hidden units
     reference = record(build_vit().eval(), images(8))
@@ -163,7 +168,26 @@ def test_signs_are_kept_as_bits():
 
 def test_one_step_and_one_sample():
     report = match(add_lora(build_vit()), config=replace(FAST, steps=1, samples=1))
-    assert len(report.loss_per_step) == 1 and report.samples == 4  # whole batches
+    assert len(report.loss_per_step) == 1 and report.samples == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "samples"),
+    [
+        ({}, 8),
+        ({"samples": 5}, 5),
+        ({"steps": 3, "batch_size": 2}, 6),  # no more than the steps see
+        ({"tokens": 15}, 3),  # of 5 a sample
+        ({"tokens": 25}, 5),  # into the second batch
+        ({"tokens": 4}, 1),
+    ],
+)
+def test_budget_of_samples_and_tokens(settings, samples):
+    config = replace(FAST, **{"samples": 8, "batch_size": 4, "steps": 2, **settings})
+    report = match(
+        add_lora(build_vit()), config=config, token_mask_fn=lambda batch, stack: torch.ones(len(batch), 5).bool()
+    )
+    assert report.samples == samples
 
 
 @pytest.mark.parametrize("wrap", [lambda x: x, lambda x: {"image": x, "side": 32, "labels": torch.zeros(len(x))}])
@@ -212,6 +236,10 @@ def test_the_loss_never_ends_above_where_it_began(scale, monkeypatch):
     for a, b, c in zip(first, ours, last, strict=True):
         torch.testing.assert_close(b, a + report.kept * (c - a))
     assert f"{report.kept:g} of the way kept" in report.summary() and "kept:" not in whole.summary()
+    monkeypatch.setattr(match_page, "KEPT", (1.0, 0.0))
+    none, first, ours = matched()
+    assert none.kept == 0 and none.after == none.before and all(map(torch.equal, first, ours))
+    assert "nothing kept, as every share" in none.summary() and "peft's default" in none.summary()
 
 
 def test_same_seed_same_result():
@@ -671,9 +699,45 @@ def test_layers_of_any_kind_can_be_written(layers):
     report.to_dict()
 
 
+def test_one_line_says_what_a_user_should_know():
+    report = match(add_lora(build_vit()))
+    seen = re.fullmatch(
+        r"8 samples, 3 steps, \d+\.\d s: (\S+) % (fewer|more) units inside the margin, (\S+) % keep their side.*",
+        report.summary(),
+    )
+    change = 100 * (1 - report.after.inside / report.before.inside)
+    assert float(seen[1]) == pytest.approx(abs(change), abs=0.06) and (seen[2] == "fewer") == (change >= 0)
+    assert float(seen[3]) == pytest.approx(100 * report.after.match, abs=0.06)
+
+
 def test_progress_bar_can_be_switched_off(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # somebody watches
     initialize_lora_abm_weights(add_lora(build_vit()), [images(4)], FAST)
     assert "ABM: 100%" in capsys.readouterr().err
     match(add_lora(build_vit()))
     assert capsys.readouterr() == ("", "")
+
+
+# The loss never ends above where it began
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [row.name for row in vtab_tasks.TASKS.values() if rendered.can_draw(row)])
+def test_the_loss_never_ends_above_on_any_rendered_task(task, tmp_path_factory, monkeypatch):
+    """By the report and by two models side by side, at the defaults and at a rate at which the steps lead upwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "rendered"))
+    data = vtab_tasks.load(task, "train800val200", source="rendered").subset(40, 0)
+    pixels = [F.interpolate(torch.from_numpy(image).movedim(2, 0)[None].float(), (32, 32)) for image, _ in data]
+    batches = (torch.cat(pixels) / 127.5 - 1).split(20)
+    pretrained = build_vit().eval()
+    for seed, rate, half in itertools.product(range(2), (4.5e-4, 0.1), (False, True)):
+        torch.manual_seed(seed)
+        model = add_lora(copy.deepcopy(pretrained))
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            report = match(model, batches, ABMConfig(seed=seed, learning_rate=rate))
+        assert report.after.loss <= report.before.loss
+        if not half:
+            weights = torch.tensor([layer.weight for layer in report.layers], dtype=torch.float64)
+            seen = [torch.cat(batches)[: report.samples]]
+            before = figures(pretrained, pretrained, seen, 0.5)[:, 0] @ weights
+            assert figures(model, pretrained, seen, 0.5)[:, 0] @ weights <= before * (1 + 1e-6)

@@ -12,8 +12,9 @@ from conftest import randomise
 from peft import LoraConfig, PeftModel, get_peft_model
 
 import nlp_ext
-from abm_vision import find_backbone, load_adapter
+from abm_vision import find_backbone, information_loss, load_adapter
 from abm_vision.abm.adapter import adapted_layers
+from abm_vision.initializers import INITIALIZERS, Needs
 from nlp_ext import LLAMA, T5, ABMConfig, add_lora, answer_tokens, check_adapters, initialize_lora_abm_weights
 from nlp_ext.ranks import _initialised
 
@@ -303,6 +304,46 @@ def test_batches_as_collators_make_them():
     model = add_lora(decoder(), 2, 2)
     assert initialize_lora_abm_weights(model, [batch], ONCE, show_progress_bar=False).samples == len(LENGTHS)
     check_adapters(model, batch)
+
+
+@pytest.mark.parametrize(
+    "init", [name for name, row in INITIALIZERS.items() if row.needs in (Needs.BATCHES, Needs.LABELS)]
+)
+def test_every_initialisation_takes_what_collators_make(init):
+    made, batches = [], (causal_batch(), transformers.BatchEncoding(causal_batch()))
+    for batch in batches:
+        torch.manual_seed(1)
+        model = add_lora(decoder(), 2, 2)
+        nlp_ext.initialize_lora(model, init, [batch], show_progress_bar=False)
+        made.append([p.detach().clone() for n, p in model.named_parameters() if "lora_" in n])
+    assert all(map(torch.equal, *made))
+    plain, encoded = (
+        information_loss(model, [b]) for b in (causal_batch(), transformers.BatchEncoding(causal_batch()))
+    )
+    assert plain.layers == encoded.layers and encoded.samples == len(LENGTHS)
+
+
+@pytest.mark.parametrize("init", ["abm", "abm_aligned", "eva", "corda"])
+def test_every_initialisation_honours_a_mask_of_ones_own(init):
+    """In a decoder, leaving out the last tokens equals never having had them."""
+    ids = torch.randint(3, VOCABULARY, (4, 12), generator=torch.Generator().manual_seed(0))
+    first = (torch.arange(12) < 7).expand(4, 12)
+    labels = torch.where(first, ids, -100)
+    whole, short = {"input_ids": ids, "labels": labels}, {"input_ids": ids[:, :7], "labels": labels[:, :7]}
+    made = []
+    for batch, mask in ((whole, lambda batch, stack: first[: len(batch["input_ids"])]), (short, None), (whole, None)):
+        torch.manual_seed(1)
+        model = add_lora(decoder(), 2, 2)
+        nlp_ext.initialize_lora(model, init, [batch], token_mask_fn=mask, show_progress_bar=False)
+        layers = adapted_layers(model, "default")
+        products = [m.lora_B["default"].weight @ m.lora_A["default"].weight for m in layers.values()]
+        made.append(torch.cat([p.detach().flatten() for p in products]))
+        if init == "eva":  # B is zero
+            made[-1] = torch.cat([m.lora_A["default"].weight.detach().flatten() for m in layers.values()])
+    masked, truncated, unmasked = made
+    assert (masked - truncated).norm() < 0.02 * truncated.norm()
+    if init != "abm_aligned":  # the mask has a part in the size alone
+        assert len(unmasked) != len(truncated) or (unmasked - truncated).norm() > 0.05 * truncated.norm()
 
 
 def test_the_last_layers_of_an_encoder_alone():

@@ -27,10 +27,10 @@ from abm_vision.abm.arguments import check_type
 from abm_vision.abm.batches import collect, explained
 from abm_vision.abm.boundary import choose_boundaries
 from abm_vision.abm.gradient import LossFn, weight_gradients
-from abm_vision.abm.hooks import ForwardFn
+from abm_vision.abm.hooks import ForwardFn, TokenMaskFn
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.merged_linear import BlockLinear
-from abm_vision.abm.reference import Calibration, calibrate
+from abm_vision.abm.reference import Calibration, calibrate, masked
 from abm_vision.abm.report import BoundaryState, LayerReport, layer_reports
 from abm_vision.abm.restore import evaluate, initialising
 from abm_vision.abm.settings import ABMConfig, AlignConfig
@@ -82,6 +82,7 @@ def initialize_lora_aligned_weights(
     loss_fn: LossFn | None = None,
     adapter_name: str = "default",
     forward_fn: ForwardFn | None = None,
+    token_mask_fn: TokenMaskFn | None = None,
     backbone: Backbone | None = None,
 ) -> AlignReport:
     """Point a fresh adapter along the task's gradient, in place, as far as activation boundaries allow.
@@ -93,6 +94,7 @@ def initialize_lora_aligned_weights(
         loss_fn: (model, batch) to the scalar mean loss; the backbone's if None.
         adapter_name: the adapter to initialise; it must be the active one.
         forward_fn: (model, batch) runs the model; the backbone's if None.
+        token_mask_fn: (batch, stack) to the boolean mask of tokens that count; the backbone's if None.
         backbone: the record of the model's family; found from the model if None.
 
     Raises:
@@ -111,7 +113,8 @@ def initialize_lora_aligned_weights(
         evaluate(model)
         batches = collect(dataloader, adapter.device, config.samples)
         chosen = choose_boundaries(backbone.find_boundaries(model.get_base_model()), ABMConfig())
-        calibration = calibrate(adapter, batches, chosen, ABMConfig(), "pretrained", forward_fn, backbone.token_mask_fn)
+        with_masks = masked(batches, chosen, token_mask_fn or backbone.token_mask_fn)
+        calibration = calibrate(adapter, with_masks, chosen, ABMConfig(), "pretrained", forward_fn)
         before = calibration.measure(model) if calibration.before is None else calibration.before
         _point(adapter, batches, loss_fn or backbone.loss_fn, config)
         size, after = _shrink(adapter, calibration, config)

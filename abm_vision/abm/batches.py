@@ -77,6 +77,28 @@ def cut(batch: Any, start: int, stop: int, count: int) -> Any:
     )
 
 
+def within(batches: Iterable[Any], samples: int, tokens: int, length: Callable[[Any], int]) -> list[Any]:
+    """The first batches, the last one cut, with at most so many samples and tokens together; one sample at least.
+
+    Args:
+        batches: as `collect` gives them.
+        samples: the budget of samples.
+        tokens: the budget of tokens.
+        length: a batch to the tokens of each sample, padding included; 0 where they are not counted.
+    """
+    kept: list[Any] = []
+    for batch in batches:
+        count, each = batch_size(batch), length(batch)
+        fit = min(samples, tokens // each if each else samples)
+        if kept and fit < 1:
+            break
+        if fit < count and can_be_cut(batch):
+            return [*kept, cut(batch, 0, max(fit, 1), count)]
+        kept.append(batch)
+        samples, tokens = samples - count, tokens - count * each
+    return kept
+
+
 def can_be_cut(batch: Any) -> bool:
     """Whether all of a batch is looked into: something of another kind might hold samples, too."""
     known = (Tensor, np.ndarray, str, bytes, bool, int, float, type(None))

@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import register_pytree_node
 
 from abm_vision.abm.batches import counted
@@ -59,12 +62,25 @@ def boundary_losses(
     """Compute what Eq. (22) is the mean of: w_l^2 mean [max(0, m - tau z)]^2 of every layer, float32 (layers,)."""
     losses = []
     for b in boundaries:
-        distance = counted(signed(z[b.name], sign[b.name]), mask[b.stack])  # tau z: (tokens that count, ..., hidden)
-        # max(0, m - tau z) is m - min(m, tau z): as a mean squared error it is the fewest passes over the elements.
-        capped = distance.clamp_max(b.margin)
-        hinge = F.mse_loss(capped, capped.new_full((), b.margin).expand_as(capped))  # mean inside the layer
-        losses.append(b.weight * hinge)  # w_l^2
+        distance = signed(z[b.name], sign[b.name], mask[b.stack])
+        losses.append(b.weight * _MeanSquaredHinge.apply(distance, b.margin))  # w_l^2, mean inside the layer
     return torch.stack([loss.to(losses[0].device) for loss in losses])  # perhaps on several devices
+
+
+class _MeanSquaredHinge(torch.autograd.Function):
+    """mean [max(0, m - d)]^2 of distances d. Units are many: autograd's own ops pass over them twice as often."""
+
+    @staticmethod
+    def forward(ctx: Any, distance: Tensor, margin: float) -> Tensor:
+        short = (margin - distance).clamp_min_(0)
+        ctx.save_for_backward(short)
+        return short.square().mean()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (short,) = ctx.saved_tensors
+        return short * (grad * (-2.0 / short.numel())), None
 
 
 def boundary_figures(
@@ -80,16 +96,16 @@ def boundary_figures(
     """
     figures = []
     for b in boundaries:
-        on_reference_side = sign[b.name]  # unpacked once
-        inside = counted(signed(z[b.name], on_reference_side), mask[b.stack]) < b.margin
-        same_side = counted((z[b.name] > 0) == on_reference_side, mask[b.stack])
-        loss = boundary_loss([replace(b, weight=1.0)], z, {b.name: on_reference_side}, mask)
-        figures.append(torch.stack([loss, _share(same_side), _share(inside)]))
+        side = sign[b.name]  # unpacked once
+        distance = signed(z[b.name], side, mask[b.stack])
+        same_side = counted((z[b.name] > 0) == side, mask[b.stack])
+        loss = _MeanSquaredHinge.apply(distance, b.margin)
+        figures.append(torch.stack([loss, _share(same_side), _share(distance < b.margin)]))
     return torch.stack([figure.to(figures[0].device) for figure in figures])
 
 
-def signed(z: Tensor, sign: Tensor) -> Tensor:
-    """Compute tau z in float32: positive on the reference's side of the boundary.
+def signed(z: Tensor, sign: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Compute tau z in float32: (tokens that count, ..., hidden), positive on the reference's side of the boundary.
 
     Raises:
         ValueError: both have other shapes.
@@ -99,7 +115,8 @@ def signed(z: Tensor, sign: Tensor) -> Tensor:
             f"the model's pre-activation is {tuple(z.shape)}, the reference's {tuple(sign.shape)}: they must be models "
             "of the same width, on the same batch"
         )
-    return z.float() * (2.0 * sign - 1.0)
+    tau = counted(sign, mask).to(z.dtype).mul_(2).sub_(1)
+    return (counted(z, mask) * tau).float()  # exact in every precision
 
 
 def _share(chosen: Tensor) -> Tensor:
@@ -194,15 +211,20 @@ register_pytree_node(Signs, lambda signs: ([signs._packed], None), lambda childr
 def pack_signs(sign: Tensor) -> Tensor:
     """Pack booleans (n, ...) into bytes, eight signs in each: uint8 (n, bytes), so that samples can be cut apart."""
     bits = sign.flatten(1) if sign.ndim > 1 else sign[:, None]
-    bits = F.pad(bits, (0, -bits.shape[1] % 8)).unflatten(1, (-1, 8)).to(torch.uint8)
-    return (bits << _shifts(bits)).sum(-1, dtype=torch.uint8)
+    eight = F.pad(bits, (0, -bits.shape[1] % 8)).contiguous().view(torch.int64)  # one byte each
+    return ((eight * _GATHER) >> 56).to(torch.uint8)  # the product's highest byte has the eight bits
 
 
 def unpack_signs(packed: Tensor, shape: Sequence[int]) -> Tensor:
     """Give back the booleans of `shape` that `pack_signs` was given."""
-    bits = (packed[..., None] >> _shifts(packed)) & 1
-    return bits.flatten(1)[:, : math.prod(shape[1:])].reshape(shape).bool()
+    bits = _bits_of_bytes(packed.device).index_select(0, packed.flatten().int())
+    return bits.view(len(packed), -1)[:, : math.prod(shape[1:])].reshape(shape)
 
 
-def _shifts(like: Tensor) -> Tensor:
-    return torch.arange(8, dtype=torch.uint8, device=like.device)
+_GATHER = 0x0102040810204080  # moves bit 8 i to bit 56 + i
+
+
+@cache
+def _bits_of_bytes(device: torch.device) -> Tensor:
+    """What every byte is packed from: boolean (256, 8)."""
+    return torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1 == 1

@@ -1,28 +1,44 @@
-"""AdamW for an initialisation: a few steps on factors of any precision, at a rate that falls linearly towards zero."""
+"""AdamW for an initialisation: a few steps on factors of any precision, at a rate that rises and falls linearly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 
+def share_of_rate(step: int, steps: int) -> float:
+    """The share of the highest rate at step 0 .. steps - 1.
+
+    >>> [share_of_rate(step, 4) for step in range(4)]
+    [0.5, 1.0, 0.6666666666666666, 0.3333333333333333]
+    """
+    rising = (steps + 1) // 2
+    return min((step + 1) / rising, (steps - step) / (steps - rising + 1))
+
+
 class Descent:
-    """AdamW on an adapter's factors. A constant rate ends wherever its last batch, often a single one, has pushed.
+    """AdamW on an adapter's factors.
+
+    Its first steps are of one length, whatever the gradient's: at the full rate they throw B = 0 far beyond what they
+    look for (the boundary loss doubles), so the rate rises over the first half of the steps. It falls over the second:
+    a constant rate ends wherever its last batch, often a single one, has pushed.
 
     Args:
         factors: what is changed, any float dtype. Half precision has no room for AdamW's steps: they are made on
             float32 copies.
-        learning_rate: at the first step.
+        learning_rate: the highest, in the middle.
         steps: their number.
     """
 
     def __init__(self, factors: Sequence[Tensor], learning_rate: float, steps: int) -> None:
         self._factors = factors
         self._masters = [f if torch.finfo(f.dtype).bits >= 32 else f.detach().float() for f in factors]
-        self._optimiser = torch.optim.AdamW(self._masters, lr=learning_rate)
-        self._schedule = torch.optim.lr_scheduler.LinearLR(self._optimiser, 1.0, 1.0 / steps, total_iters=steps - 1)
+        fused = all(f.device.type in ("cpu", "cuda") for f in factors)
+        self._optimiser = torch.optim.AdamW(self._masters, lr=learning_rate, fused=fused)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimiser, partial(share_of_rate, steps=steps))
         self._scale: float | None = None
 
     def scale_of(self, averaged: Iterable[Tensor]) -> float:

@@ -16,13 +16,22 @@ from torch import Tensor, nn
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.arguments import check_type
 from abm_vision.abm.bars import progress
-from abm_vision.abm.batches import collect, explained
+from abm_vision.abm.batches import collect, explained, within
 from abm_vision.abm.boundary import boundary_losses, choose_boundaries
 from abm_vision.abm.closed_form import fit_locally
 from abm_vision.abm.descent import Descent
 from abm_vision.abm.hooks import ForwardFn, TokenMaskFn
 from abm_vision.abm.host import Backbone, find_backbone
-from abm_vision.abm.reference import Calibration, Part, Reference, calibrate, check_reference, reference_name
+from abm_vision.abm.reference import (
+    Calibration,
+    Masked,
+    Part,
+    Reference,
+    calibrate,
+    check_reference,
+    masked,
+    reference_name,
+)
 from abm_vision.abm.report import ABMReport, layer_reports
 from abm_vision.abm.restore import evaluate, initialising
 from abm_vision.abm.settings import ABMConfig
@@ -92,8 +101,8 @@ def initialize_lora_abm_weights(
     with initialising(adapter, config.seed), torch.enable_grad():
         evaluate(model)
         chosen = choose_boundaries(backbone.find_boundaries(model.get_base_model()), config)
-        batches = collect(dataloader, adapter.device, config.samples)
-        calibration = calibrate(adapter, batches, chosen, config, reference, forward_fn, token_mask_fn)
+        batches = masked(collect(dataloader, adapter.device, config.samples), chosen, token_mask_fn)
+        calibration = calibrate(adapter, _enough(batches, config), chosen, config, reference, forward_fn)
         before = calibration.measure(model) if calibration.before is None else calibration.before
         first = [factor.detach().clone() for factor in adapter.trained]
         if config.fit == "local":
@@ -110,6 +119,12 @@ def initialize_lora_abm_weights(
         reference=reference_name(reference),
         config=config,
     )
+
+
+def _enough(batches: list[Masked], config: ABMConfig) -> list[Masked]:
+    """What the steps will see of the batches, within the budget of tokens."""
+    seen = config.samples if config.fit == "local" else min(config.samples, config.steps * config.batch_size)
+    return within(batches, seen, config.tokens, lambda b: sum(m.shape[-1] for m in b[1].values() if m is not None))
 
 
 def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_progress_bar: bool) -> list[float]:

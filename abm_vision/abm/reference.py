@@ -95,26 +95,33 @@ class Calibration:
         return _average(figures, [batch_size(part.batch) for part in self.parts])
 
 
+Masked = tuple[Any, dict[str, Tensor | None]]  # a batch, and its mask of tokens that count by stack
+
+
+def masked(batches: list[Any], chosen: dict[str, tuple[str, float]], token_mask_fn: TokenMaskFn) -> list[Masked]:
+    """Every batch with its masks, of the stacks that have a boundary."""
+    stacks = {stack for stack, _ in chosen.values()}
+    return [(batch, {stack: token_mask_fn(batch, stack) for stack in stacks}) for batch in batches]
+
+
 @torch.no_grad()
 def calibrate(
     adapter: Adapter,
-    batches: list[Any],
+    batches: list[Masked],
     chosen: dict[str, tuple[str, float]],
     config: ABMConfig,
     reference: Reference,
     forward_fn: ForwardFn,
-    token_mask_fn: TokenMaskFn,
 ) -> Calibration:
     """Run the reference once over every batch, and forget all but the signs.
 
     Args:
         adapter: the one to match; with the "pretrained" reference and B = 0 its figures before come for nothing.
-        batches: on the model's device.
+        batches: on the model's device, as `masked` gives them.
         chosen: boundary to (stack, w_l^2), as `choose_boundaries` gives it.
         config: margin and its unit.
         reference: "pretrained", the name of another adapter, or another model.
         forward_fn: (model, batch) runs a model.
-        token_mask_fn: (batch, stack) to the mask of tokens that count.
 
     Raises:
         ValueError: the reference lacks a boundary, a batch cannot be run, a boundary never fires, or an activation is
@@ -125,17 +132,16 @@ def calibrate(
     boundaries: list[Boundary] = []
     parts: list[Part] = []
     figures: list[Tensor] = []
-    for batch in batches:
+    for batch, masks in batches:
         with _as_reference(adapter, reference) as running:
             z = preactivations(running, batch, list(chosen), forward_fn)
         _check_recorded(z, "reference")
-        masks = {stack: token_mask_fn(batch, stack) for stack in {stack for stack, _ in chosen.values()}}
         if not boundaries:
             boundaries = [Boundary(n, *chosen[n], _margin(z[n], masks[chosen[n][0]], config)) for n in z]
         parts.append(Part(batch, Signs.of(z), masks))
         if is_reference:
             figures.append(boundary_figures(boundaries, z, parts[-1].signs, masks))
-    samples = [batch_size(batch) for batch in batches]
+    samples = [batch_size(part.batch) for part in parts]
     before = _average(figures, samples) if is_reference else None
     return Calibration(boundaries, parts, sum(samples), before, forward_fn)
 

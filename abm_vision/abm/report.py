@@ -74,15 +74,18 @@ class ABMReport:
 
     def summary(self) -> str:
         """One line."""
-        before, after = self.before, self.after
         how = "fitted layer by layer" if self.config.fit == "local" else f"{self.config.steps} steps"
-        why = "further the loss rises" if self.kept else "no step lowers the loss, the adapter is as before"
-        back = "" if self.kept == 1 else f" ({self.kept:g} of the way kept: {why})"
-        inside = 1 - after.inside / before.inside if before.inside else 0.0
-        change = f"{100 * abs(inside):.1f} % {'fewer' if inside >= 0 else 'more'} units inside the margin"
+        taken = f"{self.samples} samples, {how}, {self.seconds:.1f} s"
+        if not self.kept:
+            return (
+                f"{taken}: nothing kept, as every share of the way tried raises the boundary loss; the adapter is as "
+                "it was (fresh: peft's default, B = 0)"
+            )
+        fewer = 1 - self.after.inside / self.before.inside if self.before.inside else 0.0
         return (
-            f"{self.samples} samples, {how}{back}, {self.seconds:.1f} s: boundary loss {before.loss:.5f} to "
-            f"{after.loss:.5f}, {change}, {100 * after.match:.1f} % keep their side"
+            f"{taken}: {100 * abs(fewer):.1f} % {'fewer' if fewer >= 0 else 'more'} units inside the margin, "
+            f"{100 * self.after.match:.1f} % keep their side"
+            f"{'' if self.kept == 1 else f' ({self.kept:g} of the way kept: further the loss rises)'}"
         )
 
     def __str__(self) -> str:

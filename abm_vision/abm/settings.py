@@ -58,23 +58,27 @@ class ABMConfig(InitConfig):
         margin_unit: "absolute" (units of the pre-activation) or "relative" (multiples of each layer's root mean
             square pre-activation in the reference, on the first batch).
         steps: optimiser steps.
-        learning_rate: of AdamW on the adapter's weights at the first step; it falls linearly towards zero.
+        learning_rate: of AdamW on the adapter's weights in the middle of the steps, to which it rises and from which
+            it falls linearly.
         batch_size: samples in a step. The loader's batches are cut to it, never joined: signs and final figures are
             computed on whole batches, which is faster.
+        tokens: of text, the most that are taken, padding included, so that long sequences cost no more than short
+            ones; one sample is always taken.
         layers: which boundaries of each stack: "all", the last n, or a list of module names.
         layer_weights: "quadratic" (w_l^2 = ((l + 1) / L)^2 over the matched layers of a stack) or "uniform".
         fit: "end_to_end" (AdamW on all factors before the last boundary) or "local" (every boundary on its own, in
             closed form, on the first batch: B of the projection in front of it alone; steps, learning_rate and
             batch_size do not apply).
 
-    `samples` and `seed` are as in `InitConfig`.
+    `seed` is as in `InitConfig`. Of `samples` no more are taken than the steps see: steps * batch_size.
     """
 
     margin: float = flag(0.5, "margin of the boundary loss")
     margin_unit: str = flag("absolute", "unit of the margin", choices=("absolute", "relative"))
-    steps: int = flag(20, "optimiser steps of the matching")
-    learning_rate: float = flag(1e-3, "learning rate of the matching", name="lr")
-    batch_size: int = flag(8, "samples in a step of the matching")
+    steps: int = flag(9, "optimiser steps of the matching")
+    learning_rate: float = flag(4.5e-4, "highest learning rate of the matching", name="lr")
+    batch_size: int = flag(4, "samples in a step of the matching")
+    tokens: int = flag(2048, "of text, the most tokens that the matching takes, with padding", name="max_tokens")
     layers: str | int | Sequence[str] = flag(
         "all", "all, the number of last layers to match, or activation modules with commas between", parse=_layers
     )
@@ -88,7 +92,7 @@ class ABMConfig(InitConfig):
         check_choice("fit", self.fit, FITS)
         check_real("margin", self.margin, 0)
         check_real("learning_rate", self.learning_rate, 0, above=True)
-        for name in ("steps", "batch_size"):
+        for name in ("steps", "batch_size", "tokens"):
             check_whole(name, getattr(self, name), 1)
         self._settle_layers()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from peft import PeftModel
@@ -11,7 +12,7 @@ from torch import nn
 from abm_vision.abm.adapter import Adapter
 from abm_vision.abm.batches import collect, explained
 from abm_vision.abm.gradient import LossFn
-from abm_vision.abm.hooks import ForwardFn
+from abm_vision.abm.hooks import ForwardFn, TokenMaskFn
 from abm_vision.abm.host import Backbone, find_backbone
 from abm_vision.abm.lora import settle_modes
 from abm_vision.abm.merged_linear import BlockLinear
@@ -33,6 +34,7 @@ def initialize_lora(
     reference: str | nn.Module | None = None,
     loss_fn: LossFn | None = None,
     forward_fn: ForwardFn | None = None,
+    token_mask_fn: TokenMaskFn | None = None,
     adapter_name: str = "default",
     backbone: Backbone | None = None,
     show_progress_bar: bool = True,
@@ -53,6 +55,8 @@ def initialize_lora(
         reference: for "abm_tuned": the name of another adapter of this model, or another model.
         loss_fn: (model, batch) to the scalar mean loss, for one that needs labels; the backbone's if None.
         forward_fn: (model, batch) runs the model; the backbone's if None.
+        token_mask_fn: (batch, stack) to the boolean mask of tokens that count, for an initialisation that looks at
+            activations; the backbone's if None.
         adapter_name: the adapter to initialise; it must be the active one.
         backbone: the record of the model's family; found from the model if None.
         show_progress_bar: a tqdm bar, for an initialisation that takes steps.
@@ -73,6 +77,7 @@ def initialize_lora(
     adapter.check_fresh()
     _check_served(adapter, row)
     backbone = backbone or find_backbone(model)
+    backbone = replace(backbone, token_mask_fn=token_mask_fn) if token_mask_fn else backbone
     if row.needs and dataloader is None:
         raise ValueError(f"{init} needs {row.needs}: pass a dataloader")
     if Needs.REFERENCE in row.needs and reference is None:

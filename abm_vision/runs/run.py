@@ -18,7 +18,7 @@ from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
 from abm_vision.runs.figures import draw_information_loss, draw_training
 from abm_vision.runs.folder import ADAPTER, CURVES, FAILURE, INFORMATION_LOSS, RESULT
-from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Request, Run, Session, silent
+from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Progress, Request, Run, Session, silent
 from abm_vision.runs.initialise import Tune, check_same_initialisation, initialise
 from abm_vision.runs.log import LOGS
 from abm_vision.runs.provenance import environment
@@ -78,6 +78,8 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
         run.session.say(f"resumed   after {_place(checkpoint, run.config.epochs)}")
     progress = harness.train(run, notes, checkpoint)
     run.seconds["train"] = sum(progress.seconds)
+    if run.config.initializer.needs and progress.seconds:
+        run.session.say(f"{run.config.init:<9} {_cost(run.seconds['init'], progress)}")
     scored = harness.score(run, progress)
     result = {
         "schema": run.config.schema,
@@ -108,6 +110,14 @@ def _place(checkpoint: Checkpoint, epochs: int) -> str:
     if checkpoint.step is None:
         return f"epoch {checkpoint.epoch} of {epochs}"
     return f"step {checkpoint.step}, in epoch {checkpoint.epoch + 1} of {epochs}"
+
+
+def _cost(seconds: float, progress: Progress) -> str:
+    """What the initialisation took, in this run's own epochs and training steps."""
+    epoch = sum(progress.seconds) / len(progress.seconds)
+    steps = len(progress.losses) / len(progress.seconds)
+    share = seconds / epoch
+    return f"{seconds:.1f} s, as long as {share:.2f} epoch ({share * steps:.1f} training steps)"
 
 
 def _prepare(harness: Harness, request: Request) -> Prepared:

@@ -21,6 +21,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
         "dropout": 0.05,
         "abm_lr": 3e-4,
         "abm_steps": 100,
+        "abm_max_tokens": 100_000,  # all of its samples
         "abm_batch_size": 1,
         "abm_layers": "6",
         "epochs": 8,
