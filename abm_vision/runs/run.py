@@ -13,12 +13,13 @@ import torch
 from abm_vision.abm.files import write_json
 from abm_vision.drawing import save_figure
 from abm_vision.initializers import Properties
+from abm_vision.runs import epochs
 from abm_vision.runs import folder as files
 from abm_vision.runs.content import check_finished, check_origin
 from abm_vision.runs.device import peak_memory
 from abm_vision.runs.figures import draw_information_loss, draw_training
 from abm_vision.runs.folder import ADAPTER, CURVES, FAILURE, INFORMATION_LOSS, RESULT
-from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Progress, Request, Run, Session, silent
+from abm_vision.runs.harness import Checkpoint, Harness, Prepared, Request, Run, Session, silent
 from abm_vision.runs.initialise import Tune, check_same_initialisation, initialise
 from abm_vision.runs.log import LOGS
 from abm_vision.runs.provenance import environment
@@ -78,8 +79,6 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
         run.session.say(f"resumed   after {_place(checkpoint, run.config.epochs)}")
     progress = harness.train(run, notes, checkpoint)
     run.seconds["train"] = sum(progress.seconds)
-    if run.config.initializer.needs and progress.seconds:
-        run.session.say(f"{run.config.init:<9} {_cost(run.seconds['init'], progress)}")
     scored = harness.score(run, progress)
     result = {
         "schema": run.config.schema,
@@ -98,6 +97,8 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
         "environment": environment(str(run.device)),
         "reference_only": run.session.reference_only,
     }
+    if run.config.initializer.needs:
+        run.session.say(f"{run.config.init:<9} {_cost(result)}")
     state_dict = run.processes.gather(run.model)  # which all of them must call
     if run.processes.main:
         settings = harness.settings(result)
@@ -106,18 +107,18 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
     return result
 
 
+def _cost(result: dict[str, Any]) -> str:
+    """What the initialisation took, in this run's own epochs and training steps."""
+    seconds = result["seconds"]["init"]
+    share = seconds / epochs.seconds(result)
+    steps = share * epochs.steps_per_epoch(result)
+    return f"{seconds:.1f} s, as long as {share:.2f} epoch ({steps:.1f} training steps)"
+
+
 def _place(checkpoint: Checkpoint, epochs: int) -> str:
     if checkpoint.step is None:
         return f"epoch {checkpoint.epoch} of {epochs}"
     return f"step {checkpoint.step}, in epoch {checkpoint.epoch + 1} of {epochs}"
-
-
-def _cost(seconds: float, progress: Progress) -> str:
-    """What the initialisation took, in this run's own epochs and training steps."""
-    epoch = sum(progress.seconds) / len(progress.seconds)
-    steps = len(progress.losses) / len(progress.seconds)
-    share = seconds / epoch
-    return f"{seconds:.1f} s, as long as {share:.2f} epoch ({share * steps:.1f} training steps)"
 
 
 def _prepare(harness: Harness, request: Request) -> Prepared:
