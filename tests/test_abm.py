@@ -730,7 +730,7 @@ def test_the_loss_never_ends_above_on_any_rendered_task(task, tmp_path_factory, 
     pixels = [F.interpolate(torch.from_numpy(image).movedim(2, 0)[None].float(), (32, 32)) for image, _ in data]
     batches = (torch.cat(pixels) / 127.5 - 1).split(20)
     pretrained = build_vit().eval()
-    for seed, rate, half in itertools.product(range(2), (4.5e-4, 0.1), (False, True)):
+    for seed, rate, half in itertools.product(range(2), (3e-4, 0.1), (False, True)):
         torch.manual_seed(seed)
         model = add_lora(copy.deepcopy(pretrained))
         with torch.autocast("cpu", torch.bfloat16, enabled=half):

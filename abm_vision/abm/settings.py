@@ -76,7 +76,7 @@ class ABMConfig(InitConfig):
     margin: float = flag(0.5, "margin of the boundary loss")
     margin_unit: str = flag("absolute", "unit of the margin", choices=("absolute", "relative"))
     steps: int = flag(9, "optimiser steps of the matching")
-    learning_rate: float = flag(4.5e-4, "highest learning rate of the matching", name="lr")
+    learning_rate: float = flag(3e-4, "highest learning rate of the matching", name="lr")
     batch_size: int = flag(4, "samples in a step of the matching")
     tokens: int = flag(2048, "of text, the most tokens that the matching takes, with padding", name="max_tokens")
     layers: str | int | Sequence[str] = flag(
