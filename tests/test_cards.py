@@ -16,7 +16,16 @@ ODD = 'm|x <b>"q"</b> `c` _d_ *k* [i](j) #1 $a$ {b}: - \\n\nl'
 SHOWN = " ".join(ODD.split())
 CONFIG = {
     **dict.fromkeys(("model", "targets", "init", "weights", "data"), ODD),
-    **{"task": "dtd", "rank": 4, "qkv": "full", "epochs": 1, "seed": 0, "image_size": 32, "base": "fp32"},
+    **{
+        "task": "dtd",
+        "rank": 4,
+        "qkv": "full",
+        "epochs": 1,
+        "seed": 0,
+        "image_size": 32,
+        "base": "fp32",
+        "max_steps": 0,
+    },
 }
 TEST = {"split": "test", "top1": 0.5, "count": 60}
 
@@ -31,8 +40,8 @@ def vision():
 
 def language(module, tiny):
     data = {"train": {"source": ODD, "examples": 5, "conversations": 5}}
-    weights = {"location": ODD, "revision": None if tiny else ODD, "sha256": "0" * 64}
-    scores = {"scores": {}, "perplexity": {"before": 2.0, "after": 1.0}}
+    weights = {"location": ODD, "revision": None if tiny else ODD, "sha256": "0" * 64, "dequantised": None}
+    scores = {"loss_per_step": [1.0], "scores": {}, "perplexity": {"before": 2.0, "after": 1.0}}
     with pytest.MonkeyPatch.context() as patch:  # the words for scores have no names
         patch.setattr(module, "scores_in_words" if module is glue else "perplexity_in_words", lambda result: "0.5")
         return module.model_card({"config": CONFIG, "data": data, "weights": weights, "tiny": tiny, **scores})

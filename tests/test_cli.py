@@ -27,7 +27,7 @@ def test_the_real_command(tmp_path, capsys):
     lines = out.splitlines()
     assert lines[0].split() == ["task", "dsprites_loc"] and lines[2].split() == ["*", "model", "test_vit"]
     stages = [line.split()[0] for line in lines[len(tiny().to_dict()) :]]
-    assert stages == ["device", "data", "weights", "abm", "epoch", "epoch", "dsprites_loc"]
+    assert stages == ["device", "data", "weights", "abm", "epoch", "epoch", "abm", "dsprites_loc"]
     assert "rendered" in lines[-1] and re.search(r"top-1 \d+\.\d\d % of 60 test images", lines[-1])
     (folder,) = (tmp_path / "results").iterdir()
     assert str(folder) in lines[-1] and (folder / "result.json").is_file()

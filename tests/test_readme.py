@@ -16,6 +16,7 @@ from abm_vision.tune import __main__ as tune
 from abm_vision.vtab import __main__ as vtab
 from nlp_ext.glue import __main__ as glue
 from nlp_ext.instruct import __main__ as instruct
+from nlp_ext.models import __main__ as models
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +38,13 @@ def test_ci_runs_the_two_set_up_commands_of_readme():
 
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MODULES = {"abm_vision.vtab": vtab, "abm_vision.tune": tune, "nlp_ext.glue": glue, "nlp_ext.instruct": instruct}
+MODULES = {
+    "abm_vision.vtab": vtab,
+    "abm_vision.tune": tune,
+    "nlp_ext.glue": glue,
+    "nlp_ext.instruct": instruct,
+    "nlp_ext.models": models,
+}
 
 
 def calls(page):
