@@ -67,7 +67,8 @@ def model_card(
     hub = f"base_model: {quoted(config['model'])}\n" if weights["revision"] else ""
     made_here = tiny or weights["dequantised"] is not None
     name = quoted(config["model"])
-    called = config["model"] if weights["revision"] else Path(config["model"]).name
+    place = Path(config["model"]).expanduser()
+    called = place.name if place.exists() else config["model"]
     steps, epochs = len(result["loss_per_step"]), count(config["epochs"], "epoch")
     trained = count(steps, "step") if steps == config["max_steps"] else epochs
     revision = f" at {markdown(weights['revision'])}" if weights["revision"] else ""
