@@ -106,7 +106,7 @@ def ours(model: PeftModel, images: Images, seed: int, variant: str) -> None:
     with autocast(images.pixels.device, args.precision):
         if variant == "aligned":
             initialize_lora_aligned_weights(model, images.batches(32, seed, 0))
-        elif variant == "defaults":  # 128 samples, 20 steps of 8
+        elif variant == "defaults":  # 36 samples, 9 steps of 4
             initialize_lora_abm_weights(model, images.batches(64, seed, 0), show_progress_bar=False)
         elif variant == "local":
             initialize_lora_abm_weights(model, images.batches(SAMPLES, seed, 0), LOCAL, show_progress_bar=False)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import tables_costs as costs
+import tables_evidence as evidence
 import tables_runs as runs
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,8 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         costs.attention,
         costs.abm_init,
         costs.nlp_init,
+        evidence.cifar10,
+        evidence.smollm,
         runs.suite,
         runs.confirmation,
         runs.families,
