@@ -222,6 +222,16 @@ def test_settings_in_yaml(capsys, tmp_path):
     assert code == 0 and (found["task"], found["lr"], found["rank"]) == ("dsprites_ori", 0.001, 2)
 
 
+def test_some_settings_in_json(capsys, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text('{"task": "dsprites_ori", "lr": 0.001}')
+    code, out, _ = answer(["--config", file, "--print-config"], capsys)
+    found = json.loads(out)["config"]
+    assert code == 0 and (found["task"], found["lr"]) == ("dsprites_ori", 0.001)
+    file.write_text('{"lrr": 1}')
+    assert "unknown settings lrr" in refused(["--config", file], capsys)
+
+
 @pytest.mark.parametrize(
     "text, message",
     [

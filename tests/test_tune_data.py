@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,8 +115,8 @@ def cut(path):
         ("pages.tif", animated, "it has 2 frames"),
         ("cut.jpg", cut, "truncated"),
         ("cut.png", cut, ""),
-        ("empty.jpg", lambda path: path.touch(), "cannot identify"),
-        ("text.jpg", lambda path: path.write_text("no picture"), "cannot identify"),
+        ("empty.jpg", lambda path: path.touch(), "it is none that Pillow knows"),
+        ("text.jpg", lambda path: path.write_text("no picture"), "it is none that Pillow knows"),
         ("float.tif", lambda path: Image.new("F", (1, 1)).save(path), "mode F: write it with 8 or 16 bits"),
     ],
 )
@@ -236,6 +237,24 @@ def test_broken_files_are_named_all_at_once_or_left_out(tmp_path):
     assert len(data.train) + len(data.validation) == 10
     assert sorted(map(str, data.skipped)) == [str(tmp_path / "a/x.jpg"), str(tmp_path / "b/y y.png")]
     assert data.notes[0].startswith("2 broken files left out: ")
+
+
+def test_a_broken_file_is_named_as_it_is_given_now(tmp_path, monkeypatch):
+    """What is cached of a file holds from any folder."""
+    classes(tmp_path / "photos", "a", "b")
+    (tmp_path / "photos/a/x.jpg").write_text("no picture")
+    monkeypatch.setattr("abm_vision.runs.content.SETTLED", -10)  # files of just now are cached, too
+    monkeypatch.chdir(tmp_path)
+    for place in (Path("photos"), tmp_path / "photos"):
+        with pytest.raises(ValueError, match="cannot be read") as found:
+            load_(place)
+        assert f"\n  {place / 'a/x.jpg'} cannot be read as an image" in str(found.value)
+
+
+def test_one_picture_is_no_folder(tmp_path):
+    classes(tmp_path, "a", "b")
+    with pytest.raises(ValueError, match="is one picture: give FOLDER/CLASS"):
+        load_(next(tmp_path.glob("a/*")))
 
 
 # ------------------------------------------------------------------------------------------------------------ a CSV
@@ -364,7 +383,7 @@ def flat(root):
     ("make", "message"),
     [
         (lambda root: None, "holds no folder of a class: expected is FOLDER/CLASS/"),
-        (with_empty, "has no picture of c: remove the empty folder, or fill it"),
+        (with_empty, "has no picture of c: fill the folder, or remove it"),
         (lambda root: classes(root, "a"), r"has 1 class to train on \(a\), two or more are needed\. Expected is"),
         (nested, r"has 1 class to train on \(photos\).*below it are a, b: give the folder that holds them"),
         (alone, "of b there are fewer than two different pictures"),

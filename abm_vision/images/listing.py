@@ -55,6 +55,8 @@ def find(given: str | Path) -> Listing:
         return Listing("datasets", list(_from_csv(table_of(str(given)))))
     if place.is_dir():
         return _from_folder(place)
+    if place.is_file() and is_picture(place):
+        raise ValueError(f"{place} is one picture: give {LAYOUTS}")
     if place.is_file():
         return Listing("csv", list(_from_csv(place)))
     raise FileNotFoundError(f"there is no {place}: give {LAYOUTS}")
@@ -119,7 +121,7 @@ def _add_classes(listing: Listing, place: Path, part: str | None) -> None:
         if not shown:
             empty.append(folder.name)
     if empty:
-        raise ValueError(f"{place} has no picture of {', '.join(empty)}: remove the empty folder, or fill it")
+        raise ValueError(f"{place} has no picture of {', '.join(empty)}: fill the folder, or remove it")
 
 
 def _folders(place: Path) -> list[Path]:

@@ -104,8 +104,8 @@ def check_readable(paths: Sequence[Path], skip_broken: bool) -> dict[Path, str]:
         with ThreadPoolExecutor() as pool:  # Pillow decodes outside Python's lock
             return json.dumps({k: reason for k, reason in enumerate(pool.map(_fault, there)) if reason})
 
-    found = json.loads(remembered(there, "photos 1", read)) if there else {}
-    unread = {there[int(k)]: reason for k, reason in found.items()}
+    found = json.loads(remembered(there, "photos 2", read)) if there else {}
+    unread = {there[int(k)]: f"{there[int(k)]} {reason}" for k, reason in found.items()}
     bad = {path: f"no image {path}" for path in paths if not path.is_file()} | unread
     if bad and not skip_broken:
         named = "".join(f"\n  {reason}" for reason in list(bad.values())[:SHOWN])
@@ -118,8 +118,9 @@ def check_readable(paths: Sequence[Path], skip_broken: bool) -> dict[Path, str]:
 
 
 def _fault(path: Path) -> str | None:
+    """Why a file cannot be read, without its name: what is cached is read again from another folder."""
     try:
         read_photo(path)
     except (ValueError, OSError) as error:
-        return str(error)
+        return str(error).removeprefix(f"{path} ")
     return None

@@ -132,16 +132,17 @@ class Recorded(BaseModel):
 
 
 def read_config(path: str | Path, schema: int | str) -> dict[str, Any]:
-    """The settings in a file: a run's own `config.json` or `result.json`, or a YAML file of some (`lr: 1e-3`).
+    """The settings in a file: a run's own `config.json` or `result.json`, or some (`lr: 1e-3`) in YAML or JSON.
 
     Raises:
         FileNotFoundError, ValueError: no such file, no JSON or YAML, or another schema.
     """
     path, remedy = Path(path), "write the settings as flags instead"
-    if path.suffix not in (".yaml", ".yml"):
-        return read_record(path, Recorded, schema, remedy)["config"]
     if not path.is_file():
         raise FileNotFoundError(f"there is no {path}; {remedy}")
+    if path.suffix not in (".yaml", ".yml"):
+        found = read_object(path, remedy)
+        return read_record(path, Recorded, schema, remedy)["config"] if {"schema", "config"} & set(found) else found
     try:
         found = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -38,7 +38,10 @@ def _parser() -> Parser:
 
 
 def _rate(text: str) -> str | float:
-    return text if text == AUTO else float(text)
+    try:
+        return text if text == AUTO else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def _one(parsed: argparse.Namespace) -> int:

@@ -91,13 +91,13 @@ def summary(result: dict[str, Any]) -> str:
 def next_steps(result: dict[str, Any]) -> str:
     """What can be done with the adapter now."""
     config, folder = result["config"], shlex.quote(result["folder"])
-    data = shlex.quote(config["data"])
+    data, skip = shlex.quote(config["data"]), " --skip-broken" * config["skip_broken"]
     other = "abm" if config["init"] == BASELINE else config["init"]
     return "\n".join(
         (
             "next:",
-            f"  abm-tune predict {folder} IMAGE|FOLDER...      classes of other images",
-            f"  abm-tune evaluate {folder} FOLDER      accuracy by class, confusions and mistakes on labelled images",
+            f"  abm-tune predict {folder} IMAGE|FOLDER...{skip}      classes of other images",
+            f"  abm-tune evaluate {folder} FOLDER{skip}      accuracy by class, confusions, mistakes: labelled images",
             f"  abm-tune export {folder} --to onnx --normalise --out model.onnx      one file; merge: one for timm",
             f"  abm-tune demo {folder}      a page in the browser",
             f"  abm-tune compare {data} --init {BASELINE},{other} --lr {config['lr']:g} --seeds 3{_changed(config)}",

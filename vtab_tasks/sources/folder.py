@@ -20,7 +20,7 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from vtab_tasks.sources.duplicates import Glance, contents, describe, glance
 from vtab_tasks.taskdata import TaskData
@@ -88,6 +88,8 @@ def read_image(
                 return np.array(prepare(image).convert("RGB"))
     except FileNotFoundError:
         raise FileNotFoundError(f"no image {path}") from None
+    except UnidentifiedImageError:  # its own message names the open file, not its place
+        raise ValueError(f"{path} cannot be read as an image (it is none that Pillow knows)") from None
     except _BROKEN as error:
         raise ValueError(f"{path} cannot be read as an image ({error})") from error
 
