@@ -24,7 +24,6 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         costs.abm_init,
         costs.nlp_init,
         evidence.cifar10,
-        evidence.smollm,
         runs.suite,
         runs.confirmation,
         runs.families,

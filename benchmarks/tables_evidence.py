@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -90,7 +91,9 @@ def _found(name: str) -> Iterable[tuple[str, str, dict[Key, list[Run]]]]:
 
 
 def _inits(runs: dict[Key, list[Run]]) -> list[str]:
-    return list(dict.fromkeys(init for init, *_ in runs))
+    """The initialisations of which as many runs are made as of any: with all budgets, rates and seeds."""
+    counts = Counter(init for init, *_ in runs)
+    return [init for init, count in counts.items() if count == max(counts.values())]
 
 
 def _by_rate(runs: dict[Key, list[Run]], init: str, epochs: int) -> dict[float, list[Run]]:
