@@ -1,7 +1,7 @@
 """Initialisations of LoRA on real weights and real photographs: DINOv2 ViT-S/14, 1,000 images of CIFAR-10.
 
-    python benchmarks/cifar10.py --size cpu                 # within two hours on 2 cores; resumes
-    python benchmarks/cifar10.py --size gpu --jobs 12       # minutes
+    python benchmarks/cifar10.py --size cpu                 # resumes
+    python benchmarks/cifar10.py --size gpu --jobs 12
 
 Every initialisation with every budget of epochs, learning rate and seed, through `abm_vision.tune`: 800 images to train
 on and 200 to choose the epoch and the rate by, other ones for every seed, and 5,000 of the test batch. `classes`: the
@@ -58,13 +58,13 @@ def write(folder: Path, subject: str, seed: int) -> Path:
         return folder
     beside = folder.with_name(f"{folder.name}.{os.getpid()}.part")
     rng = np.random.default_rng(seed)
-    pixels, labels = cifar10("train")
+    (pixels, labels), test = cifar10("train"), cifar10("test")
     chosen = rng.permutation(len(pixels))[: TRAIN + VALIDATION]
-    tested = np.random.default_rng(0).permutation(len(cifar10("test")[0]))[:TEST]  # the same for every seed
+    tested = np.random.default_rng(0).permutation(len(test[0]))[:TEST]  # the same for every seed
     parts = {
         "train": (pixels[chosen[:TRAIN]], labels[chosen[:TRAIN]]),
         "val": (pixels[chosen[TRAIN:]], labels[chosen[TRAIN:]]),
-        "test": tuple(values[tested] for values in cifar10("test")),
+        "test": tuple(values[tested] for values in test),
     }
     for part, (images, answers) in parts.items():
         names = CLASSES

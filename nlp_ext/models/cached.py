@@ -42,6 +42,7 @@ def cached_model(name: str, recipe: Mapping[str, Any], make: Callable[[Path], Ma
             beside = folder.with_suffix(f".{os.getpid()}.part")
             try:
                 with writing(folder):
+                    shutil.rmtree(beside, ignore_errors=True)  # of a killed process with this number
                     beside.mkdir()
                     more = make(beside)
                     write_json(beside / RECIPE, {**recipe, **more, "sha256": _hashes(beside)})
