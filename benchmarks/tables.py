@@ -24,6 +24,7 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         costs.abm_init,
         costs.nlp_init,
         evidence.cifar10,
+        evidence.smollm,
         runs.suite,
         runs.confirmation,
         runs.families,
