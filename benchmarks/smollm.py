@@ -34,20 +34,20 @@ MODEL = "smollm2-135m"
 PACKAGE, SHA256 = "vaderSentiment==0.5", "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
 FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 INITS = ("kaiming", LONG, "eva", "pissa", "abm", "abm_aligned")
-HELD_OUT = 200
 
 
 @dataclass(frozen=True)
 class Size:
-    """What is run: `steps` of `batch` conversations."""
+    """What is run: `steps` of `batch` conversations, and how many are held out."""
 
     rates: tuple[float, ...]
     seeds: int
     steps: int
     batch: int
+    held_out: int
 
 
-SIZES = {"gpu": Size((5e-4, 1e-3, 2e-3, 4e-3), 3, 200, 16), "cpu": Size((1e-3, 2e-3), 2, 40, 4)}
+SIZES = {"gpu": Size((5e-4, 1e-3, 2e-3, 4e-3), 3, 200, 16, 200), "cpu": Size((1e-3, 2e-3), 2, 40, 4, 100)}
 
 
 def reviews(folder: Path) -> Path:
@@ -99,11 +99,11 @@ def work(size: Size, out: Path) -> Iterator[Work]:
                 epochs=1,
                 batch_size=size.batch,
                 train_examples=size.steps * size.batch,
-                held_out=HELD_OUT,
-                samples=HELD_OUT if classified else 0,
-                new_tokens=4,
+                held_out=size.held_out,
+                samples=size.held_out if classified else 0,
+                new_tokens=1,  # "positive" and "negative" are one token each
             )
-            yield Work(subject, HARNESS, config, diagnose=(seed, lr) == (0, size.rates[0]))
+            yield Work(subject, HARNESS, config, diagnose=(subject, seed, lr) == ("documentation", 0, size.rates[0]))
 
 
 if __name__ == "__main__":

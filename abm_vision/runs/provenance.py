@@ -25,6 +25,9 @@ def environment(device: str) -> dict[str, Any]:
     }
 
 
+HERE = Path(__file__).resolve().parent
+
+
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)
@@ -33,18 +36,16 @@ def _version(package: str) -> str | None:
 
 
 def git_commit() -> dict[str, Any] | None:
-    """The checkout's commit and whether tracked files differ from it; None outside a checkout."""
-    root = Path(__file__).resolve().parent.parent
-    if not (root / ".git").exists():
-        return None
+    """The checkout's commit and whether tracked files differ from it; None where git does not track this file."""
 
     def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=True)
+        done = subprocess.run(["git", *arguments], cwd=HERE, capture_output=True, text=True, check=True)
         return done.stdout.strip()
 
     try:
+        git("ls-files", "--error-unmatch", Path(__file__).name)  # an installed package may lie in another's checkout
         return {"id": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "-uno"))}
-    except (OSError, subprocess.CalledProcessError):  # no git, or no commit yet
+    except (OSError, subprocess.CalledProcessError):  # no git, not tracked, or no commit yet
         return None
 
 

@@ -68,7 +68,7 @@ def perplexity(run: InstructRun, model: nn.Module) -> float:
     """
     evaluate(model)
     total, count = 0.0, 0
-    rows, size = run.held_out.rows, run.config.batch_size
+    rows, size = sorted(run.held_out.rows, key=lambda row: len(row["input_ids"])), run.config.batch_size  # less padding
     for batch in (run.batch(chunk) for chunk in _chunks(rows, size)):
         with autocast(run.device, run.precision):
             loss = forward(model, batch).loss
