@@ -99,6 +99,7 @@ def work(size: Size, out: Path) -> Iterator[Work]:
                 epochs=1,
                 batch_size=size.batch,
                 train_examples=size.steps * size.batch,
+                abm_samples=64,  # information loss takes as many again
                 held_out=size.held_out,
                 samples=size.held_out if classified else 0,
                 new_tokens=1,  # "positive" and "negative" are one token each
