@@ -135,13 +135,14 @@ def test_choosing_an_initialisation():
     assert {line.get_color() for line in lines} <= set(palette)
 
 
-def test_t5_on_glue():
-    given = run("06", LARGE, ("(2000, 5)", "(64, 1)"), ("[:200]", "[:6]"))
+def test_t5_on_glue(t5):
+    model = 'tiny_folder("tiny-t5", show_progress_bar=False)', f'"{t5}"'
+    given = run("06", LARGE, model, ("(2000, 5)", "(64, 1)"), ("[:200]", "[:6]"))
     assert len(given["train"]) == 64 and set(given["said"]) == {"ABM", "peft's default"}
 
 
-def test_llama_on_instructions():
+def test_llama_on_instructions(llama):
     sizes = ("held_out=50, samples=4, new_tokens=40", "held_out=4, samples=1, new_tokens=4")
-    model = ('"smollm2-135m"', '"tiny-llama"'), ("fetch(MODEL)", "None")
+    model = ('"smollm2-135m"', f'"{llama}"'), ("fetch(MODEL)", "None")
     given = run("07", LARGE, *model, ("else 1]", "else 150]"), sizes)
     assert 20 < len(given["rows"]) < 50 and given["config"].train_examples == 0

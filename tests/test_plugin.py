@@ -36,7 +36,7 @@ def command(tmp_path, *words):
     path = os.pathsep.join([str(tmp_path / "lib"), os.environ.get("PYTHONPATH", "")])
     return subprocess.run(
         [sys.executable, "-m", "abm_vision.vtab", *words, "--out", str(tmp_path / "out")],
-        env={**os.environ, "PYTHONPATH": path, "RAY_ADDRESS": "local"},  # not the cluster of another test
+        env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
     )
@@ -90,15 +90,6 @@ def test_suite_of_several_processes(plugin, here, tmp_path):
     code, out, err = here(*compare, *WORDS, *OWN)
     assert code == 0, err
     assert {row["init"] for row in json.loads(out)} == {"kaiming", "noise"}
-
-
-@pytest.mark.slow
-def test_suite_on_ray(plugin, tmp_path):
-    pytest.importorskip("ray")
-    suite = ["suite", "--tasks", "dsprites_loc", "--init", "noise", *WORDS, *OWN]
-    done = command(tmp_path, *suite, "--executor", "ray")
-    assert done.returncode == 0, done.stderr
-    assert results(tmp_path)["noise"]["noise_strength"] == 0.5
 
 
 @pytest.mark.slow
