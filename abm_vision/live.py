@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from abm_vision.drawing import BLUE, OKABE_ITO
+from abm_vision.drawing import OKABE_ITO
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
@@ -63,7 +63,7 @@ class LivePlot:
 
 
 def _lines(axes: Axes, figures: dict[str, tuple[list[int], list[float]]]) -> None:
-    for (name, (steps, values)), colour in zip(figures.items(), (BLUE, *OKABE_ITO), strict=False):
+    for (name, (steps, values)), colour in zip(figures.items(), OKABE_ITO, strict=False):
         axes.plot(steps, values, color=colour, label=f"{name}: {values[-1]:.3f}")
     axes.set(xlabel="step")
     axes.spines[["top", "right"]].set_visible(False)

@@ -136,9 +136,10 @@ def test_a_part_of_an_epoch_in_a_comparison(followed, llama, capsys):
 
 def test_a_picture_of_a_small_part_of_an_epoch(followed):
     result = {**followed[0], "steps_per_epoch": 100}
-    axes, right = draw_training(result, "title").axes
+    figure = draw_training(result, "title")
+    axes, right = figure.axes
     assert axes.get_xlim() == pytest.approx((0, 0.084)) and list(right.lines[0].get_xdata()) == [0.02, 0.04, 0.06, 0.08]
-    assert axes.get_title().startswith("llama0, LoRA r = 2")
+    assert right.get_ylabel() == "held-out perplexity" and figure.get_suptitle().startswith("title\nllama0, LoRA r = 2")
 
 
 @pytest.mark.slow

@@ -128,21 +128,3 @@ def classify(
         with autocast(device, precision):
             logits = model(preprocessing.normalise(pixels.to(device)))
         yield logits.float().cpu(), labels
-
-
-def count_correct(
-    model: nn.Module,
-    chunks: Iterable[tuple[Tensor, Tensor]],
-    preprocessing: Preprocessing,
-    device: torch.device,
-    precision: str,
-    quiet: bool,
-    title: str = "test",
-) -> tuple[int, int]:
-    """(correct, counted) over every image of the chunks; the title is that of the progress bar."""
-    correct = counted = 0
-    bar = bars.progress(chunks, title, show=not quiet)
-    for logits, labels in classify(model, bar, preprocessing, device, precision):
-        correct += int((logits.argmax(-1) == labels).sum())
-        counted += len(labels)
-    return correct, counted
