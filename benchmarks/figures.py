@@ -11,7 +11,7 @@ from tables_costs import read
 from abm_vision.drawing import BLUE, GREY, ORANGE
 
 DOCS = Path(__file__).parent.parent / "docs"
-INK = "#777777"  # legible on white and on black
+INK = "#808080"  # legible on white and on black
 SHOWN = {"full": ("full fine-tuning", GREY), "peft": ("LoRA, peft", ORANGE), "ours": ("LoRA, here", BLUE)}
 
 
