@@ -63,6 +63,7 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         code.options("nlp_ext.instruct"),
         code.options("nlp_ext.instruct", "chat"),
         code.options("nlp_ext.instruct", "mt-bench"),
+        code.options("nlp_ext.models", "fetch"),
     ),
 }
 
