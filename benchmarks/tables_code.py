@@ -1,4 +1,4 @@
-"""Tables that are read from the code: options of the commands, initialisations, messages."""
+"""What documents take from the code: options of the commands, initialisations, messages, whole scripts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import importlib
 import re
 from collections.abc import Callable
 from itertools import groupby
+from pathlib import Path
 
-from messages import families, messages
+from messages import ROOT, families, messages
 
 from abm_vision import INITIALIZERS
 
@@ -40,6 +41,17 @@ def _rows(parser: argparse.ArgumentParser) -> list[str]:
 
 def _kind(action: argparse.Action) -> str:
     return {int: "integer", float: "number"}.get(action.type, "text")
+
+
+def whole(name: str) -> Callable[[], str]:
+    """A script of `examples/` as it is."""
+
+    def table() -> str:
+        language = {".py": "python"}.get(Path(name).suffix, "bash")
+        return f"```{language}\n{(ROOT / name).read_text(encoding='utf-8').rstrip()}\n```"
+
+    table.__name__ = name
+    return table
 
 
 def initialisations() -> str:
