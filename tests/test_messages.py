@@ -76,7 +76,7 @@ REAL = [
     (lambda folder: load_adapter(folder), "The folder holds no adapter"),
     (nan_in_the_head, "Nothing can be saved"),
     (lambda folder: tune(own_images(data=str(folder)), folder / "out"), "The folder is not one folder for each class"),
-    (lambda folder: read_rows(folder / "no.jsonl"), "A file of text is in a form that is not read"),
+    (lambda folder: read_rows(folder / "no.jsonl"), "A file of text is missing, or in a form that is not read"),
 ]
 
 
