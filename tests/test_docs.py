@@ -1,13 +1,17 @@
 """The documentation: it builds without a warning, names every option and every result field."""
 
+import functools
+import http.server
 import json
 import logging
 import os
 import re
 import shlex
 import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -54,6 +58,29 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def search(site, browser):
+    """The pages that the site's own search finds for some words, best first."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.server_port}/")
+        page.keyboard.press("s")  # opens the search
+        box, found = page.locator("input.md-search__input"), page.locator("li.md-search-result__item")
+
+        def answers(words):
+            box.fill("")
+            box.press_sequentially(words)
+            page.wait_for_timeout(1000)  # the list follows the last letter
+            links = [item.locator("> a").first.get_attribute("href") for item in found.all()]
+            return [urlsplit(link).path.strip("/") for link in links]
+
+        yield answers
+        page.close()
+        server.shutdown()
+
+
 def code(page):
     found = _Text()
     found.feed(page.read_text())
@@ -75,7 +102,7 @@ def test_commands_of_a_cluster_have_flags_that_exist():
     page = (ROOT / "docs" / "clusters.md").read_text()
     calls = re.findall(r"^python -m abm_vision\.vtab (\w+) (.+)$", page, re.MULTILINE)
     calls += [("suite", words) for words in re.findall(r"sbatch examples/suite\.sbatch (.+)$", page, re.MULTILINE)]
-    assert [name for name, _ in calls] == ["list", "suite", "suite", "suite", "suite"]
+    assert [name for name, _ in calls] == ["list", *["suite"] * 5]
     for name, words in calls:
         vtab.COMMANDS[name].parser().parse_args(shlex.split(words, comments=True))
 
@@ -101,6 +128,28 @@ def test_the_job_array_calls_a_suite(tmp_path):
     found = vtab.COMMANDS["suite"].parser().parse_args(words[4:])
     assert (found.tasks, found.seeds, found.out) == ("all", 3, f"{tmp_path}/results")
     assert all(line.startswith("#SBATCH --") for line in script.read_text().splitlines() if "SBATCH" in line)
+
+
+WORDS = {
+    "LoRA timm qkv": "questions",
+    "freeze k": "questions",
+    "slower than full fine-tuning": "fast_layer",
+    "merge": "deploy",
+    "ONNX": "deploy",
+    "add my own initialisation": "own_initialisation",
+    "own images": "own_images",
+    "slurm": "clusters",
+    "learning rate": "choosing",
+    "out of memory": "troubleshooting",
+    "holds no folder of a class": "troubleshooting",  # a message that was pasted
+    "the model cannot take a batch": "troubleshooting",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "page"), WORDS.items())
+def test_words_that_users_type_lead_to_the_page(search, words, page):
+    assert page in search(words)[:3]
 
 
 @pytest.mark.slow

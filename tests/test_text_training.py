@@ -16,6 +16,7 @@ from abm_vision.runs import epochs
 from abm_vision.runs.figures import draw_training
 from abm_vision.runs.harness import Session
 from nlp_ext import glue, instruct, trainer
+from nlp_ext.instruct import harness
 from nlp_ext.instruct.__main__ import main as instruct_main
 from nlp_ext.instruct.config import InstructConfig
 
@@ -114,7 +115,11 @@ def test_the_best_weights_are_kept_also_by_a_resumed_run(followed, llama, tmp_pa
     assert whole["perplexity_per_step"] == values and whole["best_step"] == int(best)
     assert whole["perplexity"]["after"] == values[best]
     killed_in(7, instruct.run, config, tmp_path / "killed", monkeypatch)
+    measured, measure = [], harness.perplexity
+    monkeypatch.setattr(harness, "perplexity", lambda *given: measured.append(1) or measure(*given))
     resumed = instruct.run(config, tmp_path / "killed")
+    assert len(measured) == 1  # after the last step; that of the pretrained model is known
+    assert resumed["perplexity"] == whole["perplexity"]
     assert resumed["perplexity_per_step"] == values and adapter_of(resumed) == adapter_of(whole)
     assert adapter_of(resumed) != adapter_of(followed[0])
 
