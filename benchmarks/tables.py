@@ -27,7 +27,6 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         evidence.cifar10,
         evidence.smollm,
         runs.suite,
-        runs.confirmation,
         runs.families,
     ),
     ROOT / "benchmarks" / "README.md": (
@@ -36,6 +35,7 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         costs.data_path,
         runs.schedule,
         runs.screening,
+        runs.confirmation,
         runs.sweep,
         runs.directions,
         runs.from_adapter,
