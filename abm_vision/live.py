@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from io import BytesIO
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from abm_vision.drawing import BLUE, OKABE_ITO
+from abm_vision.drawing import BLUE, COLUMN, GREEN, OKABE_ITO, ORANGE, tidy
 
 if TYPE_CHECKING:
     from IPython.display import DisplayHandle
@@ -56,15 +58,16 @@ class LivePlot:
         losses = [name for name in self.figures if name.endswith("loss")]
         others = [name for name in self.figures if not name.endswith(("loss", "lr"))]
         panels = [names for names in (losses, others) if names]
-        figure = Figure(figsize=(5.2 * max(1, len(panels)), 3.2), layout="constrained")
+        figure = Figure(figsize=(1.4 * COLUMN * max(1, len(panels)), 3), layout="constrained")
         for axes, names in zip(figure.subplots(1, max(1, len(panels)), squeeze=False)[0], panels, strict=False):
             _lines(axes, {name: self.figures[name] for name in names})
         return figure
 
 
 def _lines(axes: Axes, figures: dict[str, tuple[list[int], list[float]]]) -> None:
-    for (name, (steps, values)), colour in zip(figures.items(), (BLUE, *OKABE_ITO), strict=False):
+    for (name, (steps, values)), colour in zip(figures.items(), cycle((BLUE, ORANGE, GREEN, *OKABE_ITO)), strict=False):
         axes.plot(steps, values, color=colour, label=f"{name}: {values[-1]:.3f}")
     axes.set(xlabel="step")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    tidy(axes)
+    axes.legend(frameon=False, fontsize=9)

@@ -18,8 +18,9 @@ from directions import adapted
 
 import vtab_tasks
 from abm_vision.abm.files import write_json
+from abm_vision.images.answers import answer
 from abm_vision.images.data import Stream
-from abm_vision.images.train import Progress, count_correct, make_optimiser, train
+from abm_vision.images.train import Progress, make_optimiser, train
 from abm_vision.runs.provenance import environment
 from abm_vision.vtab import make_config
 
@@ -50,9 +51,7 @@ def measure(task: str) -> dict[str, object]:
     whole = {
         "train": seconds(epoch),
         "test": seconds(
-            lambda: count_correct(
-                model, Stream(test, images.preprocessing), images.preprocessing, device, precision, True
-            )
+            lambda: answer(model, Stream(test, images.preprocessing), images.preprocessing, device, precision, True)
         ),
     }
     data = {"train": seconds(lambda: list(images.batches(config.batch_size, 0, 0))), "test": seconds(test_data)}

@@ -28,8 +28,9 @@ import vtab_tasks
 from abm_vision import initialize_lora
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.abm.loading import load_reference
+from abm_vision.images.answers import answer
 from abm_vision.images.data import Images, Stream
-from abm_vision.images.train import Progress, count_correct, make_optimiser, train
+from abm_vision.images.train import Progress, make_optimiser, train
 from abm_vision.runs.device import autocast
 from abm_vision.runs.folder import ADAPTER
 from abm_vision.runs.provenance import environment
@@ -82,7 +83,7 @@ def trial(task: str, name: str, seed: int, out: str) -> dict[str, Any]:
     train(model, make_optimiser(model, config), images, config, precision, progress, lambda _: None)
     test = vtab_tasks.load(task, "test", source="rendered").subset(config.test_images, seed)
     chunks = Stream(test, images.preprocessing)
-    correct, counted = count_correct(model, chunks, images.preprocessing, device, precision)
+    found = answer(model, chunks, images.preprocessing, device, precision, quiet=True)
     steps = len(progress.losses) // config.epochs
     epochs = [statistics.mean(progress.losses[k * steps : (k + 1) * steps]) for k in range(config.epochs)]
     return {
@@ -91,7 +92,7 @@ def trial(task: str, name: str, seed: int, out: str) -> dict[str, Any]:
         "lr": config.lr,
         "area": round(statistics.mean(progress.losses), 4),
         "loss_per_epoch": [round(value, 4) for value in epochs],
-        "top1": correct / counted,
+        "top1": found.correct / len(found),
         "start_epochs": round(seconds / statistics.median(progress.seconds), 2),
         "precision": precision,
         "environment": environment(str(device)),

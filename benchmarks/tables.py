@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import tables_code as code
 import tables_costs as costs
 import tables_evidence as evidence
 import tables_runs as runs
@@ -26,7 +27,6 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         evidence.cifar10,
         evidence.smollm,
         runs.suite,
-        runs.confirmation,
         runs.families,
     ),
     ROOT / "benchmarks" / "README.md": (
@@ -35,15 +35,50 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         costs.data_path,
         runs.schedule,
         runs.screening,
+        runs.confirmation,
         runs.sweep,
         runs.directions,
         runs.from_adapter,
         runs.nlp_initializers,
     ),
-    ROOT / "docs" / "gpu.md": (costs.gpu_step,),
+    ROOT / "docs" / "gpu.md": (costs.gpu_step, code.whole("examples/cuda_graph.py")),
     ROOT / "docs" / "fast_layer.md": (costs.fast_layer,),
     ROOT / "docs" / "own_images.md": (costs.tune, costs.workers),
     ROOT / "docs" / "deploy.md": (costs.export,),
+    ROOT / "docs" / "concepts.md": (code.initialisations,),
+    ROOT / "docs" / "pipelines.md": (
+        code.whole("examples/own_images.py"),
+        code.whole("examples/plain_loop.py"),
+        code.whole("examples/timm_training.py"),
+        code.whole("examples/transformers_trainer.py"),
+        code.whole("examples/lightning_module.py"),
+        code.whole("examples/ddp.py"),
+    ),
+    ROOT / "docs" / "own_initialisation.md": (code.whole("examples/noise.py"),),
+    ROOT / "docs" / "clusters.md": (
+        code.whole("examples/suite.sbatch"),
+        code.whole("examples/ddp.py"),
+    ),
+    ROOT / "docs" / "language_models.md": (code.whole("examples/trl_sft.py"),),
+    ROOT / "docs" / "troubleshooting.md": (code.troubleshooting,),
+    ROOT / "docs" / "commands.md": (
+        code.options("abm_vision.vtab"),
+        code.options("abm_vision.vtab", "suite"),
+        code.options("abm_vision.vtab", "report"),
+        code.options("abm_vision.vtab", "compare"),
+        code.options("abm_vision.vtab", "prepare"),
+        code.options("abm_vision.vtab", "list"),
+        code.options("abm_vision.tune"),
+        code.options("abm_vision.tune", "predict"),
+        code.options("abm_vision.tune", "evaluate"),
+        code.options("abm_vision.tune", "export"),
+        code.options("abm_vision.tune", "demo"),
+        code.options("nlp_ext.glue"),
+        code.options("nlp_ext.instruct"),
+        code.options("nlp_ext.instruct", "chat"),
+        code.options("nlp_ext.instruct", "mt-bench"),
+        code.options("nlp_ext.models", "fetch"),
+    ),
 }
 
 
@@ -51,7 +86,7 @@ def fill(path: Path) -> str:
     """Return the document with every `<!-- table: NAME -->` ... `<!-- end -->` filled."""
     text = path.read_text(encoding="utf-8")
     for make in TABLES[path]:
-        pattern = re.compile(rf"(<!-- table: {make.__name__} -->\n).*?(<!-- end -->)", re.DOTALL)
+        pattern = re.compile(rf"(<!-- table: {re.escape(make.__name__)} -->\n).*?(<!-- end -->)", re.DOTALL)
         text, count = pattern.subn(lambda m, make=make: f"{m[1]}{make()}\n{m[2]}", text)
         if count != 1:
             raise ValueError(f"{path.name} has {count} places for the table {make.__name__}, it needs one")

@@ -21,7 +21,7 @@ def cifar10() -> str:
     for size, subject, runs in _found("cifar10"):
         budgets = sorted({epochs for _, epochs, *_ in runs})
         rows = []
-        for init in _inits(runs):
+        for init in dict.fromkeys(init for init, *_ in runs):
             cells, costs = [], []
             for epochs in budgets:
                 by_rate = _by_rate(runs, init, epochs)
@@ -29,9 +29,7 @@ def cifar10() -> str:
                 chosen = by_rate[lr]
                 cells.append(f"{_spread([100 * _top1(r) for r in chosen], 1)} ({lr:g})")
                 costs += [r["seconds"]["init"] / statistics.median(r["seconds_per_epoch"]) for r in chosen if _top1(r)]
-            rows.append(
-                [WORDS.get(init, f"`{init}`"), *cells, f"{statistics.median(costs):.2f}", _collapse(runs, init)]
-            )
+            rows.append([_label(init, runs), *cells, f"{statistics.median(costs):.2f}", _collapse(runs, init)])
         head = ["initialisation", *(f"{epochs} epochs (rate)" for epochs in budgets), "its cost (epochs)"]
         head += ["falls apart from rate"]
         parts.append(f"{subject}, size {size}; {_about(runs)}:\n\n{table(head, rows)}")
@@ -47,8 +45,9 @@ def smollm() -> str:
     parts = []
     for size, subject, runs in _found("smollm"):
         everything = [r for several in runs.values() for r in several]
+        count = everything[0]["perplexity"]["conversations"]
         rows = [["before training", "-", _spread([r["perplexity"]["before"] for r in everything], 2, False), "-", "-"]]
-        for init in _inits(runs):
+        for init in dict.fromkeys(init for init, *_ in runs):
             by_rate = _by_rate(runs, init, 1)
             lr = min(by_rate, key=lambda lr: statistics.mean(_late(r) for r in by_rate[lr]))
             chosen = by_rate[lr]
@@ -56,7 +55,7 @@ def smollm() -> str:
             steps = [r["seconds"]["init"] / r["seconds"]["train"] * len(r["loss_per_step"]) for r in chosen]
             rows.append(
                 [
-                    WORDS.get(init, f"`{init}`"),
+                    _label(init, runs),
                     f"{lr:g}",
                     _spread([r["perplexity"]["after"] for r in chosen], 2),
                     "-" if lost is None else f"{lost:.3f}",
@@ -70,9 +69,10 @@ def smollm() -> str:
             head.append("accuracy (%)")
             before = [r["accuracy_before"] for r in everything if "accuracy_before" in r]
             rows[0].append(_spread([100 * value for value in before], 1, False) if before else "-")
-        parts.append(f"{subject}, size {size}; {_about(runs)}:\n\n{table(head, rows)}")
+        about = f"{subject}, size {size}; {count} held-out conversations; {_about(runs)}"
+        parts.append(f"{about}:\n\n{table(head, rows)}")
     note = (
-        "SmolLM2-135M-Instruct, dequantised from Q4_1. Perplexity of 200 held-out answers, mean and standard deviation "
+        "SmolLM2-135M-Instruct, dequantised from Q4_1. Perplexity of held-out answers, mean and standard deviation "
         "over seeds, at the rate with the lowest training loss in the last quarter of the steps."
     )
     return "\n\n".join([*parts, note])
@@ -86,14 +86,23 @@ def _found(name: str) -> Iterable[tuple[str, str, dict[Key, list[Run]]]]:
     for size in SIZES:
         if records := Ledger(f"{name}-{size}").records:
             for subject in dict.fromkeys(r["key"][0] for r in records):
-                yield size, subject, {tuple(r["key"][1:]): [r] for r in records if r["key"][0] == subject}
+                if runs := _whole({tuple(r["key"][1:]): [r] for r in records if r["key"][0] == subject}):
+                    yield size, subject, runs
             return
 
 
-def _inits(runs: dict[Key, list[Run]]) -> list[str]:
-    """The initialisations of which as many runs are made as of any: with all budgets, rates and seeds."""
-    counts = Counter(init for init, *_ in runs)
-    return [init for init, count in counts.items() if count == max(counts.values())]
+def _whole(runs: dict[Key, list[Run]]) -> dict[Key, list[Run]]:
+    """The runs of the seeds that an initialisation has made at every budget and rate."""
+    wanted = {(epochs, lr) for _, epochs, lr, _ in runs}
+    made = Counter((init, seed) for init, _, _, seed in runs)
+    return {key: found for key, found in runs.items() if made[key[0], key[3]] == len(wanted)}
+
+
+def _label(init: str, runs: dict[Key, list[Run]]) -> str:
+    """Its name, and the number of its seeds where others have more."""
+    seeds = {i: len({seed for j, *_, seed in runs if j == i}) for i, *_ in runs}
+    few = f", {seeds[init]} seed{'s' * (seeds[init] > 1)}" if seeds[init] < max(seeds.values()) else ""
+    return WORDS.get(init, f"`{init}`") + few
 
 
 def _by_rate(runs: dict[Key, list[Run]], init: str, epochs: int) -> dict[float, list[Run]]:

@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from abm_vision.abm.bars import watched
 from abm_vision.abm.files import CannotWrite, write_json, writing
 from abm_vision.runs.checkpoint import trained
+from abm_vision.runs.estimate import TimeLeft
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Checkpoint, Prepared
 from abm_vision.runs.records import AFRESH, Notes, Record, Seconds, read_record
@@ -116,6 +117,10 @@ class Progress(TrainerCallback):
         """The step after which the weights were as they are kept."""
         return best_step(self.perplexities) if self._follow and self._follow.best else len(self.losses)
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """The number of steps is known now."""
+        self._time_left = TimeLeft(state.max_steps - state.global_step, self._run.session.say)
+
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Start the clock, where an interrupted epoch has stopped it."""
         self._began, self._running = time.perf_counter() - self._running, 0.0
@@ -143,6 +148,7 @@ class Progress(TrainerCallback):
         self.losses.append(float(logs["loss"]))
         self._log("train/loss", self.losses[-1])
         self._log("train/lr", logs["learning_rate"])
+        self._time_left.step(lambda: None)  # the loss is on the host
         if self._follow and (state.global_step % self._follow.every == 0 or state.global_step == state.max_steps):
             self._measure(self._follow)
 

@@ -25,9 +25,9 @@ def test_the_real_command(tmp_path, capsys):
     assert process.returncode == 0, err
     assert err == ""  # no progress bars where there is no terminal, no warnings
     lines = out.splitlines()
-    assert lines[0].split() == ["task", "dsprites_loc"] and lines[2].split() == ["*", "model", "test_vit"]
-    stages = [line.split()[0] for line in lines[len(tiny().to_dict()) :]]
-    assert stages == ["device", "data", "weights", "abm", "epoch", "epoch", "abm", "dsprites_loc"]
+    assert lines[0].startswith("settings  ") and "model test_vit" in lines[0] and "weight_decay" not in lines[0]
+    stages = [line.split()[0] for line in lines]
+    assert stages == ["settings", "device", "data", "weights", "abm", "epoch", "epoch", "abm", "dsprites_loc"]
     assert "rendered" in lines[-1] and re.search(r"top-1 \d+\.\d\d % of 60 test images", lines[-1])
     (folder,) = (tmp_path / "results").iterdir()
     assert str(folder) in lines[-1] and (folder / "result.json").is_file()

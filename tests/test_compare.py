@@ -135,6 +135,24 @@ def test_axes_of_a_single_epoch():
     assert [axes.get_xlabel() for axes in figure.axes].count("epoch") == 2
 
 
+def test_differences_are_those_of_the_table():
+    alone = compare(three("kaiming", [2.5] * 3))
+    assert not [axes for axes in draw_comparison(alone).axes if "difference" in axes.get_xlabel()]
+    runs = [*three("kaiming", [2.5] * 3), *three("eva", [2.0, 2.6, 2.3])]
+    for run, top1 in zip(runs, (0.50, 0.60, 0.70, 0.53, 0.61, 0.69), strict=True):
+        run["test"] = {"top1": top1}
+    found = compare(runs)
+    (axes,) = (axes for axes in draw_comparison(found).axes if "difference" in axes.get_xlabel())
+    assert axes.get_xlabel() == "test top-1, 95 % interval:\ndifference to kaiming (points)"
+    assert [text.get_text() for text in axes.get_yticklabels()] == ["eva\nlr 0.001"]
+    row = next(row for row in found.rows if row.init == "eva")
+    dots, mark, zero = axes.lines
+    assert list(dots.get_xdata()) == pytest.approx([3, 1, -1]) and list(zero.get_xdata()) == [0, 0]
+    assert list(mark.get_xdata()) == pytest.approx([100 * row.score_gain])
+    (span,) = axes.collections[0].get_segments()
+    assert span[:, 0] == pytest.approx((100 * row.score_low, 100 * row.score_high))
+
+
 @pytest.mark.figures
 def test_files(tmp_path):
     found = compare([*three("kaiming", [2.5, 2.6, 2.7]), *three("eva", [2.0, 2.6, 2.3])])
@@ -145,7 +163,7 @@ def test_files(tmp_path):
     assert paths[0].read_text() == to_markdown(found) and "[rendered], 3 seeds" in paths[0].read_text()
     assert [set(row) for row in rows] == [set(row) for row in records(found)] and "top1_gain" in rows[0]
     picture = matplotlib.image.imread(paths[2])
-    assert picture.shape[1] > 2 * picture.shape[0] and picture.std() > 0.05
+    assert picture.shape[1] == 1020 and picture.std() > 0.05  # 6.8 inches: the width of a page
 
 
 # Unequal runs

@@ -1,15 +1,21 @@
 """The documentation: it builds without a warning, names every option and every result field."""
 
+import functools
+import http.server
 import json
 import logging
 import os
 import re
 import shlex
 import subprocess
+import threading
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from abm_vision.initializers import INITIALIZERS
 from abm_vision.tune import __main__ as tune
@@ -54,6 +60,35 @@ def site(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def served(site):
+    """Where the pages are served."""
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=site)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def search(served, browser):
+    """The pages that the site's own search finds for some words, best first."""
+    page = browser.new_page()
+    page.goto(served)
+    page.keyboard.press("s")  # opens the search
+    box, found = page.locator("input.md-search__input"), page.locator("li.md-search-result__item")
+
+    def answers(words):
+        box.fill("")
+        box.press_sequentially(words)
+        page.wait_for_timeout(1000)  # the list follows the last letter
+        links = [item.locator("> a").first.get_attribute("href") for item in found.all()]
+        return [urlsplit(link).path.strip("/") for link in links]
+
+    yield answers
+    page.close()
+
+
 def code(page):
     found = _Text()
     found.feed(page.read_text())
@@ -75,7 +110,7 @@ def test_commands_of_a_cluster_have_flags_that_exist():
     page = (ROOT / "docs" / "clusters.md").read_text()
     calls = re.findall(r"^python -m abm_vision\.vtab (\w+) (.+)$", page, re.MULTILINE)
     calls += [("suite", words) for words in re.findall(r"sbatch examples/suite\.sbatch (.+)$", page, re.MULTILINE)]
-    assert [name for name, _ in calls] == ["list", "suite", "suite", "suite", "suite"]
+    assert [name for name, _ in calls] == ["list", *["suite"] * 5]
     for name, words in calls:
         vtab.COMMANDS[name].parser().parse_args(shlex.split(words, comments=True))
 
@@ -101,6 +136,28 @@ def test_the_job_array_calls_a_suite(tmp_path):
     found = vtab.COMMANDS["suite"].parser().parse_args(words[4:])
     assert (found.tasks, found.seeds, found.out) == ("all", 3, f"{tmp_path}/results")
     assert all(line.startswith("#SBATCH --") for line in script.read_text().splitlines() if "SBATCH" in line)
+
+
+WORDS = {
+    "LoRA timm qkv": "questions",
+    "freeze k": "questions",
+    "slower than full fine-tuning": "fast_layer",
+    "merge": "deploy",
+    "ONNX": "deploy",
+    "add my own initialisation": "own_initialisation",
+    "own images": "own_images",
+    "slurm": "clusters",
+    "learning rate": "choosing",
+    "out of memory": "troubleshooting",
+    "holds no folder of a class": "troubleshooting",  # a message that was pasted
+    "the model cannot take a batch": "troubleshooting",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("words", "page"), WORDS.items())
+def test_words_that_users_type_lead_to_the_page(search, words, page):
+    assert page in search(words)[:3]
 
 
 @pytest.mark.slow
@@ -131,3 +188,40 @@ def test_fields_of_text_results_are_explained(glue_run):
     assert set(result) - {"folder"} <= named
     assert set(result["scores"]["validation"]) - {"accuracy"} <= named
     assert set(Tokens(1, [], 0, 0).record("synthetic")) | {"perplexity", "before", "after"} <= named
+
+
+@pytest.mark.slow
+def test_every_page_fits_a_phone(site, served, browser):
+    """Nothing but tables and what notebooks print goes on beyond the window; code wraps."""
+    page = browser.new_page(viewport={"width": 390, "height": 844})
+    beyond = "document.documentElement.scrollWidth - window.innerWidth"
+    code = (
+        "[...document.querySelectorAll('.md-content :is(pre > code, .highlight-ipynb pre, .jp-RenderedMarkdown pre)')]"
+    )
+    for path in sorted(site.rglob("index.html")):
+        page.goto(served + path.parent.relative_to(site).as_posix() + "/")
+        assert page.evaluate(beyond) <= 0, path
+        assert page.evaluate(f"{code}.every((e) => e.scrollWidth <= e.clientWidth + 2)"), path
+    page.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_a_table_that_goes_on_says_so(served, browser, tmp_path, scheme):
+    """Its edge is in shadow until it is scrolled to its end."""
+    page = browser.new_page(viewport={"width": 390, "height": 844}, color_scheme=scheme)
+    page.goto(f"{served}states/")
+    wide = page.locator(".md-typeset__scrollwrap").first
+    assert wide.evaluate("(e) => e.scrollWidth > e.clientWidth + 50")
+
+    def edge():
+        """How unlike the two ends of a strip without letters are, at the right edge."""
+        wide.screenshot(path=tmp_path / "edge.png")
+        strip = np.asarray(Image.open(tmp_path / "edge.png").convert("L"), dtype=float)[-6:-2, -24:].mean(0)
+        return abs(strip[-2:].mean() - strip[:2].mean())
+
+    before = edge()
+    wide.evaluate("(e) => (e.scrollLeft = e.scrollWidth)")
+    page.wait_for_timeout(200)
+    assert before > 15 and edge() < 5
+    page.close()

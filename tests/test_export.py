@@ -129,7 +129,7 @@ def test_a_missing_package_is_one_message(saved, tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(write, "NEEDED", ("onnx", "not_there_at_all"))
     code, _, err = answer(["export", saved[0], "--to", "onnx", "--out", tmp_path / "a.onnx"], capsys, main)
-    assert code == 2 and 'ONNX needs not_there_at_all: pip install "abm-lora[export]"' in err
+    assert code == 2 and 'ONNX needs not_there_at_all: pip install -e ".[export]"' in err
 
 
 def test_a_model_too_large_for_one_onnx_file_is_refused(saved, tmp_path, monkeypatch):
@@ -203,4 +203,4 @@ def test_the_page_without_its_package_is_one_message(saved, capsys, monkeypatch)
 
     monkeypatch.setitem(sys.modules, "gradio", None)
     code, _, err = answer(["demo", saved[0]], capsys, main)
-    assert code == 2 and 'the page needs gradio: pip install "abm-lora[demo]"' in err
+    assert code == 2 and 'the page needs gradio: pip install -e ".[demo]"' in err

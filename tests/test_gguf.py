@@ -146,7 +146,7 @@ def _two(file, folder):
 
 def test_without_the_package(file, cache, monkeypatch):
     monkeypatch.setattr(gguf, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'abm-lora\[gguf\]'"):
+    with pytest.raises(ValueError, match=r'pip install -e "\.\[gguf\]"'):
         model_folder(str(file))
 
 

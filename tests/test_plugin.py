@@ -18,7 +18,7 @@ from abm_vision.runs.settings import AdapterSettings
 from abm_vision.vtab import HARNESS, make_config
 from abm_vision.vtab.__main__ import main
 
-PLUGIN = (Path(__file__).parent.parent / "examples" / "noise.py").read_text()  # as docs/pipelines.md shows it
+PLUGIN = (Path(__file__).parent.parent / "examples" / "noise.py").read_text()  # as docs/own_initialisation.md shows it
 OPTIONS = {**TINY, "epochs": 1, "test_images": 20}
 WORDS = [f"--{k.replace('_', '-')}={v}" for k, v in OPTIONS.items() if not k.startswith("abm_")]
 OWN = ["--plugin", "my_noise", "--noise-strength", "0.5"]

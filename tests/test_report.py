@@ -19,8 +19,12 @@ import vtab_tasks
 from abm_vision import vtab
 from abm_vision.analysis import figures
 from abm_vision.analysis import report as module
+from abm_vision.analysis.compare import compare
 from abm_vision.analysis.published import PUBLISHED
 from abm_vision.analysis.report import notes, published_means, to_csv, to_html, to_latex, to_markdown, write_files
+from abm_vision.drawing import BLUE, GREY, ORANGE, style_of
+from abm_vision.initializers import INITIALIZERS
+from abm_vision.runs.figures import draw_training
 from abm_vision.runs.markup import latex, one_line
 from abm_vision.vtab import make_config
 from abm_vision.vtab.__main__ import main
@@ -190,20 +194,100 @@ def test_equal_settings_are_not_in_the_heads(whole):
     assert list(section.heads.values()) == list(section.methods) == ["kaiming", "abm"]
 
 
-@pytest.mark.figures
-def test_an_error_bar_is_seen_on_a_black_bar(put, tmp_path):
-    for seed, top1 in enumerate((0.4, 0.6)):
-        put("dtd", seed=seed, top1=top1)
+def test_scores_by_task_hide_none(put, tmp_path):
+    """Every method of a task at a height of its own, its mean and standard deviation where a plain count has them."""
+    scores = {("dtd", "kaiming"): (0.4, 0.6), ("dtd", "abm"): (0.5, 0.5), ("pets", "abm"): (0.9, 0.8)}
+    for (task, init), values in scores.items():
+        for seed, top1 in enumerate(values):
+            put(task, init, seed, top1)
     (section,) = collect(tmp_path / "runs").sections
-    figure = figures.draw_tasks(section)
-    figure.savefig(tmp_path / "tasks.png", dpi=100)
-    pixels = matplotlib.image.imread(tmp_path / "tasks.png")[..., :3]
-    (bar,) = figure.axes[0].patches
-    low, high = (figure.axes[0].transData.transform((0, y)) for y in (40, 48))  # within the bar, beside its error
-    x, top, bottom = round(low[0]), round(len(pixels) - high[1]), round(len(pixels) - low[1])
-    beside = pixels[top:bottom, x - 4 : x + 5].mean((0, 2))
-    assert bar.get_height() == pytest.approx(50) and beside.max() > 0.9 and beside[[0, -1]].max() < 0.1
-    assert beside.argmin() in (0, len(beside) - 1) or beside[4] < 0.6  # a dark line between bright ones
+    (axes,) = figures.draw_tasks(section).axes
+    assert axes.get_xlabel() == "test top-1 (%)" and [t.get_text() for t in axes.get_yticklabels()] == ["dtd", "pets"]
+    heights = set()
+    for method, drawn in zip(section.methods, axes.containers, strict=True):
+        points, _, (lines,) = drawn
+        for k, (task, x, y) in enumerate(zip(section.tasks, *points.get_data(), strict=True)):
+            values = scores.get((task, method))
+            if values is None:
+                assert np.isnan(x)
+                continue
+            (left, _), (right, _) = lines.get_segments()[k]
+            mean, std = 100 * np.mean(values), 100 * np.std(values, ddof=1)
+            assert (x, left, right) == pytest.approx((mean, mean - std, mean + std)) and round(y) == k
+            heights.add(y)
+    assert len(heights) == len(scores)
+
+
+def test_differences_by_task_are_paired_by_seed(put, tmp_path):
+    """Against a plain loop; a dot a seed, the mean, and an interval that is the range of so few."""
+    scores = {"kaiming": {0: 0.40, 1: 0.50, 2: 0.60}, "abm": {0: 0.43, 1: 0.52}, "eva": {1: 0.45, 3: 0.9}}
+    for task, more in (("dtd", 0.0), ("pets", 0.2)):
+        for init, values in scores.items():
+            for seed, top1 in values.items():
+                put(task, init, seed, top1 + (more if init == "abm" else 0))
+    put("svhn", "kaiming")
+    (section,) = collect(tmp_path / "runs").sections
+    figure = figures.draw_differences(section)
+    assert [axes.get_title() for axes in figure.axes] == ["abm", "eva"]
+    assert "difference to kaiming (points)" in figure.get_supxlabel()
+    expected = {"abm": {"dtd": [3, 2], "pets": [23, 22]}, "eva": {"dtd": [-5], "pets": [-5]}}
+    for axes in figure.axes:
+        names = [text.get_text() for text in axes.get_yticklabels()]
+        wanted = expected[axes.get_title()]
+        wanted = {**wanted, "mean over tasks": [np.mean(values) for values in wanted.values()]}
+        assert names == ["dtd", "pets", "svhn", "mean over tasks"] or axes is not figure.axes[0]
+        assert section.differences(axes.get_title()).keys() == {"dtd", "pets"}
+        dots, marks = ([line for line in axes.lines if line.get_marker() in of] for of in (".", "o^"))
+        spans = [segment for found in axes.collections for segment in found.get_segments()]
+        assert len(dots) == len(marks) == len(spans) == 3
+        for dot, mark, span, values, place in zip(dots, marks, spans, wanted.values(), (0, 1, 3), strict=True):
+            assert list(dot.get_xdata()) == pytest.approx(values) and set(dot.get_ydata()) == {place}
+            assert mark.get_xydata()[0] == pytest.approx((np.mean(values), place))
+            assert span[:, 0] == pytest.approx((min(values), max(values)))
+        assert list(axes.lines[-2].get_xdata()) == [0, 0]  # the baseline
+
+
+def test_differences_need_a_baseline_and_another(put, tmp_path):
+    put("dtd", "kaiming")
+    assert figures.draw_differences(collect(tmp_path / "runs").sections[0]) is None
+    assert "Differences to" not in to_html(collect(tmp_path / "runs"))
+    put("dtd", "abm", lr=7e-3)
+    put("dtd", "kaiming", lr=8e-3)
+    assert figures.draw_differences(collect(tmp_path / "runs").sections[0]) is None
+
+
+def test_an_initialisation_looks_the_same_in_every_figure(put, tmp_path):
+    """Methods of the same initialisation differ in their lines; those of others in colour or marker."""
+    for lr in (1e-3, 2e-3):
+        for init in ("kaiming", "abm", "abm_aligned"):
+            put("dtd", init, lr=lr)
+    report = collect(tmp_path / "runs")
+    results = [run.result for run in report.runs if run.result["config"]["lr"] == 1e-3]
+    for result in results:
+        result["information_loss"] = None
+    drawn = [
+        *figures.draw_convergence(report.sections[0]).axes[0].lines,
+        *figures.draw_comparison(compare(results, VIEW)).axes[0].lines,
+        *(draw_training(result, "").axes[0].lines[1] for result in results),
+    ]
+    names = [*report.sections[0].heads.values(), *(line.get_label() for line in drawn[6:9])]
+    names += [result["config"]["init"] for result in results]
+    looks = {}
+    for line, name in zip(drawn, names, strict=True):
+        looks.setdefault(name.split(",")[0], set()).add((line.get_color(), line.get_marker()))
+    assert looks == {"kaiming": {(GREY, "X")}, "abm": {(BLUE, "o")}, "abm_aligned": {(ORANGE, "^")}}
+    assert len({(n.split(",")[0], line.get_linestyle()) for n, line in zip(names[:6], drawn[:6], strict=True)}) == 6
+    assert len({tuple(style_of(init).values()) for init in INITIALIZERS}) == len(INITIALIZERS)
+
+
+def test_a_wide_spread_stays_on_a_logarithmic_axis(put, tmp_path):
+    """One standard deviation below 0.01 and 1 is negative."""
+    for seed, loss in enumerate((0.01, 1.0)):
+        put("dtd", seed=seed, losses=[loss] * 4)
+    axes = figures.draw_convergence(collect(tmp_path / "runs").sections[0]).axes[0]
+    (band,) = axes.collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.01, 1.0)) and axes.get_ylim()[0] > 0.001
 
 
 def test_seeds_of_other_settings_are_no_seeds(put, tmp_path):
@@ -551,7 +635,7 @@ def test_the_page(whole, put, browser, width):
     own = [url for url in requests if not url.startswith("data:")]
     assert errors == [] and own == [f"file://{whole}/report.html"]
     assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth > 100)")
-    assert page.locator("img").count() == 2 * 3
+    assert page.locator("img").count() == 4 + 3  # of real data with differences
     # Nothing but tables is wider than the window, and those scroll by themselves.
     assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     table = page.locator("table.results").first

@@ -16,6 +16,7 @@ from abm_vision.runs import epochs
 from abm_vision.runs.figures import draw_training
 from abm_vision.runs.harness import Session
 from nlp_ext import glue, instruct, trainer
+from nlp_ext.instruct import harness
 from nlp_ext.instruct.__main__ import main as instruct_main
 from nlp_ext.instruct.config import InstructConfig
 
@@ -114,7 +115,11 @@ def test_the_best_weights_are_kept_also_by_a_resumed_run(followed, llama, tmp_pa
     assert whole["perplexity_per_step"] == values and whole["best_step"] == int(best)
     assert whole["perplexity"]["after"] == values[best]
     killed_in(7, instruct.run, config, tmp_path / "killed", monkeypatch)
+    measured, measure = [], harness.perplexity
+    monkeypatch.setattr(harness, "perplexity", lambda *given: measured.append(1) or measure(*given))
     resumed = instruct.run(config, tmp_path / "killed")
+    assert len(measured) == 1  # after the last step; that of the pretrained model is known
+    assert resumed["perplexity"] == whole["perplexity"]
     assert resumed["perplexity_per_step"] == values and adapter_of(resumed) == adapter_of(whole)
     assert adapter_of(resumed) != adapter_of(followed[0])
 
@@ -136,9 +141,10 @@ def test_a_part_of_an_epoch_in_a_comparison(followed, llama, capsys):
 
 def test_a_picture_of_a_small_part_of_an_epoch(followed):
     result = {**followed[0], "steps_per_epoch": 100}
-    axes, right = draw_training(result, "title").axes
+    figure = draw_training(result, "title")
+    axes, right = figure.axes
     assert axes.get_xlim() == pytest.approx((0, 0.084)) and list(right.lines[0].get_xdata()) == [0.02, 0.04, 0.06, 0.08]
-    assert axes.get_title().startswith("llama0, LoRA r = 2")
+    assert right.get_ylabel() == "held-out perplexity" and figure.get_suptitle().startswith("title\nllama0, LoRA r = 2")
 
 
 @pytest.mark.slow

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 
 import vtab_tasks
 from abm_vision import VIT, add_lora, create_backbone, information_loss, initialize_lora, load_adapter, save_adapter
-from abm_vision.images import data, train
+from abm_vision.images import answers, data, train
 from abm_vision.images.predict import predict
 from abm_vision.runs import checkpoint
 from abm_vision.runs.device import resolve_device
@@ -69,11 +69,12 @@ def test_result_says_everything(finished):
     assert written["trainable_parameters"] == lora + 64 * 16 + 16
 
 
-def test_folder_holds_result_curves_and_adapter_and_no_checkpoint(finished):
+def test_folder_holds_result_pictures_and_adapter_and_no_checkpoint(finished):
     config, out, result = finished
     folder = out / config.run_name()
-    assert {p.name for p in folder.iterdir()} == {".lock", "config.json", "result.json", "curves.png", "adapter"}
-    assert matplotlib.image.imread(folder / "curves.png").std() > 0.05
+    pictures = {"curves.png", "answers.png"}
+    assert {p.name for p in folder.iterdir()} == {".lock", "config.json", "result.json", "adapter", *pictures}
+    assert all(matplotlib.image.imread(folder / name).std() > 0.05 for name in pictures)
     card = (folder / "adapter" / "README.md").read_text()
     assert model_card(result) in card and "rendered" in card and f"{100 * result['test']['top1']:.2f} %" in card
     names = {p.name for p in (folder / "adapter").iterdir()}
@@ -416,7 +417,7 @@ def test_what_a_killed_process_left_half_written_is_removed(tmp_path, monkeypatc
         (folder / name).mkdir()
         (folder / name / "file").write_text("half")
     run(config, tmp_path)
-    whole = {".lock", "config.json", "result.json", "curves.png", "adapter"}
+    whole = {".lock", "config.json", "result.json", "curves.png", "answers.png", "adapter"}
     assert {p.name for p in folder.iterdir()} == {*whole, ".config.json.77.part.json"}  # somebody may be writing it
     os.utime(folder / ".config.json.77.part.json", (0, 0))
     for name in ("checkpoint.pt", "failure.json"):  # killed after the result was written
@@ -708,7 +709,7 @@ def test_the_bar_of_a_test_knows_its_end(monkeypatch, capsys):
     test = vtab_tasks.load("dsprites_ori", "test", source="rendered").subset(10, 0)
     pre = data.Preprocessing(8, "nearest", (0.0,) * 3, (1.0,) * 3)
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 16))
-    train.count_correct(model, data.Stream(test, pre), pre, torch.device("cpu"), "fp32", quiet=False)
+    answers.answer(model, data.Stream(test, pre), pre, torch.device("cpu"), "fp32", quiet=False)
     assert "test: 100%" in (shown := capsys.readouterr().err) and "3/3" in shown
 
 

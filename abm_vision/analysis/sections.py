@@ -160,9 +160,22 @@ class Section:
         found = ((m, self._baseline(m)) for m in self._others)
         return [p for method, base in found if base is not None and (p := self._paired(method, base)) is not None]
 
+    def differences(self, method: str) -> dict[str, np.ndarray]:
+        """Task to scores less the baseline's of the same settings, in their unit: one a seed that both have."""
+        score, found = self.view.score, {}
+        for task in self.tasks:
+            if pairs := self._pairs(task, method, self._baseline(method)):
+                found[task] = np.array([score.shown(a) - score.shown(b) for a, b in pairs])
+        return found
+
     def unpaired(self) -> list[str]:
         """The methods that have no baseline of the same settings."""
         return [m for m in self._others if self._baseline(m) is None]
+
+    @cached_property
+    def inits(self) -> dict[str, str]:
+        """The initialisation of each method."""
+        return {method: self._one[method].init for method in self.methods}
 
     @cached_property
     def _one(self) -> dict[str, Finished]:
@@ -184,22 +197,20 @@ class Section:
         return found[0] if len(found) == 1 else None
 
     def _paired(self, method: str, baseline: str) -> Paired | None:
-        score, gains, ratios = self.view.score, [], []
-        for task in self.tasks:
-            if pairs := self._pairs(task, method, baseline):
-                gains.append(score.scale * np.mean([score.value(a) - score.value(b) for a, b in pairs]))
-                ratios.append(np.mean([training_loss(a) / training_loss(b) for a, b in pairs]))
-        if not gains:
+        differences = self.differences(method)
+        if not differences:
             return None
-        gain = np.array(gains)
+        pairs = (self._pairs(task, method, baseline) for task in differences)
+        ratios = [np.mean([training_loss(a) / training_loss(b) for a, b in found]) for found in pairs]
+        gain = np.array([values.mean() for values in differences.values()])
         better, worse = int((gain > 0).sum()), int((gain < 0).sum())
-        if not score.higher:
+        if not self.view.score.higher:
             better, worse = worse, better
         p = signed_rank_p(gain)
         return Paired(method, baseline, len(gain), better, worse, float(gain.mean()), float(np.mean(ratios)), p)
 
-    def _pairs(self, task: str, method: str, baseline: str) -> list[tuple[Result, Result]]:
-        """Results of the same seed."""
+    def _pairs(self, task: str, method: str, baseline: str | None) -> list[tuple[Result, Result]]:
+        """Results of the same seed; none without a baseline."""
         cells = (self.cells.get((task, name)) for name in (method, baseline))
         ours, theirs = ({run.seed: run.result for run in cell.runs} if cell else {} for cell in cells)
         return [(ours[seed], theirs[seed]) for seed in sorted(set(ours) & set(theirs))]

@@ -121,7 +121,7 @@ def check_request(to: str, out: str | Path, normalise: bool) -> None:
         raise ValueError("a checkpoint for timm is weights alone and cannot normalise: take --to onnx or torch")
     missing = [name for name in NEEDED if find_spec(name) is None] if to == "onnx" else []
     if missing:
-        raise ModuleNotFoundError(f'ONNX needs {", ".join(missing)}: pip install "abm-lora[export]"')
+        raise ModuleNotFoundError(f'ONNX needs {", ".join(missing)}: pip install -e ".[export]"')
 
 
 def _random_images(count: int, size: int, pixels: bool) -> Tensor:

@@ -22,7 +22,7 @@ def page(classifier: Classifier) -> Interface:
     try:
         import gradio
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f'the page needs {error.name}: pip install "abm-lora[demo]"') from None
+        raise ModuleNotFoundError(f'the page needs {error.name}: pip install -e ".[demo]"') from None
 
     def classify(path: str | None) -> dict[str, float] | None:
         if path is None:

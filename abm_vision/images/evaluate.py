@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from abm_vision.abm.files import write_atomically, write_json, writing
 from abm_vision.drawing import save_figure
 from abm_vision.images.classifier import load_classifier
-from abm_vision.images.figures import draw_confusion, draw_mistakes
+from abm_vision.images.figures import draw_confusion, draw_sheet
 from abm_vision.images.listing import Photo, find
 from abm_vision.images.photos import check_readable, read_photo
 
@@ -156,8 +156,9 @@ def write_files(found: Evaluation, folder: Path) -> list[Path]:
     (folder / "mistakes.png").unlink(missing_ok=True)
     if shown:
         names = [(found.classes[found.labels[k]], found.classes[found.predicted[k]]) for k in shown]
-        captions = [f"{a}\ntaken for {b} ({found.probability[k]:.2f})" for k, (a, b) in zip(shown, names, strict=True)]
-        sheet = draw_mistakes((read_photo(found.paths[k]) for k in shown), captions)
+        captions = [f"{found.probability[k]:.2f} {b}\nis {a}" for k, (a, b) in zip(shown, names, strict=True)]
+        title = "the surest of the mistakes: probability and name of what is said, and what it is"
+        sheet = draw_sheet((read_photo(found.paths[k]) for k in shown), captions, title)
         save_figure(sheet, folder / "mistakes.png")
         written.insert(1, folder / "mistakes.png")
     return written

@@ -16,6 +16,7 @@ from abm_vision.images.data import Images, Preprocessing
 from abm_vision.images.settings import ImageSettings
 from abm_vision.runs.checkpoint import Progress
 from abm_vision.runs.device import autocast
+from abm_vision.runs.estimate import TimeLeft
 from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Session
 
@@ -84,6 +85,7 @@ def train(
 
     training_step = TrainingStep(model, loss_fn, config.step, say=lambda line: session.say(f"step      {line}"))
     steps = math.ceil(len(images) / config.batch_size)
+    time_left = TimeLeft((config.epochs - progress.epoch) * steps, session.say)
     while progress.epoch < config.epochs:
         start, epoch = time.perf_counter(), progress.epoch
         train_mode(model)
@@ -98,6 +100,7 @@ def train(
             optimiser.step()
             optimiser.zero_grad()
             losses.append(loss)
+            time_left.step(loss.item)
             if log:
                 done = epoch * steps + step + 1
                 log("train/loss", loss.item(), done)
@@ -128,21 +131,3 @@ def classify(
         with autocast(device, precision):
             logits = model(preprocessing.normalise(pixels.to(device)))
         yield logits.float().cpu(), labels
-
-
-def count_correct(
-    model: nn.Module,
-    chunks: Iterable[tuple[Tensor, Tensor]],
-    preprocessing: Preprocessing,
-    device: torch.device,
-    precision: str,
-    quiet: bool,
-    title: str = "test",
-) -> tuple[int, int]:
-    """(correct, counted) over every image of the chunks; the title is that of the progress bar."""
-    correct = counted = 0
-    bar = bars.progress(chunks, title, show=not quiet)
-    for logits, labels in classify(model, bar, preprocessing, device, precision):
-        correct += int((logits.argmax(-1) == labels).sum())
-        counted += len(labels)
-    return correct, counted

@@ -218,7 +218,7 @@ def _nothing_beside(run: Prepared, folder: Path) -> None:
     """The adapter needs no other files."""
 
 
-def _unmeasured(run: Prepared) -> Prepared:
+def _unmeasured(run: Prepared, checkpoint: Checkpoint | None) -> Prepared:
     return run
 
 
@@ -246,7 +246,8 @@ class Harness:
         beside_adapter: writes what else belongs into the adapter's folder, which it is given.
         leaves: other files that a run leaves.
         extras: file or folder to what makes it of a finished run (see `Session.extras`).
-        measure_pretrained: the run with what was measured of the pretrained model, before the adapter is initialised.
+        measure_pretrained: the run with what was measured of the pretrained model, before the adapter is initialised;
+            a resumed run finds it in the checkpoint's notes, as `pretrained`, if `train` has put it there.
         device: the device that a setting names.
         processes: those that make the run.
         hushed: a context in which libraries print nothing by themselves, for a command.
@@ -293,7 +294,7 @@ class Harness:
     beside_adapter: Callable[[Prepared, Path], None] = _nothing_beside
     leaves: tuple[str, ...] = ()
     extras: Mapping[str, Callable[[Run], None]] = field(default_factory=dict)
-    measure_pretrained: Callable[[Prepared], Prepared] = _unmeasured
+    measure_pretrained: Callable[[Prepared, Checkpoint | None], Prepared] = _unmeasured
     next_steps: Callable[[dict[str, Any]], str] = _nothing_next
     device: Callable[[str], torch.device] = resolve_device
     processes: Callable[[AdapterSettings], Processes] = _alone

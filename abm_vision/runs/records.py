@@ -244,6 +244,7 @@ class Notes(Record):
     report: dict[str, Any] | None = None
     reference: Reference | None = None
     start: str | None = None
+    pretrained: dict[str, Any] | None = None
 
 
 class Commit(Record):

@@ -73,7 +73,7 @@ def _make(harness: Harness, request: Request) -> dict[str, Any]:
     checkpoint = None if run.session.rerun else harness.resume(run)
     if checkpoint is None:  # only now: what is there is lost for a run that can be made
         _clear(harness, run)
-    run = harness.measure_pretrained(run)
+    run = harness.measure_pretrained(run, checkpoint)
     notes = _initialise(harness, run, checkpoint)
     if checkpoint:
         run.session.say(f"resumed   after {_place(checkpoint, run.config.epochs)}")

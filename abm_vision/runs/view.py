@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from abm_vision.initializers import BASELINE
 from abm_vision.runs.folder import Kept
 from abm_vision.runs.settings import AdapterSettings
 
@@ -29,7 +30,6 @@ class Score:
         scale: from the recorded score to its unit.
         digits: decimals in tables.
         higher: whether a higher one is better.
-        limits: of its axis in a figure.
         followed: epoch to score, as it is recorded, where it was measured during the training.
         details: what belongs to it, as further columns of a run in CSV.
         moment: when a run is scored, in words.
@@ -43,7 +43,6 @@ class Score:
     scale: float = 1.0
     digits: int = 1
     higher: bool = True
-    limits: tuple[float, float] | None = None
     followed: Callable[[Result], Mapping[str, float]] = lambda result: {}
     details: Callable[[Result], Mapping[str, Any]] = lambda result: {}
     moment: str = "after its last epoch"
@@ -62,6 +61,11 @@ class Score:
     def points(self) -> str:
         """The unit of a difference of scores, behind its name."""
         return " (points)" if self.unit == "%" else f" ({self.unit})" if self.unit else ""
+
+    @property
+    def difference(self) -> str:
+        """The label of an axis of differences to a baseline."""
+        return f"difference to {BASELINE}{self.points}{'' if self.higher else ', less is better'}"
 
     def shown(self, result: Result) -> float:
         """A result's score in its unit."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from abm_vision.images.answers import ANSWERS, Answers, answer, sample, write_answers
 from abm_vision.images.data import Images, Preprocessing, Stream, load_all
 from abm_vision.images.description import of_run
 from abm_vision.images.model import adapted, found_weights, pretrained, weights_origin
-from abm_vision.images.train import count_correct, make_optimiser
+from abm_vision.images.train import make_optimiser
 from abm_vision.images.train import train as train_epochs
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.checkpoint import Progress
@@ -151,16 +152,16 @@ def train(run: TuneRun, notes: dict[str, Any], checkpoint: Checkpoint | None) ->
 
     def after_epoch(progress: Progress) -> None:
         nonlocal best
-        correct, count = _count(run, "validation", _in_chunks(run.validation))
-        progress.accuracies[progress.epoch] = correct / count
+        found = _answer(run, "validation", _in_chunks(run.validation))
+        progress.accuracies[progress.epoch] = top1 = found.correct / len(found)
         if best_epoch(progress) == progress.epoch:
             best = {name: tensor.clone() for name, tensor in checkpoints.trained(run.model).items()}
         if log:
-            log("validation/top1", correct / count, len(progress.losses))
+            log("validation/top1", top1, len(progress.losses))
         checkpoints.save(run, optimiser, progress, notes, best)
         run.session.say(
             f"epoch {progress.epoch:3d} loss {sum(progress.losses[-steps:]) / steps:.3f}, validation top-1 "
-            f"{100 * correct / count:.2f} %, {progress.seconds[-1]:.1f} s"
+            f"{100 * top1:.2f} %, {progress.seconds[-1]:.1f} s"
         )
 
     train_epochs(run.model, optimiser, run.images, config, run.precision, progress, after_epoch, run.session)
@@ -179,8 +180,8 @@ def _in_chunks(images: Images, size: int = 256) -> Iterator[tuple[Tensor, Tensor
     return zip(images.pixels.split(size), images.labels.cpu().split(size), strict=True)
 
 
-def _count(run: TuneRun, part: str, chunks: Iterator[tuple[Tensor, Tensor]]) -> tuple[int, int]:
-    return count_correct(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet, part)
+def _answer(run: TuneRun, part: str, chunks: Iterable[tuple[Tensor, Tensor]], few: Tensor | None = None) -> Answers:
+    return answer(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet, part, few)
 
 
 def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
@@ -189,9 +190,17 @@ def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
     validation = _score("validation", round(progress.accuracies[best] * len(run.validation)), len(run.validation))
     if dataset.test is not None and config.evaluate == "test":
         with run.stage("test"):
-            test = _score("test", *_count(run, "test", Stream(dataset.test, run.preprocessing, config.workers)))
+            chunks = Stream(dataset.test, run.preprocessing, config.workers)
+            found = _answer(run, "test", chunks, sample(len(dataset.test)))
+        test = _score("test", found.correct, len(found))
         if run.session.log:
             run.session.log("test/top1", test["top1"], len(progress.losses))
+    else:
+        few = sample(len(run.validation))
+        chunk = run.validation.pixels[few.to(run.device)], run.validation.labels.cpu()[few]
+        found = _answer(run, "validation", [chunk], torch.arange(len(few)))
+    part = "test" if test else "validation"
+    write_answers(found, dataset.classes, f"{dataset.location}, {part} images", run.folder)
     parts = dict.fromkeys(("training", "validation", "test")) | dataset.splits
     data = {
         part: split and {"source": dataset.source, "location": dataset.location, "images": len(split)}
@@ -239,4 +248,5 @@ HARNESS = Harness(
     card=model_card,
     settings=adapter_settings,
     data=data_parts,
+    leaves=(ANSWERS,),
 )

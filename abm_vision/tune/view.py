@@ -23,7 +23,6 @@ VIEW = View(
         value=lambda result: scored(result)["top1"],
         unit="%",
         scale=100.0,
-        limits=(0, 100),
         details=lambda result: {key: scored(result)[key] for key in ("correct", "count", "split")},
         moment="at its best epoch on validation",
     ),

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 import vtab_tasks
+from abm_vision.images.answers import ANSWERS, Answers, answer, sample, write_answers
 from abm_vision.images.data import Images, Preprocessing, Stream, load_all
 from abm_vision.images.description import of_run
 from abm_vision.images.model import adapted, found_weights, pretrained, weights_origin
-from abm_vision.images.train import count_correct, make_optimiser
+from abm_vision.images.train import make_optimiser
 from abm_vision.images.train import train as train_epochs
 from abm_vision.runs import checkpoint as checkpoints
 from abm_vision.runs.checkpoint import Progress
@@ -165,10 +166,10 @@ def train(run: VtabRun, notes: dict[str, Any], checkpoint: Checkpoint | None) ->
 
     def after_epoch(progress: Progress) -> None:
         if config.eval_epochs and progress.epoch % config.eval_epochs == 0 and progress.epoch < config.epochs:
-            correct, count = _test(run)
-            progress.accuracies[progress.epoch] = correct / count
+            found = _test(run)
+            progress.accuracies[progress.epoch] = found.correct / len(found)
             if log:
-                log("test/top1", correct / count, len(progress.losses))
+                log("test/top1", found.correct / len(found), len(progress.losses))
         checkpoints.save(run, optimiser, progress, notes)
         run.session.say(
             f"epoch {progress.epoch:3d} loss {sum(progress.losses[-steps:]) / steps:.3f}, {progress.seconds[-1]:.1f} s"
@@ -182,7 +183,11 @@ def score(run: VtabRun, progress: Progress) -> dict[str, Any]:
     """Open the test split, and say how many of its images are classified correctly."""
     config, seconds, test_data = run.config, run.seconds, run.test_data
     with run.stage("test"):
-        correct, count = _test(run)
+        found = _test(run)
+    correct, count = found.correct, len(found)
+    task, names = test_data.task, [*map(str, range(test_data.task.num_classes))]
+    of = f"{task.name} [{test_data.source}], {test_data.split} images; classes: {task.classes}"
+    write_answers(found, names, of, run.folder)
     if run.session.log:
         run.session.log("test/top1", correct / count, len(progress.losses))
     if config.eval_epochs:
@@ -214,9 +219,10 @@ def _data_record(data: vtab_tasks.TaskData) -> dict[str, Any]:
     }
 
 
-def _test(run: VtabRun) -> tuple[int, int]:
+def _test(run: VtabRun) -> Answers:
     chunks = Stream(run.test_data, run.preprocessing, run.config.workers)
-    return count_correct(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet)
+    few = sample(len(run.test_data))
+    return answer(run.model, chunks, run.preprocessing, run.device, run.precision, run.session.quiet, sampled=few)
 
 
 def adapter_settings(result: dict[str, Any]) -> dict[str, Any]:
@@ -235,5 +241,6 @@ HARNESS = Harness(
     card=model_card,
     settings=adapter_settings,
     data=data_parts,
+    leaves=(ANSWERS,),
 )
 SMOKE = replace(HARNESS, prepare=prepare_handful)

@@ -54,7 +54,6 @@ VIEW = View(
         value=lambda result: result["test"]["top1"],
         unit="%",
         scale=100.0,
-        limits=(0, 100),
         followed=lambda result: result["top1_per_epoch"],
         details=lambda result: {key: result["test"][key] for key in ("correct", "count", "split_size")},
     ),

@@ -178,8 +178,10 @@ class MeasuredRun(InstructRun):
     answered: list[str]
 
 
-def measure_pretrained(run: InstructRun) -> MeasuredRun:
+def measure_pretrained(run: InstructRun, checkpoint: Checkpoint | None) -> MeasuredRun:
     """Perplexity and answers before all; every process has the whole model, and the first one writes."""
+    if checkpoint and (found := checkpoint.notes.get("pretrained")):
+        return MeasuredRun(**vars(run), **found)
     with run.model.disable_adapter():
         with run.stage("perplexity"):
             before = perplexity(run, run.model)
@@ -192,6 +194,7 @@ def train(run: MeasuredRun, notes: dict[str, Any], checkpoint: Checkpoint | None
     """Train to the end, with trl's trainer."""
     config = run.config
     follow = Follow(partial(perplexity, run), config.eval_steps, config.keep == "best") if config.eval_steps else None
+    notes = {**notes, "pretrained": {"before": run.before, "answered": run.answered}}
     return trainer.train(make_trainer(run), run, notes, checkpoint, follow)
 
 

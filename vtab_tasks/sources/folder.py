@@ -251,10 +251,11 @@ def _label(task: Task, text: str, where: str) -> int:
 
 def _missing_layout(task: Task, split: str, place: Path) -> str:
     """The expected layout as a tree."""
-    tree = [
-        f"{' or '.join(layouts(task))}/",
-        f"  {split}.txt              lines 'images/{split}/000000.jpg <label>', {task.size(split)} of them",
-        f"  images/{split}/000000.jpg ...",
-    ]
-    problem = f"{place} does not hold {task.name}/{split} in the community layout."
-    return "\n".join([f"{problem} Expected below data_dir:", *tree])
+    return "\n".join(
+        [
+            f"{place} does not hold {task.name}/{split} in the community layout. Expected below data_dir:",
+            f"{' or '.join(layouts(task))}/",
+            f"  {split}.txt              lines 'images/{split}/000000.jpg <label>', {task.size(split)} of them",
+            f"  images/{split}/000000.jpg ...",
+        ]
+    )

@@ -177,5 +177,5 @@ def _how_to_prepare(task: Task) -> str:
 def _not_prepared(task: Task, dataset: Path) -> str:
     others = _versions(dataset)
     found = f"only version {', '.join(others)}" if others else "no prepared version"
-    problem = f"{dataset} holds {found} of {task.tfds_name}, VTAB takes {' or '.join(task.tfds_versions)}"
-    return f"{problem}: {_how_to_prepare(task)}"
+    wanted = " or ".join(task.tfds_versions)
+    return f"{dataset} holds {found} of {task.tfds_name}, VTAB takes {wanted}: {_how_to_prepare(task)}"

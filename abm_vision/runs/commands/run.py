@@ -39,7 +39,7 @@ def parser(view: View, description: str, epilog: str, add_flags: Callable[[Parse
     )
     flags.add_argument("--log", choices=LOGS, help="write losses while it trains, into the run's folder")
     flags.add_argument("--json", action="store_true", help="print the result as one line of JSON, nothing else")
-    flags.add_argument("--quiet", action="store_true", help="no configuration, stages and progress bars")
+    flags.add_argument("--quiet", action="store_true", help="no settings, stages and progress bars")
     add_flags(flags)
     return flags
 
@@ -55,7 +55,7 @@ def command(view: View, parsed: argparse.Namespace) -> int:
         print(json.dumps({"schema": settings.schema, "config": settings.to_dict()}, indent=2))
         return 0
     if not quiet and os.environ.get("RANK", "0") == "0":  # of several processes the first
-        _print_config(settings)
+        say(f"settings  {_changed(settings)}")
 
     from abm_vision.runs.harness import Session, silent
     from abm_vision.runs.run import run
@@ -94,9 +94,9 @@ def _in_one_line(summary: str, result: Mapping[str, Any]) -> str:
     return f"{summary}  init {config['init']}  seed {config['seed']}  {seconds:.0f} s  {result['folder']}"
 
 
-def _print_config(config: AdapterSettings) -> None:
-    """Every setting, marked where it differs from the default."""
+def _changed(config: AdapterSettings) -> str:
+    """The settings that are not as by default."""
     kind = type(config)
     defaults = {**kind.make(init=config.init).to_dict(), **kind().to_dict()}
-    for name, value in config.to_dict().items():
-        print(f"{'*' if value != defaults.get(name) else ' '} {name:<18} {value}")
+    found = [f"{name} {value}" for name, value in config.to_dict().items() if value != defaults.get(name)]
+    return ", ".join([*found, "others by default (--print-config)"])
