@@ -39,8 +39,11 @@ TINY = {  # settings of a run that takes seconds
 # Beside an installed package, `tests` alone runs all but what reads the rest of the repository.
 CHECKOUT = Path(__file__).parent.parent
 IS_CHECKOUT = (CHECKOUT / "mkdocs.yml").exists()
-NEED_CHECKOUT = "docs docstrings examples families imports notebook_switches notebooks package plugin readme states"
-collect_ignore = [] if IS_CHECKOUT else [f"test_{name}.py" for name in NEED_CHECKOUT.split()]
+NEED_CHECKOUT = (
+    *("docs", "docstrings", "examples", "families", "imports", "messages", "notebook_switches", "notebooks"),
+    *("package", "plugin", "readme", "states"),
+)
+collect_ignore = [] if IS_CHECKOUT else [f"test_{name}.py" for name in NEED_CHECKOUT]
 
 pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)
