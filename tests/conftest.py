@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 from contextlib import contextmanager
+from pathlib import Path
 
 # Set before any Hugging Face library is imported: nothing here may reach for a network.
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -34,6 +35,15 @@ TINY = {  # settings of a run that takes seconds
     "abm_steps": 2,
     "abm_samples": 16,
 }
+
+# Beside an installed package, `tests` alone runs all but what reads the rest of the repository.
+CHECKOUT = Path(__file__).parent.parent
+IS_CHECKOUT = (CHECKOUT / "mkdocs.yml").exists()
+NEED_CHECKOUT = (
+    *("docs", "docstrings", "examples", "families", "imports", "messages", "notebook_switches", "notebooks"),
+    *("package", "plugin", "readme", "states"),
+)
+collect_ignore = [] if IS_CHECKOUT else [f"test_{name}.py" for name in NEED_CHECKOUT]
 
 pytest.register_assert_rewrite("helpers")
 torch.set_num_threads(1)
@@ -70,6 +80,11 @@ def randomise(model, scale=0.3, adapter="default"):
             if isinstance(module, BlockLinear):
                 module.weight.mul_(module.mask)
     return model
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("checkout") and not IS_CHECKOUT:
+        pytest.skip("needs the repository")
 
 
 @contextmanager

@@ -74,6 +74,7 @@ def test_an_onnx_file_takes_pixels_and_any_batch(saved, onnx_file):
     assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == NAMES
 
 
+@pytest.mark.checkout
 @pytest.mark.slow
 def test_the_page_on_serving_runs(saved, onnx_file, tmp_path, monkeypatch, capsys):
     import re

@@ -55,6 +55,7 @@ def flags(settings):
 # The spine's own trainer in somebody else's hands
 
 
+@pytest.mark.checkout
 def test_the_example_with_trl(base, tmp_path, monkeypatch):
     """Stock peft reads the adapter, whose boundaries were matched before training."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "examples"))

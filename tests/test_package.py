@@ -53,6 +53,8 @@ def test_metadata(sdist):
     assert found["Version"] == abm_vision.__version__ and found["License"] == "Apache-2.0"
     assert found["Author"] and "https://arxiv.org/abs/2511.19145" in " ".join(found.get_all("Project-URL"))
     assert {"Typing :: Typed", "Programming Language :: Python :: 3 :: Only"} <= set(found.get_all("Classifier"))
+    lowest = found["Requires-Python"].removeprefix(">=")
+    assert f"Programming Language :: Python :: {lowest}" in found.get_all("Classifier")
 
 
 def test_the_version_is_that_of_the_stub():

@@ -533,6 +533,7 @@ def _kill_the_child(out: Path) -> None:
         os.kill(child.pid, signal.SIGKILL)
 
 
+@pytest.mark.checkout
 @pytest.mark.slow
 def test_ray_with_a_node_that_dies(tmp_path, monkeypatch):
     """Two nodes; the one at work is killed in the middle of a run, which the other takes up. Same results as alone.

@@ -94,6 +94,7 @@ def same(a, b):
 # --------------------------------------------------------------------------------------------------------- the run
 
 
+@pytest.mark.checkout
 def test_result_and_lines(finished, folder):
     result, lines = finished
     assert result["classes"] == sorted(COLOURS) and result["num_classes"] == 3

@@ -293,9 +293,10 @@ def test_npz_of_another_model(tiny, tmp_path):
     np.savez(tmp_path / "part.npz", **arrays)
     with pytest.raises(ValueError, match="encoderblock_1/LayerNorm_0/scale"):
         create_backbone(TINY, 3, weights=tmp_path / "part.npz")
-    # timm's reader passes over what a plain ViT does not have, such as layer scale, without a word.
+    # timm's reader passes over what a plain ViT does not have, such as layer scale, without a word; before 1.0.29 it
+    # broke off.
     np.savez(tmp_path / "plain.npz", **npz_arrays(timm.create_model("test_vit2").requires_grad_(False)))
-    with pytest.raises(ValueError, match=r"missing keys: .*ls1\.gamma"):
+    with pytest.raises(ValueError, match=r"missing keys: .*ls1\.gamma|test_vit2.* has no attribute"):
         create_backbone("test_vit2", 3, weights=tmp_path / "plain.npz")
     with pytest.raises(ValueError, match="cannot be loaded into swin_tiny"):
         create_backbone("swin_tiny_patch4_window7_224", 3, weights=tmp_path / "part.npz")

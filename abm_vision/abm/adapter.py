@@ -64,7 +64,8 @@ class Adapter:
             raise ValueError(f"there is no adapter {name!r}; the model has {known}")
         if not isinstance(model.peft_config[name], LoraConfig):
             raise ValueError(f"adapter {name!r} is {model.peft_config[name].peft_type.value}, not LoRA")
-        self.model, self.name = model, name
+        self.model: PeftModel = model
+        self.name: str = name
 
     @property
     def config(self) -> LoraConfig:

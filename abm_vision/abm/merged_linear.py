@@ -155,7 +155,7 @@ class MergedLinear(PeftLinear):
         a, b = _parameter(lora_a, "weight"), _parameter(lora_b, "weight")
         if not (is_plain(weight) and is_plain(a) and is_plain(b) and is_plain(x) and (bias is None or is_plain(bias))):
             return None
-        if weight.requires_grad or x.is_meta or not isinstance(scaling, float | int):
+        if weight.requires_grad or x.is_meta or not isinstance(scaling, NUMBER):
             return None
         if _parameter(lora_a, "bias") is not None or _parameter(lora_b, "bias") is not None:
             return None
@@ -172,6 +172,7 @@ class MergedLinear(PeftLinear):
         return not too_few
 
 
+NUMBER = (float, int)  # torch.compile of torch 2.8 does not know `float | int`
 _LINEAR = {nn.Linear: nn.Linear.forward}  # and BlockLinear, below
 _DROPOUT = {nn.Identity: nn.Identity.forward, nn.Dropout: nn.Dropout.forward}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from abm_vision.abm.hooks import ForwardFn, TokenMaskFn, preactivations
 from abm_vision.abm.restore import evaluate, restored
 from abm_vision.abm.settings import ABMConfig
 
-Reference = str | nn.Module
+Reference: TypeAlias = str | nn.Module
 
 
 @dataclass(frozen=True)

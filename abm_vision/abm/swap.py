@@ -10,7 +10,7 @@ from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import nn
 
 from abm_vision.abm.base_change import lora_layers
-from abm_vision.abm.merged_linear import _DROPOUT, _LINEAR, MergedLinear, _is_bare, is_plain
+from abm_vision.abm.merged_linear import _DROPOUT, _LINEAR, NUMBER, MergedLinear, _is_bare, is_plain
 
 
 def use_merged_linear(model: nn.Module, enabled: bool = True) -> int:
@@ -96,6 +96,6 @@ def _why_not_adapter(layer: LoraLayer, adapter: str) -> str | None:
         return "with a bias in LoRA"
     if not (is_plain(lora_a.weight) and is_plain(lora_b.weight)):
         return "with quantised or sharded factors"
-    if not isinstance(layer.scaling[adapter], float | int):
+    if not isinstance(layer.scaling[adapter], NUMBER):
         return "with a scaling held as a tensor"
     return None

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from abm_vision.runs.content import shortened
 from abm_vision.runs.folder import CONFIG, RESULT, State
@@ -20,7 +20,7 @@ _IDENTITY = ("task", "init", "seed")
 _ASKED = ("weights", "precision", "device", "abm_reference", "plugin")
 # May differ between runs of one method.
 _CIRCUMSTANCES = ("device", "commit")
-Unfinished = list[tuple[str, str]]  # run folder, why it has no result
+Unfinished: TypeAlias = list[tuple[str, str]]  # run folder, why it has no result
 Key, Item = TypeVar("Key"), TypeVar("Item")
 
 
