@@ -79,6 +79,8 @@ def panels_of(figure: FigureBase, count: int, columns: int = 2, **options: Any) 
     grid = list(figure.subplots(-(-count // columns), columns, squeeze=False, **options).flat)
     for axes in grid[count:]:
         axes.remove()
+    for axes in grid[max(0, count - columns) : count]:  # with shared axes the removed ones had the numbers
+        axes.tick_params(labelbottom=True)
     return grid[:count]
 
 

@@ -165,7 +165,8 @@ class Progress(TrainerCallback):
             self.best = {name: tensor.clone() for name, tensor in trained(self._run.model).items()}
         self._log("val/perplexity", self.perplexities[step])
         self._run.session.say(f"step {step:5d} perplexity of held-out answers {self.perplexities[step]:.2f}")
-        self._began += time.perf_counter() - began
+        self._began += (taken := time.perf_counter() - began)
+        self._time_left.skip(taken)
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stop the clock. A last epoch that is not whole is not saved: the Trainer would resume it beyond its end."""

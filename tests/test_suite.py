@@ -374,7 +374,7 @@ def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("how", "code"), [(signal.SIGTERM, 143), (signal.SIGKILL, -9), (signal.SIGINT, 130)])
 def test_no_process_outlives_a_suite(tmp_path, how, code):
     """Ctrl-C goes to all processes of a terminal, the others to the suite's own."""
     if len(os.sched_getaffinity(0)) < 2:

@@ -106,8 +106,10 @@ def draw_comparison(comparison: Comparison) -> Figure:
         for axes, panel in zip(panels_of(part, len(panels)), panels, strict=True):
             panel(axes, lines, score)
             tidy(axes)
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    handles = {}
+    for axes in figure.axes:  # a task may lack an initialisation that another has
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
     return figure
 
 
@@ -156,6 +158,9 @@ def _differences(axes: Axes, lines: Sequence[Line], score: Score) -> None:
     """Paired by seed, with the interval of the table; the baseline is the line at zero."""
     (baseline,) = (line for line in lines if line.row.init == BASELINE)
     others = [line for line in lines if line is not baseline]
+    if not others:
+        axes.set_axis_off()
+        return
     less = np.array([*map(score.shown, baseline.runs)])
     for place, line in enumerate(others):
         ends = score.scale * line.row.score_low, score.scale * line.row.score_high
@@ -223,7 +228,7 @@ def draw_tasks(section: Section) -> Figure:
 def draw_differences(section: Section) -> Figure | None:
     """A panel a method: differences to the baseline, paired by seed, and their mean over tasks; None without any.
 
-    Lines are 95 % intervals, by a bootstrap over seeds, of the mean over tasks.
+    Lines are 95 % intervals by a bootstrap, of a task over seeds, of the mean over tasks.
     """
     methods = [found.method for found in section.paired()]
     if not methods:
@@ -245,7 +250,7 @@ def draw_differences(section: Section) -> Figure | None:
         axes.grid(False)
         _name_rows(axes, [*section.tasks, "mean over tasks"])
         axes.set_title(shown(section.heads[method]), fontsize=10)
-    few = "lines: 95 % intervals by a bootstrap; of two or three seeds that is their range"
+    few = "dots: seeds (last row: tasks); lines: 95 % intervals by a bootstrap; of two or three dots that is their range"
     figure.supxlabel(f"{section.view.score.title}, {section.view.score.difference}\n{few}", fontsize=9)
     figure.suptitle(section.kind.title)
     return figure

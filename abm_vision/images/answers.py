@@ -46,7 +46,7 @@ class Answers:
 
 def sample(total: int) -> Tensor:
     """A few positions of so many images, drawn with a fixed seed: int64 (k,), ascending."""
-    return torch.randperm(total, generator=torch.Generator().manual_seed(SAMPLE_SEED))[:SHOWN].sort().values
+    return torch.randperm(total, generator=torch.Generator("cpu").manual_seed(SAMPLE_SEED), device="cpu")[:SHOWN].sort().values
 
 
 def answer(
@@ -63,7 +63,7 @@ def answer(
 
     The title is that of the progress bar.
     """
-    sampled = torch.empty(0, dtype=torch.int64) if sampled is None else sampled
+    sampled = torch.empty(0, dtype=torch.int64, device="cpu") if sampled is None else sampled
     kept: list[Tensor] = []
 
     def keeping(chunks: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -114,7 +114,9 @@ def train(
         progress.seconds.append(time.perf_counter() - start)
         progress.epoch += 1
         progress.step = "graph" if training_step.captured else "eager"
+        began = time.perf_counter()
         after_epoch(progress)
+        time_left.skip(time.perf_counter() - began)
 
 
 @torch.no_grad()

@@ -104,9 +104,12 @@ UNREAD = 141  # 128 + SIGPIPE, which a shell reports of a Unix tool: so that out
 
 
 def say(line: str) -> None:
-    """Print a line now, even into a pipe. Where nobody reads it any longer the command ends."""
+    """Print a line now, even into a pipe, and not into a progress bar. Where nobody reads it the command ends."""
+    from tqdm import tqdm  # not for --help
+
     try:
-        print(line, flush=True)
+        with tqdm.external_write_mode():
+            print(line, flush=True)
     except BrokenPipeError:
         _let_go()
         raise SystemExit(UNREAD) from None

@@ -35,6 +35,11 @@ class TimeLeft:
                 self._say(f"training  {self._left} more steps, about {in_words(seconds)}")
 
 
+    def skip(self, seconds: float) -> None:
+        """Leave out what was no training step, such as a test on the way."""
+        self._began += seconds
+
+
 def in_words(seconds: float) -> str:
     """Two digits of seconds, minutes or hours."""
     for unit, name in ((3600, "h"), (60, "min")):

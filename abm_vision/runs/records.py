@@ -235,6 +235,13 @@ class Losses(Record):
     after_on_seen: Loss
 
 
+class Pretrained(Record):
+    """What was measured of the pretrained model before a run on instructions."""
+
+    before: float
+    answered: list[str]
+
+
 class Notes(Record):
     """What is kept of the initialisation of an interrupted run."""
 
@@ -244,7 +251,7 @@ class Notes(Record):
     report: dict[str, Any] | None = None
     reference: Reference | None = None
     start: str | None = None
-    pretrained: dict[str, Any] | None = None
+    pretrained: Pretrained | None = None
 
 
 class Commit(Record):

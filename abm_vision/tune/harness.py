@@ -198,7 +198,7 @@ def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
     else:
         few = sample(len(run.validation))
         chunk = run.validation.pixels[few.to(run.device)], run.validation.labels.cpu()[few]
-        found = _answer(run, "validation", [chunk], torch.arange(len(few)))
+        found = _answer(run, "validation", [chunk], torch.arange(len(few), device="cpu"))
     part = "test" if test else "validation"
     write_answers(found, dataset.classes, f"{dataset.location}, {part} images", run.folder)
     parts = dict.fromkeys(("training", "validation", "test")) | dataset.splits
