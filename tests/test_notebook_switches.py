@@ -93,7 +93,7 @@ def test_quick_start():
 
 
 def test_activation_boundaries():
-    blocks = [("subplots(2, 6,", "subplots(2, 3,"), ("range(12)", "range(6)"), ("range(1, 13)", "range(1, 7)")]
+    blocks = [("subplots(3, 4,", "subplots(2, 3,"), ("range(12)", "range(6)"), ("range(1, 13)", "range(1, 7)")]
     given = run("02", LARGE, ("else 600", "else 3"), ("else 256", "else 4"), ("1500", "5"), *blocks)
     assert given["count"] == 4
 
@@ -130,9 +130,9 @@ def test_choosing_an_initialisation():
     )
     lines = given["left"].get_lines()
     assert [line.get_label() for line in lines] == given["STARTS"] and len(given["STARTS"]) == 11
-    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 11
-    palette = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")  # Okabe and Ito
-    assert {line.get_color() for line in lines} <= set(palette)
+    assert len({(line.get_color(), line.get_marker()) for line in lines}) == 11
+    palette = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito, no yellow
+    assert {line.get_color() for line in lines} <= {*palette, "#8C8C8C"}  # grey is the default
 
 
 def test_t5_on_glue(t5):
