@@ -38,6 +38,7 @@ def test_in_words(seconds, words):
     assert in_words(seconds) == words
 
 
+@pytest.mark.slow
 def test_images_say_it(monkeypatch, tmp_path):
     """Four steps an epoch; a resumed run has those left that it still makes."""
     monkeypatch.setattr(estimate, "WORTH", 0.0)
@@ -57,6 +58,7 @@ def test_images_say_it(monkeypatch, tmp_path):
     assert [line[:24] for line in lines if line.startswith("training")][1:] == ["training  4 more steps, "]
 
 
+@pytest.mark.slow
 def test_text_says_it(monkeypatch, llama, tmp_path):
     pytest.importorskip("trl", reason="trl is not installed")
     from helpers import small_instruct
