@@ -71,7 +71,7 @@ class Source:
 
 
 def _speaks(call: ast.Call) -> bool:
-    """Whether a call warns, prints to stderr, ends a command, or is the constructor of an exception with a text of its own."""
+    """Whether a call warns, prints to stderr, ends a command, or makes an exception with a text of its own."""
     words = ast.unparse(call.func)
     to_stderr = any(k.arg == "file" and ast.unparse(k.value) == "sys.stderr" for k in call.keywords)
     return words in ("warnings.warn", "super().__init__", "self.error") or (words == "print" and to_stderr)

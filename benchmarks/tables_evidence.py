@@ -11,6 +11,8 @@ from evidence import SIZES
 from ledger import Ledger
 from tables_costs import table
 
+from abm_vision.initializers import BASELINE
+
 Run = dict[str, Any]
 WORDS = {"kaiming": "`kaiming` (peft's default)", "kaiming_long": "the same, A 4 times as long"}
 
@@ -46,34 +48,38 @@ def smollm() -> str:
     for size, subject, runs in _found("smollm"):
         everything = [r for several in runs.values() for r in several]
         count = everything[0]["perplexity"]["conversations"]
-        rows = [["before training", "-", _spread([r["perplexity"]["before"] for r in everything], 2, False), "-", "-"]]
+        before = {r["key"][-1]: r["perplexity"]["before"] for r in everything}  # every seed has other conversations
+        rows = [["before training", "-", _spread([*before.values()], 2), "-", "-", "-"]]
+        default = {r["key"][-1]: r["perplexity"]["after"] for r in _chosen(runs, BASELINE)}
         for init in dict.fromkeys(init for init, *_ in runs):
-            by_rate = _by_rate(runs, init, 1)
-            lr = min(by_rate, key=lambda lr: statistics.mean(_late(r) for r in by_rate[lr]))
-            chosen = by_rate[lr]
+            chosen = _chosen(runs, init)
+            ratios = [r["perplexity"]["after"] / default[r["key"][-1]] for r in chosen]
             lost = next((r["information_loss"]["after"] for r in everything if _is(r, init) and _lost(r)), None)
             steps = [r["seconds"]["init"] / r["seconds"]["train"] * len(r["loss_per_step"]) for r in chosen]
             rows.append(
                 [
                     _label(init, runs),
-                    f"{lr:g}",
+                    f"{chosen[0]['key'][3]:g}",
                     _spread([r["perplexity"]["after"] for r in chosen], 2),
+                    f"{statistics.mean(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})",
                     "-" if lost is None else f"{lost:.3f}",
                     f"{statistics.median(steps):.0f}",
                 ]
             )
             if all("accuracy" in r for r in chosen):
                 rows[-1].append(_spread([100 * r["accuracy"] for r in chosen], 1))
-        head = ["initialisation", "rate", "perplexity", "information loss", "its cost (training steps)"]
+        head = ["initialisation", "rate", "perplexity", "of the default's, by seed", "information loss"]
+        head += ["its cost (training steps)"]
         if len(rows[-1]) > len(head):
             head.append("accuracy (%)")
-            before = [r["accuracy_before"] for r in everything if "accuracy_before" in r]
-            rows[0].append(_spread([100 * value for value in before], 1, False) if before else "-")
+            before = {r["key"][-1]: 100 * r["accuracy_before"] for r in everything}
+            rows[0].append(_spread([*before.values()], 1))
         about = f"{subject}, size {size}; {count} held-out conversations; {_about(runs)}"
         parts.append(f"{about}:\n\n{table(head, rows)}")
     note = (
         "SmolLM2-135M-Instruct, dequantised from Q4_1. Perplexity of held-out answers, mean and standard deviation "
-        "over seeds, at the rate with the lowest training loss in the last quarter of the steps."
+        "over seeds, which have conversations of their own, at the rate with the lowest training loss in the last "
+        "quarter of the steps. Other work ran beside, so that costs are rough."
     )
     return "\n\n".join([*parts, note])
 
@@ -109,6 +115,12 @@ def _by_rate(runs: dict[Key, list[Run]], init: str, epochs: int) -> dict[float, 
     """The runs of every rate, all seeds; those that diverged among them."""
     rates = sorted({lr for i, e, lr, _ in runs if (i, e) == (init, epochs)})
     return {lr: [r for (i, e, rate, _), (r,) in runs.items() if (i, e, rate) == (init, epochs, lr)] for lr in rates}
+
+
+def _chosen(runs: dict[Key, list[Run]], init: str) -> list[Run]:
+    """The runs of text at the rate with the lowest training loss in the last quarter of the steps."""
+    by_rate = _by_rate(runs, init, 1)
+    return by_rate[min(by_rate, key=lambda lr: statistics.mean(_late(r) for r in by_rate[lr]))]
 
 
 def _top1(run: Run) -> float:
