@@ -65,7 +65,8 @@ class LivePlot:
 
 
 def _lines(axes: Axes, figures: dict[str, tuple[list[int], list[float]]]) -> None:
-    for (name, (steps, values)), colour in zip(figures.items(), cycle(dict.fromkeys((BLUE, ORANGE, GREEN, *OKABE_ITO))), strict=False):
+    colours = cycle(dict.fromkeys((BLUE, ORANGE, GREEN, *OKABE_ITO)))
+    for (name, (steps, values)), colour in zip(figures.items(), colours, strict=False):
         axes.plot(steps, values, color=colour, label=f"{name}: {values[-1]:.3f}")
     axes.set(xlabel="step")
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

@@ -250,7 +250,7 @@ def draw_differences(section: Section) -> Figure | None:
         axes.grid(False)
         _name_rows(axes, [*section.tasks, "mean over tasks"])
         axes.set_title(shown(section.heads[method]), fontsize=10)
-    few = "dots: seeds (last row: tasks); lines: 95 % intervals by a bootstrap; of two or three dots that is their range"
+    few = "dots: seeds (last row: tasks); lines: 95 % intervals by a bootstrap, of two or three dots their range"
     figure.supxlabel(f"{section.view.score.title}, {section.view.score.difference}\n{few}", fontsize=9)
     figure.suptitle(section.kind.title)
     return figure

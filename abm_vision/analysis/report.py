@@ -269,7 +269,8 @@ def _figures(section: Section) -> Iterable[tuple[str, Figure]]:
     score = section.view.score.title
     yield f"{score[0].upper()}{score[1:]} by task", figures.draw_tasks(section)
     if figure := figures.draw_differences(section):
-        yield f"Differences to {BASELINE}, paired by seed: a dot a seed (in the last row a task), a mark at the mean", figure
+        words = "paired by seed: a dot a seed (in the last row a task), a mark at the mean"
+        yield f"Differences to {BASELINE}, {words}", figure
     yield "Training loss by epoch", figures.draw_convergence(section)
     if figure := figures.draw_lost(section):
         yield "Information loss by depth and kind of layer, mean over runs", figure

@@ -46,7 +46,8 @@ class Answers:
 
 def sample(total: int) -> Tensor:
     """A few positions of so many images, drawn with a fixed seed: int64 (k,), ascending."""
-    return torch.randperm(total, generator=torch.Generator("cpu").manual_seed(SAMPLE_SEED), device="cpu")[:SHOWN].sort().values
+    generator = torch.Generator("cpu").manual_seed(SAMPLE_SEED)
+    return torch.randperm(total, generator=generator, device="cpu")[:SHOWN].sort().values
 
 
 def answer(

@@ -34,7 +34,6 @@ class TimeLeft:
             if seconds >= WORTH:
                 self._say(f"training  {self._left} more steps, about {in_words(seconds)}")
 
-
     def skip(self, seconds: float) -> None:
         """Leave out what was no training step, such as a test on the way."""
         self._began += seconds
