@@ -75,7 +75,9 @@ def smollm() -> str:
             before = {r["key"][-1]: 100 * r["accuracy_before"] for r in everything}
             rows[0].append(_spread([*before.values()], 1))
         about = f"{subject}, size {size}; {count} held-out conversations; {_about(runs)}"
-        parts.append(f"{about}:\n\n{table(head, rows)}")
+        by_rate = _by_rate(runs, BASELINE, 1).items()
+        rates = (f"{_spread([r['perplexity']['after'] for r in found], 2)} at {lr:g}" for lr, found in by_rate)
+        parts.append(f"{about}:\n\n{table(head, rows)}\n\n`{BASELINE}` at every rate: {', '.join(rates)}.")
     note = (
         "SmolLM2-135M-Instruct, dequantised from Q4_1. Perplexity of held-out answers, mean and standard deviation "
         "over seeds, which have conversations of their own, at the rate with the lowest training loss in the last "

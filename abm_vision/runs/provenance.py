@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 _PACKAGES = ("abm-lora", "torch", "torchvision", "timm", "peft", "numpy", "transformers", "trl", "datasets")
+HERE = Path(__file__).resolve().parent
 
 
 def environment(device: str) -> dict[str, Any]:
@@ -23,9 +24,6 @@ def environment(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
     }
-
-
-HERE = Path(__file__).resolve().parent
 
 
 def _version(package: str) -> str | None:
