@@ -1,6 +1,6 @@
 """A training step on a GPU: frozen floor, full fine-tuning, stock peft, ours; eagerly, as a CUDA graph, compiled.
 
-    python benchmarks/gpu_step.py [--models vit_base_patch16_224] [--modes eager graph compiled] [--rank 8] [--depth 4]
+    python benchmarks/gpu_step.py [--models vit_base_patch16_224] [--modes eager graph compiled] [--ranks 8] [--depth 4]
 
 The floor is the same model with nothing but the head trainable and gradients still flowing to the input. Variants take
 turns; the smallest of several timings counts, as nothing but disturbance makes one longer. Modes: `eager`; `graph`, the
@@ -12,6 +12,7 @@ outside the graph in all of them. Kernels, and the time inside them, are the pro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 from collections.abc import Callable
@@ -84,7 +85,7 @@ def milliseconds(step: Callable[[], None]) -> float:
     return begin.elapsed_time(end) / STEPS
 
 
-def measure(args: argparse.Namespace, name: str, mode: str) -> dict[str, dict[str, Any]]:
+def measure(args: argparse.Namespace, name: str, rank: int, mode: str) -> dict[str, dict[str, Any]]:
     """Milliseconds, kernels, MiB beyond the model, of every variant."""
     images = torch.randn(args.batch, 3, 224, 224, device="cuda", requires_grad=True)
     labels = torch.randint(0, 16, (args.batch,), device="cuda")
@@ -92,7 +93,7 @@ def measure(args: argparse.Namespace, name: str, mode: str) -> dict[str, dict[st
     steps, rows = {}, {}
     for variant in args.variants:
         torch._dynamo.reset()
-        model = build(variant, name, 224, "cuda", args.rank, **({"depth": args.depth} if args.depth else {}))
+        model = build(variant, name, 224, "cuda", rank, **({"depth": args.depth} if args.depth else {}))
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -112,15 +113,12 @@ def measure(args: argparse.Namespace, name: str, mode: str) -> dict[str, dict[st
     return rows
 
 
-def table(measured: list[dict[str, Any]]) -> str:
-    lines = []
-    for row in measured:
-        cells = "  ".join(
-            f"{variant} {found['ms']:6.2f} ms ({found['kernels']}, {found['inside_ms']:.2f}) {found['mib']:.0f} MiB"
-            for variant, found in row["variants"].items()
-        )
-        lines.append(f"{row['model']} {row['precision']} rank {row['rank']} {row['mode']:9s} {cells}")
-    return "\n".join(lines)
+def line(row: dict[str, Any]) -> str:
+    cells = "  ".join(
+        f"{variant} {found['ms']:6.2f} ms ({found['kernels']}, {found['inside_ms']:.2f}) {found['mib']:.0f} MiB"
+        for variant, found in row["variants"].items()
+    )
+    return f"{row['model']} {row['precision']} rank {row['rank']} {row['mode']:9s} {cells}"
 
 
 def main() -> None:
@@ -129,7 +127,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compiled"], choices=MODES)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8])
     parser.add_argument("--depth", type=int, help="blocks, if fewer: they compile sooner")
     parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--out", type=Path, default=RESULT)
@@ -138,15 +136,12 @@ def main() -> None:
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
     rows = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
-    begun = len(rows)
-    for name in args.models:
-        for mode in args.modes:
-            setting = {"model": name, "mode": mode, "batch": args.batch, "rank": args.rank, "depth": args.depth}
-            rows.append({**setting, "precision": args.precision, "variants": measure(args, name, mode)})
-            print(table(rows[-1:]), flush=True)
-            write_json(args.out, {"environment": environment("cuda"), "rows": rows})
-            torch.cuda.empty_cache()
-    print(table(rows[begun:]))
+    for name, rank, mode in itertools.product(args.models, args.ranks, args.modes):
+        setting = {"model": name, "mode": mode, "batch": args.batch, "rank": rank, "depth": args.depth}
+        rows.append({**setting, "precision": args.precision, "variants": measure(args, name, rank, mode)})
+        print(line(rows[-1]), flush=True)
+        write_json(args.out, {"environment": environment("cuda"), "rows": rows})
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ from abm_vision.abm import reference
 from abm_vision.abm.adapter import adapted_layers
 from abm_vision.vit import VIT
 
-pytestmark = pytest.mark.usefixtures("device")
 
-X, Y = images(16), torch.arange(16) % 5
+@pytest.fixture(scope="module", autouse=True)
+def batch(device):
+    global X, Y
+    X, Y = images(16), torch.arange(16) % 5
 
 
 def aligned(config=None, batches=None, base=None, **options):
@@ -35,8 +37,8 @@ def test_factors_are_singular_vectors_of_the_gradient():
     gradients = gradients_by_autograd(fresh, X, Y)
     model, report = aligned(AlignConfig(norm=0.7, size=0.002))
     for name, layer in adapted_layers(model, "default").items():
-        u, _, vh = np.linalg.svd(gradients[name].double().numpy())
-        a, b = (getattr(layer, f)["default"].weight.detach().double().numpy() for f in ("lora_A", "lora_B"))
+        u, _, vh = np.linalg.svd(gradients[name].double().cpu().numpy())
+        a, b = (getattr(layer, f)["default"].weight.detach().double().cpu().numpy() for f in ("lora_A", "lora_B"))
         np.testing.assert_allclose(np.linalg.norm(a, axis=1), 0.7, rtol=1e-4)
         np.testing.assert_allclose(np.linalg.norm(b, axis=0), report.size, rtol=1e-4)
         np.testing.assert_allclose(span(b.T), span(u[:, :3].T), atol=2e-2)
@@ -51,7 +53,7 @@ def test_batches_are_averaged():
     parts, report = aligned(batches=[(X[:4], Y[:4]), (X[4:], Y[4:])])
     assert report.samples == 16
     for first, second in zip(*(adapted_layers(m, "default").values() for m in (one, parts)), strict=True):
-        rows = [m.lora_A["default"].weight.detach().double().numpy() for m in (first, second)]
+        rows = [m.lora_A["default"].weight.detach().double().cpu().numpy() for m in (first, second)]
         np.testing.assert_allclose(span(rows[0]), span(rows[1]), atol=2e-2)
 
 
@@ -82,9 +84,9 @@ def test_q_and_v_have_pairs_of_their_own():
     model, _ = aligned(AlignConfig(size=1e-4), qkv="qv")
     for name, layer in adapted_layers(model, "default").items():
         if name.endswith("qkv"):
-            a, b = (getattr(layer, f)["default"].weight.detach().double().numpy() for f in ("lora_A", "lora_B"))
+            a, b = (getattr(layer, f)["default"].weight.detach().double().cpu().numpy() for f in ("lora_A", "lora_B"))
             for rows, k in ((slice(0, 32), slice(0, 3)), (slice(64, 96), slice(3, 6))):
-                u, _, vh = np.linalg.svd(gradients[name][rows].double().numpy())
+                u, _, vh = np.linalg.svd(gradients[name][rows].double().cpu().numpy())
                 np.testing.assert_allclose(span(a[k]), span(vh[3:6]), atol=2e-2)
                 np.testing.assert_allclose(span(b[rows, k].T), span(u[:, :3].T), atol=2e-2)
             assert not b[32:64].any()
@@ -95,7 +97,7 @@ def test_q_and_v_have_pairs_of_their_own():
 def test_rank_beyond_half_of_the_directions():
     model, _ = aligned(rank=30)
     for layer in adapted_layers(model, "default").values():
-        assert np.linalg.matrix_rank(layer.lora_A["default"].weight.detach().numpy()) == 30
+        assert np.linalg.matrix_rank(layer.lora_A["default"].weight.detach().cpu().numpy()) == 30
 
 
 def test_report():

@@ -534,7 +534,9 @@ def test_torchao(when):
 
 
 @pytest.fixture
-def world_of_one(tmp_path):
+def world_of_one(device, tmp_path):
+    if device != "cpu":
+        pytest.skip("test_gpu.py has a group of NCCL's")
     distributed = torch.distributed
     distributed.init_process_group(
         "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1

@@ -42,7 +42,7 @@ def adapted(scale=0.3, **options):
 def lost_by_least_squares(gradient, directions):
     """||G - nearest combination of the directions||^2 / ||G||^2, G (out, in), directions (n, out, in)."""
     columns = directions.reshape(len(directions), -1).T
-    solution = torch.linalg.lstsq(columns, gradient.reshape(-1, 1), driver="gelsd").solution
+    solution = torch.linalg.lstsq(columns.cpu(), gradient.reshape(-1, 1).cpu(), driver="gelsd").solution.to(columns)
     return ((gradient.reshape(-1, 1) - columns @ solution).square().sum() / gradient.square().sum()).item()
 
 

@@ -8,8 +8,11 @@ Sums are in float32, in an order that is always the same.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Hashable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from subprocess import SubprocessError
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,8 +30,8 @@ DTYPES = (torch.float32, *HALF)
 # Rows and columns of the tile that one program works on, and its warps.
 MERGE = {"ROWS": 32, "COLUMNS": 128, "num_warps": 4}
 THIN = {"ROWS": 128, "COLUMNS": 128, "num_warps": 8, "num_stages": 3}
-OUTER = {"ROWS": 64, "COLUMNS": 64, "num_warps": 4, "num_stages": 3}
-SEGMENT = 1024  # tokens that a program of the outer products adds up
+OUTER = {"ROWS": 64, "COLUMNS": 64, "SEGMENT": 1024, "num_warps": 4, "num_stages": 3}  # it adds up 1,024 tokens
+OPTIONS = ("num_warps", "num_stages")  # of the compiler, not of a kernel
 
 
 def kernels_fit(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dtype) -> bool:
@@ -54,8 +57,8 @@ def _is_built(device: int) -> bool:
         return False
     tiny = torch.zeros(16, 16, device=f"cuda:{device}")
     try:
-        merged, a, b = merge(tiny, tiny, tiny, 1.0, torch.bfloat16)
-        factor_gradients(merged, a, merged, b, 1.0)
+        merged = merge(tiny, tiny, tiny, 1.0, torch.bfloat16)
+        factor_gradients(merged, tiny, merged, tiny, 1.0)
     except (OSError, RuntimeError, SubprocessError, TritonError) as error:
         reason = str(error).partition("\n")[0]
         warnings.warn(f"Triton builds no kernels here ({reason}): adapters train with more launches", stacklevel=2)
@@ -63,10 +66,8 @@ def _is_built(device: int) -> bool:
     return True
 
 
-def merge(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    """W0 + s B A, summed in float32, A and B, all of `dtype`.
+def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """W0 + s B A of `dtype`, summed in float32: (out, in).
 
     Args:
         weight: W0 (out, in), contiguous as the factors, of one of `DTYPES`, on a CUDA device.
@@ -75,35 +76,72 @@ def merge(
         scaling: s.
         dtype: half precision.
     """
-    merged, cast_a, cast_b = (torch.empty_like(t, dtype=dtype) for t in (weight, lora_a, lora_b))
-    out, in_ = weight.shape
-    grid = (triton.cdiv(out, MERGE["ROWS"]), triton.cdiv(in_, MERGE["COLUMNS"]))
-    with torch.cuda.device_of(weight):  # Triton launches on the current device
-        _merge[grid](weight, lora_a, lora_b, merged, cast_a, cast_b, scaling, out, in_, RANK=len(lora_a), **MERGE)
-    return merged, cast_a, cast_b
+    merged = torch.empty_like(weight, dtype=dtype)
+    (out, in_), rank = weight.shape, len(lora_a)
+    grid = -(-out // MERGE["ROWS"]), -(-in_ // MERGE["COLUMNS"]), 1
+    tensors = weight, lora_a, lora_b, merged
+    with _on_device_of(weight):
+        _launch(_merge, grid, tensors, (out, in_), scaling, RANK=rank, **MERGE)
+    return merged
 
 
 def factor_gradients(x: Tensor, lora_a: Tensor, grad: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """dA = s (g B)^T x and dB = s g^T (x A^T), one after the other: float32 (r in + out r).
 
     Args:
-        x: (tokens, in), half precision as all of them, with columns side by side.
-        lora_a: A (r, in), contiguous.
-        grad: g (tokens, out), with columns side by side.
-        lora_b: B (out, r), contiguous.
+        x: (tokens, in), half precision, with columns side by side.
+        lora_a: A (r, in), contiguous, of one of `DTYPES`; multiplied in x's.
+        grad: g (tokens, out), of x's dtype, with columns side by side.
+        lora_b: B (out, r), contiguous, of one of `DTYPES`; multiplied in x's.
         scaling: s, which multiplies in float32: in float16 a small factor would be rounded away.
     """
     (tokens, in_), out, rank = x.shape, grad.shape[1], len(lora_a)
-    segments, padded = triton.cdiv(tokens, SEGMENT), max(16, triton.next_power_of_2(rank))
-    u, v = x.new_empty(2, tokens, padded)  # x A^T and g B, with columns of zeros
+    segments, padded = -(-tokens // OUTER["SEGMENT"]), max(16, 1 << (rank - 1).bit_length())
+    thin = x.new_empty(2, tokens, padded)  # x A^T and g B, with columns of zeros
     partial = x.new_empty(segments, rank * (in_ + out), dtype=torch.float32)
-    sizes = (tokens, in_, out, x.stride(0), grad.stride(0))
+    sizes = in_, out, x.stride(0), grad.stride(0)
     ranks = {"RANK": rank, "PADDED": padded}
-    tiles = triton.cdiv(in_, OUTER["COLUMNS"]) + triton.cdiv(out, OUTER["COLUMNS"])
-    with torch.cuda.device_of(x):
-        _thin[(triton.cdiv(tokens, THIN["ROWS"]), 2)](x, lora_a, u, grad, lora_b, v, *sizes, **ranks, **THIN)
-        _outer[(tiles, segments)](x, v, grad, u, partial, *sizes, SEGMENT, scaling, **ranks, **OUTER)
+    tiles = -(-in_ // OUTER["COLUMNS"]) - (-out // OUTER["COLUMNS"])
+    with _on_device_of(x):
+        by_tokens = -(-tokens // THIN["ROWS"]), 2, 1
+        _launch(_thin, by_tokens, (x, lora_a, grad, lora_b, thin), sizes, tokens, **ranks, **THIN)
+        _launch(_outer, (tiles, segments, 1), (x, grad, thin, partial), sizes, tokens, scaling, **ranks, **OUTER)
     return partial.sum(0)
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    device = tensor.get_device()
+    return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
+
+
+_BUILT: dict[Hashable, Any] = {}
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    tensors: tuple[Tensor, ...],
+    sizes: tuple[int, ...],
+    *others: float,
+    **constants: int,
+) -> None:
+    """`kernel[grid](*tensors, *sizes, *others, **constants)`; what is built already is called without Triton's search.
+
+    That search takes longer than the rest of a launch: 11 of 14 us on one host. Triton builds a kernel for dtypes, for
+    sizes that are 1 or multiples of 16, for addresses that are multiples of 16, and for its constants.
+    """
+    address = 0
+    for tensor in tensors:
+        address |= tensor.data_ptr()
+    key = kernel, tensors[0].get_device(), sizes, *[t.dtype for t in tensors], *constants.values()
+    built = None if address % 16 else _BUILT.get(key)
+    if built is not None:
+        built[grid](*tensors, *sizes, *others, *[v for name, v in constants.items() if name not in OPTIONS])
+        return
+    built = kernel[grid](*tensors, *sizes, *others, **constants)
+    if address % 16 == 0:
+        _BUILT[key] = built
 
 
 # The same for torch's compiler, which sees no more of them than what they return.
@@ -115,10 +153,8 @@ factor_gradients_op = torch.library.custom_op(
 
 
 @merge_op.register_fake
-def _(
-    weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(torch.empty_like(t, dtype=dtype) for t in (weight, lora_a, lora_b))
+def _(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(weight, dtype=dtype)
 
 
 @factor_gradients_op.register_fake
@@ -130,10 +166,10 @@ if triton is not None:
 
     @triton.jit
     def _merge(
-        weight, a, b, merged, cast_a, cast_b, scaling, out_features, in_features,
+        weight, a, b, merged, out_features, in_features, scaling,
         RANK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
-        """One tile of W; programs at its upper and left edge write A and B in the other precision, too."""
+        """One tile of W."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         in_rows, in_columns = rows < out_features, columns < in_features
@@ -144,23 +180,20 @@ if triton is not None:
             one_a = tl.load(a + k * in_features + columns, mask=in_columns, other=0.0).to(tl.float32)
             one_b = tl.load(b + rows * RANK + k, mask=in_rows, other=0.0).to(tl.float32)
             total += (scaling * one_b)[:, None] * one_a[None, :]
-            if tl.program_id(0) == 0:
-                tl.store(cast_a + k * in_features + columns, one_a.to(cast_a.dtype.element_ty), mask=in_columns)
-            if tl.program_id(1) == 0:
-                tl.store(cast_b + rows * RANK + k, one_b.to(cast_b.dtype.element_ty), mask=in_rows)
         tl.store(merged + at, total.to(merged.dtype.element_ty), mask=inside)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _thin(
-        x, a, u, g, b, v, tokens, in_features, out_features, stride_x, stride_g,
+        x, a, g, b, thin, in_features, out_features, stride_x, stride_g, tokens,
         RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     ):  # fmt: skip
         """u = x A^T or v = g B for a tile of tokens."""
         rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
         if tl.program_id(1) == 0:
-            _times(g, b, v, rows, tokens, out_features, stride_g, 1, RANK, RANK, PADDED, ROWS, COLUMNS)
+            _times(x, a, thin, rows, tokens, in_features, stride_x, in_features, 1, RANK, PADDED, ROWS, COLUMNS)
         else:
-            _times(x, a, u, rows, tokens, in_features, stride_x, in_features, 1, RANK, PADDED, ROWS, COLUMNS)
+            v = thin + tokens.to(tl.int64) * PADDED
+            _times(g, b, v, rows, tokens, out_features, stride_g, 1, RANK, RANK, PADDED, ROWS, COLUMNS)
 
     @triton.jit
     def _times(
@@ -175,30 +208,31 @@ if triton is not None:
             tile = tl.load(start + at[None, :], mask=(rows[:, None] < tokens) & (at[None, :] < columns), other=0.0)
             inside = (ranks[None, :] < RANK) & (at[:, None] < columns)
             of_factor = factor + ranks[None, :] * rank_step + at[:, None] * column_step
-            total += tl.dot(tile, tl.load(of_factor, mask=inside, other=0.0))
+            total += tl.dot(tile, tl.load(of_factor, mask=inside, other=0.0).to(tile.dtype))
         at = rows[:, None].to(tl.int64) * PADDED + ranks[None, :]
         tl.store(thin + at, total.to(thin.dtype.element_ty), mask=rows[:, None] < tokens)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["tokens"])
     def _outer(
-        x, v, g, u, partial, tokens, in_features, out_features, stride_x, stride_g, segment, scaling,
-        RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+        x, g, thin, partial, in_features, out_features, stride_x, stride_g, tokens, scaling,
+        RANK: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SEGMENT: tl.constexpr,
     ):  # fmt: skip
         """dA = s v^T x or dB = s g^T u for a tile of columns, summed over a segment of tokens."""
-        first = tl.program_id(1) * segment
-        last = tl.minimum(first + segment, tokens)
+        first = tl.program_id(1) * SEGMENT
+        last = tl.minimum(first + SEGMENT, tokens)
         of_a = partial + tl.program_id(1) * RANK * (in_features + out_features)
         of_b = of_a + RANK * in_features
         tiles = tl.cdiv(in_features, COLUMNS)
         tile = tl.program_id(0)
         if tile < tiles:
             at = tile * COLUMNS + tl.arange(0, COLUMNS)
+            v = thin + tokens.to(tl.int64) * PADDED
             _sum(
                 x, v, of_a, at, first, last, in_features, stride_x, in_features, 1, scaling, RANK, PADDED, ROWS, COLUMNS
             )
         else:
             at = (tile - tiles) * COLUMNS + tl.arange(0, COLUMNS)
-            _sum(g, u, of_b, at, first, last, out_features, stride_g, 1, RANK, scaling, RANK, PADDED, ROWS, COLUMNS)
+            _sum(g, thin, of_b, at, first, last, out_features, stride_g, 1, RANK, scaling, RANK, PADDED, ROWS, COLUMNS)
 
     @triton.jit
     def _sum(

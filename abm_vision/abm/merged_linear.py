@@ -60,42 +60,39 @@ class _MergedLoRA(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
     ) -> Tensor:
-        a = b = None  # A and B in x's dtype
-        if kernels.kernels_fit(weight, lora_a, lora_b, x.dtype):
-            merged, a, b = _merge_by_kernel(weight, lora_a, lora_b, scaling, x.dtype)
-        else:
-            merged = merge_weight(weight, lora_a, lora_b, scaling, x.dtype)
+        by_kernels = kernels.kernels_fit(weight, lora_a, lora_b, x.dtype)
+        merged = (_merge_by_kernel if by_kernels else merge_weight)(weight, lora_a, lora_b, scaling, x.dtype)
         # Under autocast the copy in x's dtype is kept, as autocast itself keeps its cast of W0. Otherwise it is
         # merged again in the backward pass: a copy of every weight would cost more memory than LoRA saves.
         kept = merged if merged.dtype != weight.dtype else None
-        ctx.save_for_backward(x, weight, lora_a, lora_b, kept, a, b)
-        ctx.scaling = scaling
+        ctx.save_for_backward(x, weight, lora_a, lora_b, kept)
+        ctx.scaling, ctx.by_kernels = scaling, by_kernels
         return F.linear(x, merged, None if bias is None else bias.to(x.dtype))  # (..., out)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, merged, a, b = ctx.saved_tensors
+        x, weight, lora_a, lora_b, merged = ctx.saved_tensors
         needs_x, _, needs_bias, needs_a, needs_b, _ = ctx.needs_input_grad
-        dx = dbias = da = db = None
+        by_kernels, dx, dbias, da, db = ctx.by_kernels, None, None, None, None
         # With create_graph=True all of them are differentiated in turn, by A and B too, which what is kept hides.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            merged = a = b = None
+            merged, by_kernels = None, False
         # The caller's autocast must not touch products whose precision the forward pass has settled.
         with _no_autocast(grad.device.type):
-            if needs_x:
-                if merged is None and a is not None:
-                    merged, *_ = _merge_by_kernel(weight, lora_a, lora_b, ctx.scaling, x.dtype)
-                elif merged is None:
-                    merged = merge_weight(weight, lora_a, lora_b, ctx.scaling, x.dtype)
-                dx = grad @ merged
             rows = grad.reshape(-1, grad.shape[-1])  # (tokens, out)
             inputs = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            if needs_x:
+                if merged is None:
+                    merge = _merge_by_kernel if by_kernels else merge_weight
+                    merged = merge(weight, lora_a, lora_b, ctx.scaling, x.dtype)
+                dx = (rows @ merged).view(x.shape)
             if needs_bias:
                 dbias = rows.sum(0)
-            if a is not None and needs_a and needs_b:
-                both = _gradients_by_kernels(inputs.contiguous(), a, rows.contiguous(), b, ctx.scaling)
-                da, db = both.split([lora_a.numel(), lora_b.numel()])
-                da, db = da.view(lora_a.shape).to(lora_a.dtype), db.view(lora_b.shape).to(lora_b.dtype)
+            if by_kernels and needs_a and needs_b:
+                both = _gradients_by_kernels(inputs.contiguous(), lora_a, rows.contiguous(), lora_b, ctx.scaling)
+                rank, in_ = lora_a.shape
+                da = both.as_strided((rank, in_), (in_, 1)).to(lora_a.dtype)
+                db = both.as_strided((len(lora_b), rank), (rank, 1), rank * in_).to(lora_b.dtype)
                 return dx, None, dbias, da, db, None
             # Every product has the r rows on its left, (r, tokens): on CPU that is the faster side.
             if needs_a:
@@ -105,7 +102,7 @@ class _MergedLoRA(torch.autograd.Function):
         return dx, None, dbias, da, db, None
 
 
-def _merge_by_kernel(*operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _merge_by_kernel(*operands: Any) -> Tensor:
     return (kernels.merge_op if torch.compiler.is_compiling() else kernels.merge)(*operands)
 
 

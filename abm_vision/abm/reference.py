@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from abm_vision.abm.adapter import Adapter, check_base
-from abm_vision.abm.batches import batch_size, can_be_cut, check_finite, counted, cut
+from abm_vision.abm.batches import batch_size, can_be_cut, check_finite, counted, cut, to_device
 from abm_vision.abm.boundary import Boundary, Signs, boundary_figures
 from abm_vision.abm.hooks import ForwardFn, TokenMaskFn, preactivations
 from abm_vision.abm.restore import evaluate, restored
@@ -128,13 +128,17 @@ def calibrate(
             not finite.
     """
     _check_modules(reference, chosen)
+    own = reference.parameters() if isinstance(reference, nn.Module) else []
+    there = next((parameter.device for parameter in own), adapter.device)
     is_reference = reference == "pretrained" and adapter.does_nothing
     boundaries: list[Boundary] = []
     parts: list[Part] = []
     figures: list[Tensor] = []
     for batch, masks in batches:
         with _as_reference(adapter, reference) as running:
-            z = preactivations(running, batch, list(chosen), forward_fn)
+            z = preactivations(running, to_device(batch, there), list(chosen), forward_fn)
+        if there != adapter.device:
+            z = to_device(z, adapter.device)
         _check_recorded(z, "reference")
         if not boundaries:
             boundaries = [Boundary(n, *chosen[n], _margin(z[n], masks[chosen[n][0]], config)) for n in z]

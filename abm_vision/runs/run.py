@@ -131,6 +131,7 @@ def _begin(harness: Harness, request: Request) -> Run:
     """Settle device and precision; peak memory counts from here on."""
     device = harness.device(request.config.device)
     if device.type == "cuda":
+        torch.cuda.init()  # of itself, only the first tensor does that
         torch.cuda.reset_peak_memory_stats(device)
     if request.processes.main:
         files.settle_precision(request.folder, request.config)
