@@ -7,21 +7,16 @@ out=${1:-benchmarks/results}
 runs=$(mktemp -d)
 trap 'rm -rf "$runs"' EXIT
 
-step() { python benchmarks/gpu_step.py --out "$out/gpu_step.json" "$@" >> "$runs/step.txt"; }
-
 # Blocks are compiled once for each variant, all at the same time, into the compiler's own cache.
-small=vit_small_patch16_224 base=vit_base_patch16_224 large=vit_large_patch16_224
-for model in $small $base; do
+for model in vit_small_patch16_224 vit_base_patch16_224; do
   for variant in floor peft ours full; do
-    TORCHINDUCTOR_COMPILE_THREADS=4 python benchmarks/gpu_step.py --models $model --modes compiled --variants $variant \
-      --out "$runs/$model-$variant.json" > "$runs/$model-$variant.txt" &
+    TORCHINDUCTOR_COMPILE_THREADS=4 python benchmarks/gpu_step.py --models $model --ranks 8 --modes compiled \
+      --variants $variant --out "$runs/$model-$variant.json" > "$runs/$model-$variant.txt" &
   done
 done
 wait
 
-step --models $small $base
-step --models $base --modes graph --variants floor ours --ranks 64 256 --add
-step --models $large --modes eager --add
+python benchmarks/gpu_step.py --out "$out/gpu_step.json" > "$runs/step.txt"
 python benchmarks/gpu_init.py --out "$out/gpu_init.json" > "$runs/init.txt"
 python -m abm_vision.vtab --task dsprites_loc --preset paper --weights none --init kaiming --epochs 10 --test-images 5000 \
   --out "$runs" > "$runs/vtab.txt"

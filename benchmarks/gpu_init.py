@@ -65,10 +65,10 @@ def epoch(args: argparse.Namespace, mode: str, batch: tuple[Tensor, Tensor]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     alone = [name for name, row in INITIALIZERS.items() if row.needs and Needs.REFERENCE not in row.needs]
-    parser.add_argument("--inits", nargs="+", default=alone, choices=alone)
+    parser.add_argument("--inits", nargs="+", default=["abm", "abm_aligned", "eva", "lora_ga"], choices=alone)
     parser.add_argument("--model", default="vit_small_patch14_dinov2")
     parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
     if not torch.cuda.is_available():

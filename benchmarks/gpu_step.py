@@ -1,6 +1,6 @@
 """A training step on a GPU: frozen floor, full fine-tuning, stock peft, ours; eagerly, as a CUDA graph, compiled.
 
-    python benchmarks/gpu_step.py [--models vit_base_patch16_224] [--modes eager graph compiled] [--ranks 8] [--depth 4]
+    python benchmarks/gpu_step.py [--models vit_base_patch16_224] [--modes eager graph compiled] [--ranks 8]
 
 The floor is the same model with nothing but the head trainable and gradients still flowing to the input. Variants take
 turns; the smallest of several timings counts, as nothing but disturbance makes one longer. Modes: `eager`; `graph`, the
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +29,12 @@ from abm_vision.runs.provenance import environment
 
 RESULT = Path(__file__).parent / "results" / "gpu_step.json"
 MODES = ("eager", "graph", "compiled", "reduce", "callable")
+SMALL, BASE, LARGE = (f"vit_{size}_patch16_224" for size in ("small", "base", "large"))
+PLAN = (  # models, ranks, modes, variants
+    ((SMALL, BASE), (8,), ("eager", "graph", "compiled"), VARIANTS),
+    ((BASE,), (64, 256), ("graph",), ("floor", "ours")),
+    ((LARGE,), (8,), ("eager",), VARIANTS),
+)
 ROUNDS, STEPS = 3, 5  # timings of a variant, steps in each
 
 
@@ -85,15 +90,17 @@ def milliseconds(step: Callable[[], None]) -> float:
     return begin.elapsed_time(end) / STEPS
 
 
-def measure(args: argparse.Namespace, name: str, rank: int, mode: str) -> dict[str, dict[str, Any]]:
+def measure(
+    args: argparse.Namespace, name: str, rank: int, mode: str, variants: tuple[str, ...]
+) -> dict[str, dict[str, Any]]:
     """Milliseconds, kernels, MiB beyond the model, of every variant."""
     images = torch.randn(args.batch, 3, 224, 224, device="cuda", requires_grad=True)
     labels = torch.randint(0, 16, (args.batch,), device="cuda")
     precision = getattr(torch, args.precision)
     steps, rows = {}, {}
-    for variant in args.variants:
+    for variant in variants:
         torch._dynamo.reset()
-        model = build(variant, name, 224, "cuda", rank, **({"depth": args.depth} if args.depth else {}))
+        model = build(variant, name, 224, "cuda", rank)
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -123,25 +130,27 @@ def line(row: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["vit_base_patch16_224", "vit_small_patch16_224"])
-    parser.add_argument("--modes", nargs="+", default=["eager", "graph", "compiled"], choices=MODES)
+    parser.add_argument("--models", nargs="+", default=[SMALL, BASE, LARGE])
+    parser.add_argument("--modes", nargs="+", choices=MODES, help="others than each model's and rank's own")
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 256])
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--ranks", nargs="+", type=int, default=[8])
-    parser.add_argument("--depth", type=int, help="blocks, if fewer: they compile sooner")
     parser.add_argument("--precision", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--out", type=Path, default=RESULT)
-    parser.add_argument("--add", action="store_true", help="to the rows that the file has")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("there is no CUDA device")
-    rows = json.loads(args.out.read_text())["rows"] if args.add and args.out.exists() else []
-    for name, rank, mode in itertools.product(args.models, args.ranks, args.modes):
-        setting = {"model": name, "mode": mode, "batch": args.batch, "rank": rank, "depth": args.depth}
-        rows.append({**setting, "precision": args.precision, "variants": measure(args, name, rank, mode)})
-        print(line(rows[-1]), flush=True)
-        write_json(args.out, {"environment": environment("cuda"), "rows": rows})
-        torch.cuda.empty_cache()
+    rows: list[dict[str, Any]] = []
+    for models, ranks, modes, variants in PLAN:
+        for name, rank, mode in itertools.product(models, ranks, args.modes or modes):
+            if name not in args.models or rank not in args.ranks:
+                continue
+            chosen = tuple(v for v in variants if v in args.variants)
+            setting = {"model": name, "mode": mode, "batch": args.batch, "rank": rank, "precision": args.precision}
+            rows.append({**setting, "variants": measure(args, name, rank, mode, chosen)})
+            print(line(rows[-1]), flush=True)
+            write_json(args.out, {"environment": environment("cuda"), "rows": rows})
+            torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

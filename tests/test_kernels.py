@@ -99,3 +99,56 @@ def test_kernels_compile_for_a_gpu():
             ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32), options=options
         )
         assert compiled.asm["cubin"]
+
+
+DRIVER = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+launches = []
+
+
+class Utils:  # what would load a kernel on a GPU
+    load_binary = staticmethod(lambda name, *_: (object(), name, 32, 0, 1024))
+    unload_module = staticmethod(lambda module: None)
+    get_device_properties = staticmethod(lambda device: {"max_shared_mem": 232448})
+
+
+class Driver:
+    utils = Utils()
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+    def launcher_cls(self, source, metadata):
+        def launch(*words):
+            words = [w.data_ptr() if isinstance(w, torch.Tensor) else w for w in words]
+            launches.append([w for w in words if isinstance(w, (int, float, str))])
+
+        return launch
+
+
+driver.set_active(Driver())
+from abm_vision.abm import kernels
+
+torch.cuda.current_device = lambda: -1
+x, a, grad, b = torch.zeros(40, 48).half(), torch.zeros(4, 48), torch.zeros(40, 32).half(), torch.zeros(32, 4)
+weight, partial = torch.zeros(32, 48), torch.zeros(1, 320)
+merged, thin = torch.zeros(32, 48).half(), torch.zeros(2, 40, 16).half()
+of_tensors = {(2, 40, 16): thin, (1, 320): partial}
+torch.Tensor.new_empty = lambda self, *size, **_: of_tensors[size]
+torch.empty_like = lambda tensor, dtype: merged
+for _ in range(2):
+    kernels.merge(weight, a, b, 0.7, torch.float16)
+    kernels.factor_gradients(x, a, grad, b, 0.7)
+assert len(launches) == 6 and len(kernels._BUILT) == 3
+assert launches[:3] == launches[3:], launches
+kernels.factor_gradients(torch.zeros(1921).half()[1:].view(40, 48), a, grad, b, 0.7)  # at another address
+assert len(kernels._BUILT) == 3
+"""
+
+
+def test_what_is_built_is_launched_with_what_triton_launches_it_with():
+    done = subprocess.run([sys.executable, "-c", DRIVER], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
