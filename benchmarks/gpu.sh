@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a GPU is asked, in one command that ends with its tables: the step, the initialisations, one VTAB task with the
-# papers' preset on drawn data (random weights: time does not depend on them). Not run yet.
+# papers' preset on drawn data (random weights: time does not depend on them).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=${1:-benchmarks/results}

@@ -41,7 +41,7 @@ TABLES: dict[Path, tuple[Callable[[], str], ...]] = {
         runs.from_adapter,
         runs.nlp_initializers,
     ),
-    ROOT / "docs" / "gpu.md": (costs.gpu_step, code.whole("examples/cuda_graph.py")),
+    ROOT / "docs" / "gpu.md": (costs.gpu_step, costs.gpu_init, code.whole("examples/cuda_graph.py")),
     ROOT / "docs" / "fast_layer.md": (costs.fast_layer,),
     ROOT / "docs" / "own_images.md": (costs.tune, costs.workers),
     ROOT / "docs" / "deploy.md": (costs.export,),

@@ -1,7 +1,7 @@
 """A training step that the host does not hold back: forward and backward pass as one CUDA graph.
 
-A GPU works through the kernels of a step faster than Python launches them (`benchmarks/gpu_step.py`: 10 of 47 ms at
-ViT-S/16, batch 64). A CUDA graph holds all launches of a step and is one launch itself.
+A GPU works through the kernels of a step faster than Python launches them (`benchmarks/gpu_step.py`: 10 of 31 to 41 ms
+at ViT-S/16, batch 64). A CUDA graph holds all launches of a step and is one launch itself.
 """
 
 from __future__ import annotations
