@@ -93,11 +93,12 @@ def test_suite_of_several_processes(plugin, here, tmp_path):
 
 
 @pytest.mark.slow
-def test_text(here, tmp_path):
+def test_text(here, t5, tmp_path):
     from nlp_ext.glue.__main__ import main as glue
 
-    own = ["--init", "noise", *OWN, "--epochs", "1", "--train-examples", "64", "--validation-examples", "16"]
-    code, _, err = here(*own, "--batch-size", "8", "--json", main=glue)
+    own = ["--init", "noise", *OWN, "--model", str(t5), "--epochs", "1", "--train-examples", "64"]
+    own += ["--data", "synthetic", "--validation-examples", "16", "--batch-size", "8"]
+    code, _, err = here(*own, "--json", main=glue)
     assert code == 0, err
     assert results(tmp_path)["noise"]["noise_strength"] == 0.5
 

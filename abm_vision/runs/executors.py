@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess as Process
 from pathlib import Path
 from queue import SimpleQueue
@@ -58,7 +59,7 @@ def local(jobs: int) -> Executor:
         fixed = next((c.device for c in configs if ":" in c.device), None)
         if fixed and jobs > 1:
             raise ValueError(f"device is {fixed} for every run, but {jobs} jobs share the GPUs out: use device auto")
-        gpus, threads = _gpus(), max(1, cores // jobs)
+        gpus, threads, context = _gpus(), max(1, cores // jobs), _context(harness)
         slots: SimpleQueue[int] = SimpleQueue()
         for slot in range(jobs):
             slots.put(slot)
@@ -69,7 +70,8 @@ def local(jobs: int) -> Executor:
             slot = slots.get()
             try:
                 gpu = gpus[slot % len(gpus)] if gpus else None
-                return _in_child(partial(attempt, harness, config, _unseen(session)), threads, gpu, children, stopping)
+                attempted = partial(attempt, harness, config, _unseen(session))
+                return _in_child(context, attempted, threads, gpu, children, stopping)
             finally:
                 slots.put(slot)
 
@@ -95,8 +97,18 @@ def _gpus() -> list[str]:
     return mask.split(",")[:count] if mask else [str(k) for k in range(count)]
 
 
-def _in_child(attempted: Attempt, threads: int, gpu: str | None, children: set[Process], stopping: Event) -> Outcome:
-    context = multiprocessing.get_context("spawn")
+def _context(harness: Harness) -> BaseContext:
+    """How processes are made: copies of one that has imported everything already; fresh ones on Windows."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, harness.prepare.__module__])
+    return context
+
+
+def _in_child(
+    context: BaseContext, attempted: Attempt, threads: int, gpu: str | None, children: set[Process], stopping: Event
+) -> Outcome:
     receiver, sender = context.Pipe(duplex=False)
     # No daemon: those may have no loader processes of their own.
     process = context.Process(target=_child, args=(attempted, threads, gpu, sender))
