@@ -3,6 +3,7 @@
 Runs are tiny: a ViT with random weights. What a suite's runs give is compared with the same runs made one by one.
 """
 
+import functools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -191,13 +193,15 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("jobs", [[], pytest.param(["--jobs", "2"], marks=pytest.mark.slow)])
-def test_a_full_disk_stops_the_suite_and_loses_nothing(tmp_path, capsys, jobs):
+def test_a_full_disk_stops_the_suite_and_loses_nothing(tmp_path, capsys, monkeypatch, jobs):
     """Nothing could be recorded of any further run, so it stops; checkpoints are some 400 kB here."""
     words = ["suite", "--tasks", "dsprites_loc", "--init", "kaiming,gaussian", "--seeds", "1", "--out", str(tmp_path)]
     assert main([*words[:4], "kaiming", *words[5:], *WORDS]) == 0
     (before,) = tmp_path.glob("*/result.json")
     content = before.read_text()
     capsys.readouterr()
+    # New processes inherit the limit, copies of an older one would not.
+    monkeypatch.setattr(executors, "_context", lambda harness: multiprocessing.get_context("spawn"))
     with full_disk(100_000):
         assert main([*words, *WORDS, *jobs]) == 2
     shown = capsys.readouterr()
@@ -492,6 +496,16 @@ def test_processes_may_have_loader_processes(tmp_path):
     suite = Suite(("dsprites_loc",), ("kaiming",), 1, {**TINY, "workers": 1})
     (outcome,) = run_suite(suite, tmp_path, executors.local(1)).values()
     assert outcome.state == "done", outcome.reason
+
+
+@pytest.mark.slow
+def test_processes_have_the_environment_of_now(monkeypatch):
+    found = []
+    for value in ("first", "second"):
+        monkeypatch.setenv("ABM_OF_NOW", value)
+        context, ask = executors._context(HARNESS), functools.partial(os.getenv, "ABM_OF_NOW")
+        found.append(executors._in_child(context, ask, 1, None, set(), Event()))
+    assert found == ["first", "second"]
 
 
 def test_gpus_are_those_of_the_mask(monkeypatch):

@@ -111,7 +111,7 @@ def _in_child(
 ) -> Outcome:
     receiver, sender = context.Pipe(duplex=False)
     # No daemon: those may have no loader processes of their own.
-    process = context.Process(target=_child, args=(attempted, threads, gpu, sender))
+    process = context.Process(target=_child, args=(attempted, threads, gpu, dict(os.environ), sender))
     with _deaf_to_interrupts():
         process.start()
     children.add(process)
@@ -147,9 +147,11 @@ def _ending(code: int | None) -> str:
     return f"the process ended with exit code {code}"
 
 
-def _child(attempted: Attempt, threads: int, gpu: str | None, sender: Connection) -> None:
+def _child(attempted: Attempt, threads: int, gpu: str | None, environment: dict[str, str], sender: Connection) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # closing what is open
     Thread(target=_end_with_the_parent, daemon=True).start()
+    os.environ.clear()  # that of the fork server is as old as the first run
+    os.environ.update(environment)
     if gpu is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpu
     torch.set_num_threads(threads)
