@@ -151,6 +151,8 @@ def main() -> None:
             print(line(rows[-1]), flush=True)
             write_json(args.out, {"environment": environment("cuda"), "rows": rows})
             torch.cuda.empty_cache()
+    if not rows:
+        parser.error("nothing of the plan has these models and ranks")
 
 
 if __name__ == "__main__":

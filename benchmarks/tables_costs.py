@@ -51,9 +51,10 @@ def gpu_step() -> str:
         if row["model"] == "vit_base_patch16_224" and row["mode"] == "graph"
     ]
     note = (
-        "The smallest of three timings; of eager steps the range of two runs. 224 px, batch 64, bfloat16, rank 8 on qkv, "
+        "The smallest of three timings; a range is that of several runs. 224 px, batch 64, bfloat16, rank 8 on qkv, "
         f"proj, fc1 and fc2, random weights; {content['environment']['device']}, torch "
-        f"{content['environment']['packages']['torch']}. {content['note']} ViT-B as a graph: {'; '.join(ranks)}."
+        f"{content['environment']['packages']['torch']}. {content.get('note', '')} "
+        f"ViT-B as a graph: {'; '.join(ranks)}."
     )
     return "\n\n".join([*parts, note])
 
@@ -82,11 +83,11 @@ def gpu_init() -> str:
     times = read("gpu_vtab")
     note = (
         f"DINOv2 ViT-S/14, {content['image_size']} px, bfloat16, random weights; an epoch is 16 steps of "
-        f"{content['batch']} images, {epochs['eager']:.2f} s eagerly and {epochs['graph']:.3f} s as graphs. One VTAB task "
-        f"with the preset `paper` (ViT-B/16, 224 px, drawn dSprites): {times['seconds_per_epoch']:.2f} s an epoch of 1,000 "
-        f"images, {1e3 * times['seconds_per_test_image']:.2f} ms a test image (`kaiming`). With 100 epochs and 20,000 test "
-        f"images a task, 19 tasks with 3 seeds would take about {times['hours_of_19_tasks_3_seeds']:.1f} h, without reading "
-        f"their images. {content['environment']['device']}."
+        f"{content['batch']} images, {epochs['eager']:.2f} s eagerly and {epochs['graph']:.3f} s as graphs. One VTAB "
+        f"task with the preset `paper` (ViT-B/16, 224 px, drawn dSprites): {times['seconds_per_epoch']:.2f} s an epoch "
+        f"of 1,000 images, {1e3 * times['seconds_per_test_image']:.2f} ms a test image (`kaiming`). With 100 epochs "
+        "and 20,000 test images a task, 19 tasks with 3 seeds would take about "
+        f"{times['hours_of_19_tasks_3_seeds']:.1f} h, without reading their images. {content['environment']['device']}."
     )
     return f"{table(head, rows)}\n\n{note}"
 

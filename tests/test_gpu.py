@@ -91,7 +91,8 @@ def test_kernels_give_what_double_precision_gives(shape, rank, dtype):
             draw(shape[0], rank).to(of_factors),
         )
         assert kernels.kernels_fit(weight, a, b, dtype)
-        near(kernels.merge(weight, a, b, 0.7, dtype), weight.double() + 0.7 * b.double() @ a.double())
+        for scaling in (1, 0.7):  # the second time, what was built for the first is called
+            near(kernels.merge(weight, a, b, scaling, dtype), weight.double() + scaling * b.double() @ a.double())
     a, b = draw(rank, shape[1]), draw(shape[0], rank)
     # Twice, as what is built is called in another way; x begins at addresses that are multiples of 16, or of 2 alone.
     for tokens, first in itertools.product((1, 100, 3000, 3000), (0, 1)):

@@ -76,19 +76,23 @@ def test_layer_with_kernels_is_the_layer_without(compiled, monkeypatch):
         assert (found[1][name] - gradient).norm() <= 0.02 * gradient.norm()
 
 
-def test_kernels_compile_for_a_gpu():
-    """What the interpreter takes need not be what the compiler takes; no GPU is needed for it."""
+@pytest.mark.parametrize(("capability", "rank", "shared"), [(90, 8, 232_448), (86, kernels.RANKS, 101_376)])
+def test_kernels_compile_for_a_gpu(capability, rank, shared):
+    """What the interpreter takes need not be what the compiler takes; no GPU is needed for it.
+
+    `shared`: bytes of shared memory that a block of that GPU may take (CUDA's programming guide).
+    """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     half, single, whole = "*bf16", "*fp32", "i32"
     sides = {"x": half, "g": half, "tokens": whole, "in_features": whole, "out_features": whole}
     sides |= {"stride_x": whole, "stride_g": whole, "thin": half}
-    ranks = {"RANK": 8, "PADDED": 16}
+    ranks = {"RANK": rank, "PADDED": max(16, rank)}
     of_weight = {"weight": single, "a": single, "b": single, "merged": half}
     of_weight |= {"scaling": "fp32", "out_features": whole, "in_features": whole}
     for kernel, types, constants in (
-        (kernels._merge, of_weight, {"RANK": 8, **kernels.MERGE}),
+        (kernels._merge, of_weight, {"RANK": rank, **kernels.MERGE}),
         (kernels._thin, {**sides, "a": single, "b": single}, {**ranks, **kernels.THIN}),
         (kernels._outer, {**sides, "partial": single, "scaling": "fp32"}, {**ranks, **kernels.OUTER}),
     ):
@@ -96,9 +100,9 @@ def test_kernels_compile_for_a_gpu():
         signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
         values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
         compiled = triton.compile(
-            ASTSource(kernel, signature, values), target=GPUTarget("cuda", 90, 32), options=options
+            ASTSource(kernel, signature, values), target=GPUTarget("cuda", capability, 32), options=options
         )
-        assert compiled.asm["cubin"]
+        assert compiled.asm["cubin"] and compiled.metadata.shared <= shared
 
 
 DRIVER = """
@@ -139,11 +143,12 @@ merged, thin = torch.zeros(32, 48).half(), torch.zeros(2, 40, 16).half()
 of_tensors = {(2, 40, 16): thin, (1, 320): partial}
 torch.Tensor.new_empty = lambda self, *size, **_: of_tensors[size]
 torch.empty_like = lambda tensor, dtype: merged
-for _ in range(2):
-    kernels.merge(weight, a, b, 0.7, torch.float16)
-    kernels.factor_gradients(x, a, grad, b, 0.7)
-assert len(launches) == 6 and len(kernels._BUILT) == 3
-assert launches[:3] == launches[3:], launches
+for scaling in (1, 1.0, 0.7):  # a whole number must not become a constant
+    kernels.merge(weight, a, b, scaling, torch.float16)
+    kernels.factor_gradients(x, a, grad, b, scaling)
+assert len(launches) == 9 and len(kernels._BUILT) == 3
+assert launches[:3] == launches[3:6], launches
+assert [0.7 if word == 1.0 and isinstance(word, float) else word for word in launches[0]] == launches[6]
 kernels.factor_gradients(torch.zeros(1921).half()[1:].view(40, 48), a, grad, b, 0.7)  # at another address
 assert len(kernels._BUILT) == 3
 """

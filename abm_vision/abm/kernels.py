@@ -48,7 +48,7 @@ def kernels_fit(weight: Tensor, lora_a: Tensor, lora_b: Tensor, dtype: torch.dty
 
 @torch.compiler.assume_constant_result
 def _is_capable(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @cache
@@ -82,7 +82,7 @@ def merge(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float, dtype:
     grid = -(-out // MERGE["ROWS"]), -(-in_ // MERGE["COLUMNS"]), 1
     tensors = weight, lora_a, lora_b, merged
     with _on_device_of(weight):
-        _launch(_merge, grid, tensors, (out, in_), scaling, RANK=rank, **MERGE)
+        _launch(_merge, grid, tensors, (out, in_), float(scaling), RANK=rank, **MERGE)
     return merged
 
 
@@ -106,7 +106,7 @@ def factor_gradients(x: Tensor, lora_a: Tensor, grad: Tensor, lora_b: Tensor, sc
     with _on_device_of(x):
         by_tokens = -(-tokens // THIN["ROWS"]), 2, 1
         _launch(_thin, by_tokens, (x, lora_a, grad, lora_b, thin), sizes, tokens, **ranks, **THIN)
-        _launch(_outer, (tiles, segments, 1), (x, grad, thin, partial), sizes, tokens, scaling, **ranks, **OUTER)
+        _launch(_outer, (tiles, segments, 1), (x, grad, thin, partial), sizes, tokens, float(scaling), **ranks, **OUTER)
     return partial.sum(0)
 
 
@@ -129,8 +129,8 @@ def _launch(
 ) -> None:
     """`kernel[grid](*tensors, *sizes, *others, **constants)`; what is built already is called without Triton's search.
 
-    That search takes 11 us on a host where the rest of a launch in Python takes 3. Triton builds a kernel for dtypes, for
-    sizes that are 1 or multiples of 16, for addresses that are multiples of 16, and for its constants.
+    That search takes 11 us on a host where the rest of a launch in Python takes 3. Triton builds a kernel for dtypes,
+    for sizes that are 1 or multiples of 16, for addresses that are multiples of 16, and for its constants.
     """
     address = 0
     for tensor in tensors:

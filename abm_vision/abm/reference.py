@@ -129,7 +129,7 @@ def calibrate(
     """
     _check_modules(reference, chosen)
     own = reference.parameters() if isinstance(reference, nn.Module) else []
-    there = next((parameter.device for parameter in own), adapter.device)
+    there = next((parameter.device for parameter in own if not parameter.is_meta), adapter.device)
     is_reference = reference == "pretrained" and adapter.does_nothing
     boundaries: list[Boundary] = []
     parts: list[Part] = []

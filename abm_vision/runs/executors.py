@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess as Process
@@ -44,7 +45,7 @@ def _unseen(session: Session) -> Session:
 
 
 def local(jobs: int) -> Executor:
-    """`jobs` processes at a time, each run in a fresh one, so that even one that the system kills ends alone.
+    """`jobs` processes at a time, each run in one of its own, so that even one that the system kills ends alone.
 
     CPU threads are shared out evenly. Runs on CUDA go to the GPUs in turn; several may share one.
 
@@ -98,11 +99,15 @@ def _gpus() -> list[str]:
 
 
 def _context(harness: Harness) -> BaseContext:
-    """How processes are made: copies of one that has imported everything already; fresh ones on Windows."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
+    """How processes are made: on Linux copies of one that has imported everything, and is as old as the first run.
+
+    A harness of one's own is not imported there: if its module asked for CUDA, no copy could use it.
+    """
+    if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, harness.prepare.__module__])
+    context, module = multiprocessing.get_context("forkserver"), harness.prepare.__module__
+    context.set_forkserver_preload([__name__, *[module] * module.startswith(("abm_vision.", "nlp_ext."))])
+    resource_tracker.ensure_running()  # of itself it is started by the first process, and unblocks Ctrl-C there
     return context
 
 
