@@ -35,7 +35,7 @@ PLAN = (  # models, ranks, modes, variants
     ((BASE,), (64, 256), ("graph",), ("floor", "ours")),
     ((LARGE,), (8,), ("eager",), VARIANTS),
 )
-ROUNDS, STEPS = 3, 5  # timings of a variant, steps in each
+ROUNDS, STEPS = 8, 5  # timings of a variant, steps in each
 
 
 def prepared(model: nn.Module, mode: str, images: Tensor) -> nn.Module:

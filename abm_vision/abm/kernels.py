@@ -116,7 +116,7 @@ def _on_device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     return nullcontext() if device == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-_BUILT: dict[Hashable, Any] = {}
+_BUILT: dict[Hashable, tuple[Any, list[int]]] = {}
 
 
 def _launch(
@@ -135,14 +135,14 @@ def _launch(
     address = 0
     for tensor in tensors:
         address |= tensor.data_ptr()
-    key = kernel, tensors[0].get_device(), sizes, *[t.dtype for t in tensors], *constants.values()
-    built = None if address % 16 else _BUILT.get(key)
-    if built is not None:
-        built[grid](*tensors, *sizes, *others, *[v for name, v in constants.items() if name not in OPTIONS])
+    key = kernel.fn, tensors[0].get_device(), sizes, *[t.dtype for t in tensors], *constants.values()
+    if address % 16 == 0 and key in _BUILT:
+        built, values = _BUILT[key]
+        built[grid](*tensors, *sizes, *others, *values)
         return
     built = kernel[grid](*tensors, *sizes, *others, **constants)
-    if address % 16 == 0:
-        _BUILT[key] = built
+    if address % 16 == 0 and built is not None:  # nothing is built in Triton's interpreter
+        _BUILT[key] = built, [value for name, value in constants.items() if name not in OPTIONS]
 
 
 # The same for torch's compiler, which sees no more of them than what they return.
