@@ -159,11 +159,11 @@ def _lost(run: Run) -> bool:
 
 
 def _about(runs: dict[Key, list[Run]]) -> str:
-    """Rates, seeds and device."""
+    """Rates, seeds and devices."""
     rates = ", ".join(f"{lr:g}" for lr in sorted({lr for _, _, lr, _ in runs}))
     seeds = len({seed for *_, seed in runs})
-    first = next(r for (r,) in runs.values() if not r["diverged"])
-    return f"rates {rates}; {seeds} seed{'s' * (seeds > 1)}; {first['environment']['device']}"
+    devices = dict.fromkeys(r["environment"]["device"] for (r,) in runs.values() if not r["diverged"])
+    return f"rates {rates}; {seeds} seed{'s' * (seeds > 1)}; {', '.join(devices)}"
 
 
 def _spread(values: list[float], digits: int, spread: bool = True) -> str:
