@@ -51,7 +51,7 @@ def gpu_step() -> str:
         if row["model"] == "vit_base_patch16_224" and row["mode"] == "graph"
     ]
     note = (
-        "The smallest of three timings; a range is that of several runs. 224 px, batch 64, bfloat16, rank 8 on qkv, "
+        "The smallest of several timings; a range is that of several runs. 224 px, batch 64, bfloat16, rank 8 on qkv, "
         f"proj, fc1 and fc2, random weights; {content['environment']['device']}, torch "
         f"{content['environment']['packages']['torch']}. {content.get('note', '')} "
         f"ViT-B as a graph: {'; '.join(ranks)}."
@@ -79,7 +79,7 @@ def gpu_init() -> str:
         [f"`{name}`", f"{min(taken):.2f}", *(f"{min(taken) / epochs[mode]:.1f}" for mode in ("eager", "graph"))]
         for name, taken in content["seconds"].items()
     ]
-    head = ["", "seconds, the smaller of two", "epochs of eager steps", "epochs of graphs"]
+    head = ["", "seconds (the smallest)", "epochs of eager steps", "epochs of graphs"]
     times = read("gpu_vtab")
     note = (
         f"DINOv2 ViT-S/14, {content['image_size']} px, bfloat16, random weights; an epoch is 16 steps of "

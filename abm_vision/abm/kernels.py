@@ -27,8 +27,7 @@ except ImportError:
 RANKS = 64  # at most: a program holds a tile's sums over all ranks in registers
 HALF = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALF)
-# Rows and columns of the tile that one program works on, and its warps: the fastest of 25 for the layers of ViT-S and
-# ViT-B on an H200.
+# Rows and columns of the tile that one program works on, and its warps.
 MERGE = {"ROWS": 16, "COLUMNS": 128, "num_warps": 4}
 THIN = {"ROWS": 64, "COLUMNS": 128, "num_warps": 4, "num_stages": 3}
 OUTER = {"ROWS": 128, "COLUMNS": 64, "SEGMENT": 1024, "num_warps": 4, "num_stages": 3}  # it adds up 1,024 tokens
@@ -129,8 +128,8 @@ def _launch(
 ) -> None:
     """`kernel[grid](*tensors, *sizes, *others, **constants)`; what is built already is called without Triton's search.
 
-    That search takes 11 us on a host where the rest of a launch in Python takes 3. Triton builds a kernel for dtypes,
-    for sizes that are 1 or multiples of 16, for addresses that are multiples of 16, and for its constants.
+    That search runs in Python at every launch. Triton builds a kernel for dtypes, for sizes that are 1 or multiples of
+    16, for addresses that are multiples of 16, and for its constants.
     """
     address = 0
     for tensor in tensors:

@@ -130,15 +130,15 @@ def calibrate(
     _check_modules(reference, chosen)
     own = reference.parameters() if isinstance(reference, nn.Module) else []
     there = next((parameter.device for parameter in own if not parameter.is_meta), adapter.device)
+    here = there == adapter.device
     is_reference = reference == "pretrained" and adapter.does_nothing
     boundaries: list[Boundary] = []
     parts: list[Part] = []
     figures: list[Tensor] = []
     for batch, masks in batches:
         with _as_reference(adapter, reference) as running:
-            z = preactivations(running, to_device(batch, there), list(chosen), forward_fn)
-        if there != adapter.device:
-            z = to_device(z, adapter.device)
+            z = preactivations(running, batch if here else to_device(batch, there), list(chosen), forward_fn)
+        z = z if here else to_device(z, adapter.device)
         _check_recorded(z, "reference")
         if not boundaries:
             boundaries = [Boundary(n, *chosen[n], _margin(z[n], masks[chosen[n][0]], config)) for n in z]
