@@ -11,7 +11,7 @@ import subprocess
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 
 import numpy as np
 import pytest
@@ -74,15 +74,13 @@ def served(site):
 def search(served, browser):
     """The pages that the site's own search finds for some words, best first."""
     page = browser.new_page()
-    page.goto(served)
-    page.keyboard.press("s")  # opens the search
-    box, found = page.locator("input.md-search__input"), page.locator("li.md-search-result__item")
 
     def answers(words):
-        box.fill("")
-        box.press_sequentially(words)
-        page.wait_for_timeout(1000)  # the list follows the last letter
-        links = [item.locator("> a").first.get_attribute("href") for item in found.all()]
+        page.goto(f"{served}?{urlencode({'q': words})}")  # what the search's own links look like
+        page.locator(".md-search-result__meta", has_text="matching document").wait_for()  # also "No matching documents"
+        links = [
+            item.locator("> a").first.get_attribute("href") for item in page.locator("li.md-search-result__item").all()
+        ]
         return [urlsplit(link).path.strip("/") for link in links]
 
     yield answers
