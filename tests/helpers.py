@@ -212,14 +212,14 @@ def small_instruct(base, **settings):
     return InstructConfig.make(**{**INSTRUCT, "model": str(base), **settings})
 
 
-def start(*words):
+def start(*words, **how):
     """The real command, in a process of its own."""
 
     def heed_interrupts():  # a shell's background jobs, and what they start, ignore SIGINT
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([*COMMAND, *map(str, words)], text=True, preexec_fn=heed_interrupts, **pipes)
+    return subprocess.Popen([*COMMAND, *map(str, words)], text=True, preexec_fn=heed_interrupts, **pipes, **how)
 
 
 def answer(words, capsys, command=main):

@@ -10,7 +10,6 @@ import os
 import shutil
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import TINY, full_disk
+from helpers import start
 from official import BUILDERS, small_edition, write_official
 
 import vtab_tasks
@@ -384,13 +384,7 @@ def test_no_process_outlives_a_suite(tmp_path, how, code):
     if len(os.sched_getaffinity(0)) < 2:
         pytest.skip("one core")
     words = ["suite", "--tasks", "dsprites_loc", "--init", "kaiming,gaussian", "--jobs", "2", "--out", str(tmp_path)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "abm_vision.vtab", *words, *WORDS, "--epochs", "5000"],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
+    process = start(*words, *WORDS, "--epochs", "5000", start_new_session=True)
     deadline = time.monotonic() + 240
     while len(list(tmp_path.glob("*/checkpoint.pt"))) < 2:
         assert time.monotonic() < deadline and process.poll() is None

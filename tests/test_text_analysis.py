@@ -4,6 +4,7 @@ import copy
 import csv
 import json
 import pickle
+import shutil
 from pkgutil import resolve_name
 
 import pytest
@@ -74,9 +75,9 @@ def test_glue_is_reported(compared, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_suite_goes_with_the_comparison(runs, compared, capsys):
+def test_a_suite_goes_with_the_comparison(runs, compared, tmp_path, capsys):
     """Its runs are those of the comparison, and one more."""
-    out, flags = runs
+    out, flags = shutil.copytree(compared, tmp_path / "suite"), runs[1]
     words = ["suite", "--tasks", "rte", *flags, "--lr", "1e-3", "--init", "kaiming,pissa", "--out", out]
     code, shown, err = answer([*words, "--dry-run"], capsys, glue)
     assert code == 0 and "2 runs, 1 finished" in shown and err == ""
