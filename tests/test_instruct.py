@@ -423,6 +423,7 @@ def replicated(base, tmp_path_factory):
     return in_two_processes(base, tmp_path_factory.mktemp("ddp"), "ddp")
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_one_adapter(replicated):
     """The first's start is handed round."""
     (first, second), folder = replicated

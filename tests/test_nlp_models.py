@@ -474,13 +474,12 @@ def test_device_map(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize(("make", "batch"), [(decoder, causal_batch), (t5, seq2seq_batch)])
 def test_compiled_afterwards(make, batch):
     model = add_lora(make(), 4, 4)
     match(model, batch())
     expected = model(**batch()).loss
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="eager")
     torch.testing.assert_close(compiled(**batch()).loss, expected)
     with pytest.raises(ValueError, match="compiled: call torch.compile last"):
         match(compiled, batch())

@@ -342,7 +342,7 @@ def _work(out, events):
 
 @pytest.mark.slow
 def test_two_suites_on_one_folder_share_the_work(tmp_path):
-    context = multiprocessing.get_context("spawn")
+    context = executors._context(HARNESS)
     events = context.Queue()
     both = [context.Process(target=_work, args=(tmp_path, events)) for _ in range(2)]
     for process in both:
@@ -362,7 +362,7 @@ def _endless(out):
 
 @pytest.mark.slow
 def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
-    process = multiprocessing.get_context("spawn").Process(target=_endless, args=(tmp_path,))
+    process = executors._context(HARNESS).Process(target=_endless, args=(tmp_path,))
     process.start()
     deadline = time.monotonic() + 240
     while not list(tmp_path.glob("*/checkpoint.pt")):

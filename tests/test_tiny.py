@@ -2,6 +2,7 @@
 
 import ast
 import json
+from itertools import islice
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ def test_the_corpus_is_the_documentation():
     assert len(texts) > 5000 and min(map(len, texts)) >= 40
     assert " ".join(json.__doc__.split("\n\n")[0].split()) in texts  # of a module
     assert " ".join(ast.parse.__doc__.split("\n\n")[0].split()) in texts  # of a function
-    assert list(documentation()) == texts
+    assert list(islice(documentation(), 500)) == texts[:500]
 
 
 def test_unlabelled_sentences_are_of_no_split():

@@ -1,8 +1,8 @@
 """peft's own LoRA tests, with our layer in place of peft's: `python tests/peft/run.py`.
 
 They come from the source distribution of the installed peft and are unpacked to a temporary folder. Those that need a
-model hub fail with either layer. What fails with our layer is run again with peft's: a test that then passes is a
-difference, and an error unless it is in `EXPECTED`.
+model hub fail with either layer; files in which nearly all do are left out. What fails with our layer is run again with
+peft's: a test that then passes is a difference, and an error unless it is in `EXPECTED`.
 """
 
 import json
@@ -16,9 +16,8 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FILES = """
-    test_arrow test_bdlora test_custom_models test_helpers test_initialization test_integrations test_lora_conversion
-    test_lora_ga test_lora_intruders test_lora_variants test_lorafa test_loraplus test_low_level_api test_mapping
-    test_mixed test_other test_riemannian_lora test_target_parameters test_trainable_tokens test_tuners_utils
+    test_bdlora test_custom_models test_initialization test_integrations test_lora_ga test_lora_variants test_lorafa
+    test_loraplus test_low_level_api test_mapping test_mixed test_other test_riemannian_lora test_tuners_utils
     test_velora
 """.split()
 EXPECTED = {  # test to reason
