@@ -36,7 +36,8 @@ def cifar10() -> str:
         head += ["falls apart from rate"]
         parts.append(f"{subject}, size {size}; {_about(runs)}:\n\n{table(head, rows)}")
     note = (
-        "Test top-1 (%), mean and standard deviation over seeds, at the rate with the best mean validation top-1. "
+        "Test top-1 (%), mean and standard deviation over seeds, at the rate with the best mean validation top-1 (the "
+        "lower one of two that are equal). "
         "It falls apart at the lowest rate whose test top-1 is 10 points below its best of the same budget."
     )
     return "\n\n".join([*parts, note])

@@ -1,6 +1,6 @@
 """Seconds and peak memory of one training step: frozen floor, stock peft, ours, full fine-tuning.
 
-    python benchmarks/training_step.py [--models vit_small_patch14_dinov2] [--image-sizes 112 224] [--rounds 7]
+    python benchmarks/training_step.py [--models vit_small_patch14_dinov2] [--image-sizes 112 224] [--rounds 11]
 
 The floor is the same model with nothing but the head trainable and gradients still flowing to the input, which no
 adapter can undercut. Variants take turns within every round, so that a drift of the machine's speed affects all alike;
@@ -81,7 +81,7 @@ def time_variants(args: argparse.Namespace, name: str, size: int, batch: int, dt
 
 
 def take_turns(steps: dict[str, Callable[[], None]], rounds: int, device: str) -> dict:
-    """Measure median seconds of every variant, and its ratio to the variant "floor" of the same round."""
+    """Measure median seconds of every variant, and its ratio to "floor", and to "ours" if it is there, in a round."""
     seconds: dict[str, list[float]] = {v: [] for v in steps}
     for round_ in range(rounds + 2):
         order = list(steps) if round_ % 2 else list(steps)[::-1]
@@ -89,12 +89,17 @@ def take_turns(steps: dict[str, Callable[[], None]], rounds: int, device: str) -
         if round_ >= 2:  # two rounds of warm-up
             for variant, value in taken.items():
                 seconds[variant].append(value)
+
+    def ratio(times: list[float], others: list[float]) -> float:
+        return statistics.median(t / o for t, o in zip(times, others, strict=True))
+
     return {
         v: {
             "seconds": statistics.median(times),
             "seconds_min_max": [min(times), max(times)],
-            "ratio_to_floor": statistics.median(t / f for t, f in zip(times, seconds["floor"], strict=True)),
+            "ratio_to_floor": ratio(times, seconds["floor"]),
         }
+        | ({"ratio_to_ours": ratio(times, seconds["ours"])} if "ours" in seconds else {})
         for v, times in seconds.items()
     }
 
@@ -119,7 +124,7 @@ def main() -> None:
     parser.add_argument("--image-sizes", nargs="+", type=int, default=[112, 224])
     parser.add_argument("--batch", type=int, help="images a step; default 32 at up to 112 px, 16 above")
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--out", type=Path, default=RESULT)

@@ -1,4 +1,4 @@
-"""Hook of mkdocs: formulas as MathML."""
+"""Hooks of mkdocs: formulas as MathML, links to notebooks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from latex2mathml.converter import convert
 
 CODE = re.compile(r"<(pre|code|script|style)\b.*?</\1>", re.DOTALL)
 FORMULA = re.compile(r"\$\$(.+?)\$\$|\$([^$\n]+?)\$", re.DOTALL)
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Lead to the pages of notebooks; in a clone and on GitHub, which follows no symbolic link, to their files."""
+    return markdown.replace("](../notebooks/", "](notebooks/")
 
 
 def on_page_content(html: str, **_: Any) -> str:

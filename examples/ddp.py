@@ -5,6 +5,8 @@ The first process initialises the adapter; DDP broadcasts its weights to the oth
 
 from __future__ import annotations
 
+import os
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -19,10 +21,11 @@ def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = 
     """Train, and return the loss of this process's last step."""
     dist.init_process_group()
     first = dist.get_rank() == 0
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
     data = images(64, size)
     torch.manual_seed(0)
     backbone, _ = create_backbone(name, num_classes=CLASSES, img_size=size, weights=weights)
-    model = add_lora(backbone, rank=8, alpha=8)
+    model = add_lora(backbone.to(device), rank=8, alpha=8)
     if first:
         initialize_lora_abm_weights(model, DataLoader(data, batch_size=16, shuffle=True))
 
@@ -30,7 +33,7 @@ def main(name: str = "vit_small_patch14_dinov2", size: int = 70, weights: str = 
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     parallel.train()
     for x, y in DataLoader(data, batch_size=8, sampler=DistributedSampler(data)):
-        loss = F.cross_entropy(parallel(x), y)
+        loss = F.cross_entropy(parallel(x.to(device)), y.to(device))
         loss.backward()
         optimiser.step()
         optimiser.zero_grad()

@@ -479,7 +479,7 @@ def test_compiled_afterwards(make, batch):
     model = add_lora(make(), 4, 4)
     match(model, batch())
     expected = model(**batch()).loss
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(compiled(**batch()).loss, expected)
     with pytest.raises(ValueError, match="compiled: call torch.compile last"):
         match(compiled, batch())

@@ -12,6 +12,7 @@ import signal
 import statistics
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from threading import Event
 from types import SimpleNamespace
@@ -364,12 +365,14 @@ def _endless(out):
 def test_kill_9_loses_at_most_the_running_epoch(tmp_path):
     process = executors._context(HARNESS).Process(target=_endless, args=(tmp_path,))
     process.start()
-    deadline = time.monotonic() + 240
-    while not list(tmp_path.glob("*/checkpoint.pt")):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    try:
+        deadline = time.monotonic() + 240
+        while not list(tmp_path.glob("*/checkpoint.pt")):
+            assert time.monotonic() < deadline and process.is_alive()
+            time.sleep(0.1)
+    finally:
+        process.kill()
+        process.join()
     (folder,) = tmp_path.glob("*/")
     state = checkpoint._read(folder / "checkpoint.pt", torch.device("cpu"), schema=6)
     assert 1 <= state["progress"]["epoch"] < 400 and not (folder / "result.json").exists()
@@ -385,12 +388,16 @@ def test_no_process_outlives_a_suite(tmp_path, how, code):
         pytest.skip("one core")
     words = ["suite", "--tasks", "dsprites_loc", "--init", "kaiming,gaussian", "--jobs", "2", "--out", str(tmp_path)]
     process = start(*words, *WORDS, "--epochs", "5000", start_new_session=True)
-    deadline = time.monotonic() + 240
-    while len(list(tmp_path.glob("*/checkpoint.pt"))) < 2:
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.1)
-    (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
-    err = process.communicate(timeout=60)[1]  # ends when the last process has closed it
+    try:
+        deadline = time.monotonic() + 240
+        while len(list(tmp_path.glob("*/checkpoint.pt"))) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.1)
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+        err = process.communicate(timeout=60)[1]  # ends when the last process has closed it
+    finally:
+        with suppress(ProcessLookupError):  # nobody is left
+            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code and "Traceback" not in err
     assert ("resumes from its last checkpoint" in err) is (how != signal.SIGKILL)
     for folder in tmp_path.glob("*/"):

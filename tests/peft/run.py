@@ -16,9 +16,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 FILES = """
-    test_bdlora test_custom_models test_initialization test_integrations test_lora_ga test_lora_variants test_lorafa
-    test_loraplus test_low_level_api test_mapping test_mixed test_other test_riemannian_lora test_tuners_utils
-    test_velora
+    test_bdlora test_custom_models test_helpers test_initialization test_integrations test_lora_ga test_lora_variants
+    test_lorafa test_loraplus test_low_level_api test_mapping test_mixed test_other test_riemannian_lora
+    test_tuners_utils test_velora
 """.split()
 EXPECTED = {  # test to reason
     "test_repr_lora_linear": "class name",
