@@ -154,6 +154,10 @@ def abm_init() -> str:
     return f"{table(head, rows)}\n\n{len(content['rounds'])} seeds, {content['precision']}; {device}."
 
 
+def _before_and_after(run: dict[str, Any]) -> tuple[float, float, float]:
+    return run["before"]["held_out_loss"], run["held_out_loss"], run["held_out_match"]
+
+
 def nlp_init() -> str:
     content = read("nlp_init")
     rows = []
@@ -167,10 +171,10 @@ def nlp_init() -> str:
                     words,
                     f"{statistics.median(r['seconds'] for r in runs):.1f} s",
                     f"{speedup:.1f}" if variant == "ours" else "1",
-                    *(f"{statistics.mean(r[k] for r in runs):.5f}" for k in ("held_out_loss", "held_out_match")),
+                    *(f"{statistics.mean(values):.5f}" for values in zip(*map(_before_and_after, runs), strict=True)),
                 ]
             )
-    head = ["model", "", "time", "times faster", "held-out boundary loss", "match rate"]
+    head = ["model", "", "time", "times faster", "held-out boundary loss before", "after", "match rate"]
     device = content["environment"]["device"]
     seeds = len({r["seed"] for r in content["rounds"]})
     return (

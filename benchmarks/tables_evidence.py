@@ -14,7 +14,7 @@ from tables_costs import table
 from abm_vision.initializers import BASELINE
 
 Run = dict[str, Any]
-WORDS = {"kaiming": "`kaiming` (peft's default)", "kaiming_long": "the same, A 4 times as long"}
+WORDS = {"kaiming": "`kaiming` (peft's default)", "kaiming_long": "the same, A scaled by 4"}
 
 
 def cifar10() -> str:
@@ -32,13 +32,19 @@ def cifar10() -> str:
                 cells.append(f"{_spread([100 * _top1(r) for r in chosen], 1)} ({lr:g})")
                 costs += [r["seconds"]["init"] / statistics.median(r["seconds_per_epoch"]) for r in chosen if _top1(r)]
             rows.append([_label(init, runs), *cells, f"{statistics.median(costs):.2f}", _collapse(runs, init)])
-        head = ["initialisation", *(f"{epochs} epochs (rate)" for epochs in budgets), "its cost (epochs)"]
-        head += ["falls apart from rate"]
-        parts.append(f"{subject}, size {size}; {_about(runs)}:\n\n{table(head, rows)}")
+        head = ["initialisation", *(f"{epochs} epochs (learning rate)" for epochs in budgets), "its cost (epochs)"]
+        head += ["collapses at"]
+        default = (
+            f"{_spread([100 * _top1(r) for r in found], 1)} at {lr:g} ({epochs} epochs)"
+            for epochs in budgets
+            for lr, found in _by_rate(runs, BASELINE, epochs).items()
+        )
+        every = f"`{BASELINE}` at every learning rate: {', '.join(default)}."
+        parts.append(f"CIFAR-10, {subject}, size {size}; {_about(runs)}:\n\n{table(head, rows)}\n\n{every}")
     note = (
-        "Test top-1 (%), mean and standard deviation over seeds, at the rate with the best mean validation top-1 (the "
-        "lower one of two that are equal). "
-        "It falls apart at the lowest rate whose test top-1 is 10 points below its best of the same budget."
+        "Test top-1 (%), mean and standard deviation over seeds, at the learning rate with the best mean validation "
+        "top-1 (the lower one of two that are equal). It collapses at the lowest one whose test top-1 is 10 points "
+        "below its best of the same budget."
     )
     return "\n\n".join([*parts, note])
 
@@ -69,7 +75,7 @@ def smollm() -> str:
             )
             if all("accuracy" in r for r in chosen):
                 rows[-1].append(_spread([100 * r["accuracy"] for r in chosen], 1))
-        head = ["initialisation", "rate", "perplexity", "of the default's, by seed", "information loss"]
+        head = ["initialisation", "learning rate", "perplexity", "ratio to the default's, by seed", "information loss"]
         head += ["its cost (training steps)"]
         if len(rows[-1]) > len(head):
             head.append("accuracy (%)")
@@ -78,11 +84,12 @@ def smollm() -> str:
         about = f"{subject}, size {size}; {count} held-out conversations; {_about(runs)}"
         by_rate = _by_rate(runs, BASELINE, 1).items()
         rates = (f"{_spread([r['perplexity']['after'] for r in found], 2)} at {lr:g}" for lr, found in by_rate)
-        parts.append(f"{about}:\n\n{table(head, rows)}\n\n`{BASELINE}` at every rate: {', '.join(rates)}.")
+        parts.append(f"{about}:\n\n{table(head, rows)}\n\n`{BASELINE}` at every learning rate: {', '.join(rates)}.")
     note = (
         "SmolLM2-135M-Instruct, dequantised from Q4_1. Perplexity of held-out answers, mean and standard deviation "
-        "over seeds, which have conversations of their own, at the rate with the lowest training loss in the last "
-        "quarter of the steps. Other work ran beside, so that costs are rough."
+        "over seeds, which have conversations of their own, at the learning rate with the lowest training loss in the "
+        "last quarter of the steps. Accuracy is that of the first token; untuned, the model begins with other words. "
+        "Other work ran beside, so that costs are rough."
     )
     return "\n\n".join([*parts, note])
 
@@ -160,11 +167,12 @@ def _lost(run: Run) -> bool:
 
 
 def _about(runs: dict[Key, list[Run]]) -> str:
-    """Rates, seeds and devices."""
+    """Learning rates, seeds, devices, and the hours of all runs added up."""
     rates = ", ".join(f"{lr:g}" for lr in sorted({lr for _, _, lr, _ in runs}))
     seeds = len({seed for *_, seed in runs})
     devices = dict.fromkeys(r["environment"]["device"] for (r,) in runs.values() if not r["diverged"])
-    return f"rates {rates}; {seeds} seed{'s' * (seeds > 1)}; {', '.join(devices)}"
+    hours = sum(sum(r["seconds"].values()) for (r,) in runs.values()) / 3600
+    return f"learning rates {rates}; {seeds} seed{'s' * (seeds > 1)}; {hours:.1f} h in all; {', '.join(devices)}"
 
 
 def _spread(values: list[float], digits: int, spread: bool = True) -> str:
