@@ -74,8 +74,8 @@ def _fused_qkv(model: nn.Module) -> list[str]:
 def _prepare(model: nn.Module, adapted: list[str]) -> None:
     """Make every adapted layer run.
 
-    The attention of BEiT, EVA-02 and SwinV2 reads `self.qkv.weight` itself, so an adapter around `qkv` would
-    never be called; with `qkv_bias_separate` it calls the layer, and computes the same.
+    The attention of BEiT, SwinV2, and of EVA and DINOv3 with a bias on `qkv` reads `self.qkv.weight` itself, so an
+    adapter around `qkv` would never be called; with `qkv_bias_separate` it calls the layer, and computes the same.
     """
     for name in adapted:
         parent = model.get_submodule(name.rpartition(".")[0])
