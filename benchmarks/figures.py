@@ -29,7 +29,8 @@ def step() -> Figure:
     names = [f"{r['image_size']} px\n{r['dtype'].removeprefix('torch.')}" for r in content["rows"]]
     axes.set_xticks(range(len(names)), names, fontsize=9)
     axes.set_yticks([])
-    title = "extra time of a training step (%), ViT-S/14, 2 CPU cores,\nover one with a frozen backbone and gradients to its input"
+    title = "extra time of a training step (%), ViT-S/14, 2 CPU cores,\n"
+    title += "over one with a frozen backbone and gradients to its input"
     axes.set_title(title, color=INK, fontsize=10)
     axes.spines[:].set_visible(False)
     axes.tick_params(colors=INK, length=0)
