@@ -89,7 +89,7 @@ def smollm() -> str:
         "SmolLM2-135M-Instruct, dequantised from Q4_1. Perplexity of held-out answers, mean and standard deviation "
         "over seeds, which have conversations of their own, at the learning rate with the lowest training loss in the "
         "last quarter of the steps. Accuracy is that of the first token; untuned, the model begins with other words. "
-        "Information loss is of the first seed at 1e-3; that of PiSSA and the last two was measured in runs of their own. "
+        "Information loss is of the first seed at 1e-3; that of PiSSA and the last two in runs of their own. "
         "Other work ran beside, so that costs are rough."
     )
     return "\n\n".join([*parts, note])
