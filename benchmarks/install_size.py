@@ -59,13 +59,15 @@ def main() -> None:
     download = {name: downloaded(url) for name, url in found.items()}
     on_disk = {name: unpacked(name) for name in found}
     result = {"platform": sys.platform, "python": sys.version.split()[0], "distributions": len(found)}
-    result |= {"download": gigabytes(download), "on_disk": gigabytes(on_disk), "cpu_torch": None}
+    result |= {"download": gigabytes(download), "on_disk": gigabytes(on_disk)}
     if options.cpu_torch:
         url = files("--no-deps", f"torch=={options.cpu_torch}")["torch"]
         with urlopen(url) as answer:
             content = answer.read()
         inside = sum(entry.file_size for entry in zipfile.ZipFile(BytesIO(content)).infolist())
-        result["cpu_torch"] = {"version": options.cpu_torch, "download": len(content) / 1e9, "on_disk": inside / 1e9}
+        cpu = {"download": len(content) / 1e9, "on_disk": inside / 1e9}
+        without = {kind: result[kind]["all"] - result[kind]["torch"] - result[kind]["cuda"] + cpu[kind] for kind in cpu}
+        result |= {"cpu_torch": {"version": options.cpu_torch} | cpu, "without_cuda": without}
     write_json(RESULT, result)
     print(json.dumps(result, indent=1))
 
