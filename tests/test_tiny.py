@@ -11,6 +11,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 from nlp_ext import tiny
 from nlp_ext.corpus import documentation
 from nlp_ext.glue import synthetic
+from nlp_ext.models import check_model
 from nlp_ext.models.cached import RECIPE
 
 
@@ -75,7 +76,11 @@ def test_the_cache_is_whole_and_used(tmp_path, monkeypatch):
         return tiny.make_model(name)
 
     monkeypatch.setattr(tiny, "pretrain", pretrain)
+    said = []
+    check_model("tiny-t5", AutoModelForSeq2SeqLM, said.append)
     folder = tiny.tiny_folder("tiny-t5")
+    check_model("tiny-t5", AutoModelForSeq2SeqLM, said.append)
+    assert said == ["weights   tiny-t5 is pretrained first, once: minutes on two cores"]
     assert tiny.tiny_folder("tiny-t5") == folder and made == ["tiny-t5"]
     assert folder.parent == tmp_path / "abm_lora" and not list(folder.parent.glob("*.part"))
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

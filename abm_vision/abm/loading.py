@@ -70,7 +70,7 @@ def load_adapter(
         model.train(is_trainable)
     elif weights is not None:
         raise ValueError(f"weights is {weights!r}, and the model is given, which has weights: leave one of them out")
-    folder, config = Path(directory), _read_config(Path(directory))
+    folder, config = Path(directory), read_adapter_config(Path(directory))
     bare = check_room(model, adapter_name)
     backbone = backbone or find_backbone(bare)
     if isinstance(model, PeftModel) and changes_base(config):
@@ -109,7 +109,7 @@ def _built(directory: str | os.PathLike[str] | nn.Module, weights: str | None) -
     if isinstance(directory, nn.Module):
         raise ValueError("a model is given without the adapter's folder: load_adapter(model, folder)")
     folder = Path(directory)
-    _read_config(folder)
+    read_adapter_config(folder)
     host = read_settings(folder).get("host") if (folder / ABM_FILE).is_file() else None
     build = next((one.build for one in known_backbones() if one.name == host), None)
     if build is None:
@@ -134,7 +134,7 @@ def load_reference(
         ValueError: it is no LoRA, it needs changed base weights, its file is damaged, or its layers are not this
             model's.
     """
-    folder, config = Path(directory), _read_config(Path(directory))
+    folder, config = Path(directory), read_adapter_config(Path(directory))
     bare = check_room(model, adapter_name)
     if changes_base(config):
         raise ValueError(
@@ -228,7 +228,7 @@ _TYPES: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def _read_config(folder: Path) -> LoraConfig:
+def read_adapter_config(folder: Path) -> LoraConfig:
     """The configuration of a saved LoRA adapter; raises FileNotFoundError and ValueError."""
     path = folder / CONFIG
     if not path.is_file():

@@ -161,7 +161,7 @@ def run_guarded(program: str, run: Callable[[], Any]) -> Any:
     try:
         return run()
     except KeyboardInterrupt as stop:
-        code = _stopped(program, stop, "; the same command resumes from its last checkpoint")
+        code = _stopped(program, stop, "; the same command resumes from its last checkpoint, if there is one")
         raise SystemExit(code) from None
 
 

@@ -198,6 +198,12 @@ def remove(folder: Path, names: Iterable[str]) -> None:
             (folder / name).unlink(missing_ok=True)
 
 
+def discard_unbegun(folder: Path) -> None:
+    """Remove a run's folder in which nothing was begun, unless another process is at it."""
+    if folder.is_dir() and {path.name for path in folder.iterdir()} <= {CONFIG, LOCK} and not is_locked(folder):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _sweep(folder: Path) -> None:
     """Remove what a killed process has left half written: nobody else writes while this run's lock is held.
 

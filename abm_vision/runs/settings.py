@@ -35,7 +35,9 @@ class AdapterSettings:
 
     rank: int = flag(8, "r of every adapted layer")
     alpha: float = flag(8.0, "LoRA scales its update by alpha / rank")
-    targets: str = flag("all", f"{', '.join(KINDS)}, or module names with commas between, e.g. attn.qkv,fc1")
+    targets: str = flag(
+        "all", f"{', '.join(KINDS)}, or module names with commas between, e.g. attn.qkv,fc1 (timm) or q_proj,v_proj"
+    )
     dropout: float = flag(0.0, "LoRA dropout")
     init: str = flag("abm", "; ".join(f"{name}: {row.summary}" for name, row in INITIALIZERS.items()))
     plugin: str | None = flag(None, "module that registers the initialisation, if it is none of this package's")

@@ -34,7 +34,7 @@ from nlp_ext.glue.results import KEPT, model_card, summary
 from nlp_ext.glue.scores import score as metrics
 from nlp_ext.glue.server import server_file
 from nlp_ext.glue.tasks import INVALID, GlueTask, get_task
-from nlp_ext.models import load_model
+from nlp_ext.models import check_model, load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import text_device
 from nlp_ext.textrun import Row, TextRun, adapt, adapter_settings, save_tokenizer, split_content, text_origin
@@ -93,15 +93,13 @@ def prepare(run: Run) -> GlueRun:
     """
     config, say = run.config, run.session.say
     task = get_task(config.task)
+    with run.stage("weights"):
+        check_model(config.model, AutoModelForSeq2SeqLM, say)
     with run.stage("data"):  # before the weights, which take longer: a mistake in a file is reported at once
         examples = {split: read_split(config, split) for split in ("train", *task.validation)}
     with run.stage("weights"):
         model, tokenizer, weights = load_model(
-            config.model,
-            AutoModelForSeq2SeqLM,
-            "tiny-t5",
-            show_progress_bar=not run.session.quiet,
-            dtype=torch.float32,
+            config.model, AutoModelForSeq2SeqLM, show_progress_bar=not run.session.quiet, dtype=torch.float32
         )
         say(f"weights   {weights}")
     with run.stage("data"):

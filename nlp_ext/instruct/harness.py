@@ -28,7 +28,7 @@ from nlp_ext.instruct import data
 from nlp_ext.instruct.answer import answer, perplexity
 from nlp_ext.instruct.config import InstructConfig
 from nlp_ext.instruct.results import KEPT, model_card, summary
-from nlp_ext.models import load_model
+from nlp_ext.models import check_model, load_model
 from nlp_ext.quiet import only_our_own_words
 from nlp_ext.ranks import is_sharded, processes, text_device
 from nlp_ext.textrun import TextRun, adapt, adapter_settings, save_tokenizer, split_content, text_origin
@@ -82,6 +82,8 @@ def prepare(run: Run) -> InstructRun:
         ValueError, OSError: of the data, the model, or the adapter, each with one message.
     """
     config, say = run.config, run.session.say
+    with run.stage("weights"):
+        check_model(config.model, AutoModelForCausalLM, say)
     with run.stage("data"):  # before the weights, which take longer: a mistake in a file is reported at once
         conversations = data.read(config.data_source)
         if len(conversations) <= config.held_out:
@@ -93,7 +95,6 @@ def prepare(run: Run) -> InstructRun:
         model, tokenizer, weights = load_model(
             config.model,
             AutoModelForCausalLM,
-            "tiny-llama",
             show_progress_bar=not run.session.quiet,
             **_kept_as(config, run.device),
         )

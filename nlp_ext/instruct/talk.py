@@ -18,7 +18,7 @@ from transformers.tokenization_utils_base import TOKENIZER_CONFIG_FILE
 
 from abm_vision.abm.bars import progress
 from abm_vision.abm.files import write_atomically
-from abm_vision.abm.loading import load_adapter, read_settings
+from abm_vision.abm.loading import load_adapter, read_adapter_config, read_settings
 from abm_vision.abm.saving import ABM_FILE
 from abm_vision.runs.folder import adapter_folder
 from abm_vision.runs.records import checked
@@ -82,7 +82,7 @@ class Assistant:
         if adapter is not None:
             self.model, self.tokenizer = _adapted(adapter, model, device)
         elif model is not None:
-            base, self.tokenizer, _ = load_model(model, AutoModelForCausalLM, "tiny-llama", dtype="auto")
+            base, self.tokenizer, _ = load_model(model, AutoModelForCausalLM, dtype="auto")
             self.model: PreTrainedModel | PeftModel = base.to(device)
         else:
             raise ValueError(
@@ -101,6 +101,7 @@ def _adapted(adapter: str | Path, model: str | None, device: torch.device) -> tu
     folder = adapter_folder(adapter)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {adapter}: give that of a finished run, or of an adapter")
+    read_adapter_config(folder)  # a folder without an adapter is told before a model is asked for
     settings = read_settings(folder) if (folder / ABM_FILE).is_file() else {}
     remedy = "it is damaged, or was not written by a run: give the model with --model, or another adapter"
     checked(settings, Trained, str(folder / ABM_FILE), remedy)
@@ -110,7 +111,7 @@ def _adapted(adapter: str | Path, model: str | None, device: torch.device) -> tu
         raise ValueError(f"{folder} does not say which model it adapts: give it with --model")
     # A 4-bit base of the training is loaded in bfloat16 here.
     dtype = torch.float32 if recorded.get("base", "fp32") == "fp32" else torch.bfloat16
-    base, tokenizer, weights = load_model(name, AutoModelForCausalLM, "tiny-llama", dtype=dtype)
+    base, tokenizer, weights = load_model(name, AutoModelForCausalLM, dtype=dtype)
     tuned_on = settings["weights"]["sha256"] if "weights" in settings else None
     if model is None and tuned_on not in (None, weights.sha256):
         raise ValueError(

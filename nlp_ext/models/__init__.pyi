@@ -1,4 +1,4 @@
 from .gguf import fetch
-from .load import Weights, load_model, model_content, model_folder
+from .load import Weights, check_model, load_model, model_content, model_folder
 
-__all__ = ["Weights", "fetch", "load_model", "model_content", "model_folder"]
+__all__ = ["Weights", "check_model", "fetch", "load_model", "model_content", "model_folder"]

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import cached_file
 
 from abm_vision.runs.content import sha256_of
@@ -18,6 +25,8 @@ from nlp_ext import tiny
 from nlp_ext.models import cached, gguf
 from nlp_ext.models.packages import PACKAGES
 
+# Models that need no hub, for messages.
+EXAMPLES = {AutoModelForCausalLM: "smollm2-135m or tiny-llama", AutoModelForSeq2SeqLM: "tiny-t5"}
 _TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "chat_template*")
 
 
@@ -65,15 +74,28 @@ def model_folder(name: str, *, show_progress_bar: bool = True) -> str:
     return str(gguf.converted(file)) if file else name
 
 
+def check_model(name: str, kind: Any, say: Callable[[str], None]) -> None:
+    """Raise what `load_model` raises for a wrong name, before anything takes long; of the hub it reads a page.
+
+    Args:
+        name: as `model_folder` takes it.
+        kind: as for `load_model`.
+        say: receives a line if the model is a tiny one that is still to be pretrained.
+    """
+    if name not in tiny.MODELS:
+        _find(name, kind)
+    elif not tiny.is_pretrained(name):
+        say(f"weights   {name} is pretrained first, once: minutes on two cores")
+
+
 def load_model(
-    name: str, kind: Any, example: str, *, show_progress_bar: bool = True, **options: Any
+    name: str, kind: Any, *, show_progress_bar: bool = True, **options: Any
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, Weights]:
     """Load a model and its tokeniser.
 
     Args:
         name: as `model_folder` takes it.
-        kind: transformers' class of models, such as `AutoModelForSeq2SeqLM`.
-        example: a tiny model of that kind, for messages.
+        kind: `AutoModelForSeq2SeqLM` or `AutoModelForCausalLM`.
         show_progress_bar: show a bar while a tiny model is pretrained.
         options: passed to `from_pretrained`, such as dtype.
 
@@ -84,26 +106,20 @@ def load_model(
         OSError: there is no such model, it is gated, or the hub cannot be reached.
         ValueError: the model is of another kind, its files are damaged or incomplete, or a weight is not finite.
     """
-    place = model_folder(name, show_progress_bar=show_progress_bar)
+    place = _find(name, kind, show_progress_bar=show_progress_bar)
     try:
-        try:
-            config = AutoConfig.from_pretrained(place)
-        except ValueError as error:  # the files exist, but are of no model that transformers supports
-            raise OSError(*error.args) from error
-        if type(config) not in kind._model_mapping:
-            raise ValueError(f"{name} is a model of type {config.model_type}; one like {example} is needed here")
         tokenizer = AutoTokenizer.from_pretrained(place)
         model, loading = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
         sha256 = sha256_of(_weights_files(Path(cached_file(place, "config.json")).parent))
     except OSError as error:
-        raise OSError(_explained(name, error, example)) from error
+        raise OSError(_explained(name, error, EXAMPLES[kind])) from error
     except (SafetensorError, RuntimeError) as error:  # a truncated file, or other shapes
         raise ValueError(f"the weights of {name} cannot be read ({' '.join(str(error).split())[:200]})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ValueError(
             f"{name} lacks {len(missing)} weights of a {type(model).__name__} ({missing[0]} and others): they would be "
-            f"random. Give a model of that kind, such as {example}"
+            f"random. Give a model of that kind, such as {EXAMPLES[kind]}"
         )
     check_finite(model, f"the weights of {name}")
     revision = getattr(model.config, "_commit_hash", None)
@@ -112,7 +128,19 @@ def load_model(
     return model.eval(), tokenizer, weights
 
 
-def _explained(name: str, error: OSError, example: str) -> str:
+def _find(name: str, kind: Any, *, show_progress_bar: bool = False) -> str:
+    """What `from_pretrained` takes for a model of this kind."""
+    place = model_folder(name, show_progress_bar=show_progress_bar)
+    try:
+        config = AutoConfig.from_pretrained(place)
+    except (OSError, ValueError) as error:  # a ValueError where transformers lacks the model
+        raise OSError(_explained(name, error, EXAMPLES[kind])) from error
+    if type(config) not in kind._model_mapping:
+        raise ValueError(f"{name} is a model of type {config.model_type}; one like {EXAMPLES[kind]} is needed here")
+    return place
+
+
+def _explained(name: str, error: OSError | ValueError, example: str) -> str:
     causes = list(_causes(error))
     page = f"https://huggingface.co/{name}"
     if any(isinstance(cause, GatedRepoError) for cause in causes):
@@ -120,12 +148,12 @@ def _explained(name: str, error: OSError, example: str) -> str:
     if any(isinstance(cause, RepositoryNotFoundError) for cause in causes):
         return (
             f"there is no model {name} on the hub (or it is private, and HF_TOKEN is not that of a member): give a "
-            f"name on the hub, a folder, or {example}"
+            f"name on the hub, a folder, or one that needs no hub ({example})"
         )
     reason = " ".join(str(error).split())
     if Path(name).is_dir():
         return f"the folder {name} holds no model that can be read ({reason})"
-    return f"{name} cannot be read from the hub ({reason}): give a folder, or {example}, which needs no network"
+    return f"{name} cannot be read from the hub ({reason}): give a folder, or a model that needs no hub ({example})"
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 from abm_vision.runs.cli import Parser, add_place, add_settings, run_guarded, say
+from abm_vision.runs.folder import discard_unbegun
 from abm_vision.runs.log import LOGS, opened
 from abm_vision.runs.records import read_config
 from abm_vision.runs.settings import AdapterSettings
@@ -60,10 +61,14 @@ def command(view: View, parsed: argparse.Namespace) -> int:
     from abm_vision.runs.harness import Session, silent
     from abm_vision.runs.run import run
 
-    harness = resolve_name(view.harness)
-    with harness.hushed(), opened(kind, Path(how["out"]) / settings.run_name()) as log:
+    harness, folder = resolve_name(view.harness), Path(how["out"]) / settings.run_name()
+    with harness.hushed(), opened(kind, folder) as log:
         session = Session(**how, quiet=quiet, say=silent if quiet else say, log=log)
-        result = run_guarded(view.program, lambda: run(harness, settings, session))
+        try:
+            result = run_guarded(view.program, lambda: run(harness, settings, session))
+        except (ValueError, OSError):
+            discard_unbegun(folder)
+            raise
     if harness.processes(settings).main:
         print(json.dumps(result) if as_json else _in_one_line(harness.summary(result), result))
         if not quiet and (steps := harness.next_steps(result)):
