@@ -124,7 +124,7 @@ def test_axes_of_a_single_epoch():
     for run in runs:
         run["config"]["epochs"], run["seconds_per_epoch"] = 1, [10.0]
         run["top1_per_epoch"] = {"1": run["test"]["top1"]}
-    figure = draw_comparison(compare(runs))
+    figure = draw_comparison(compare(runs), "dsprites_loc")
     figure.savefig(io.BytesIO())
     for axes in figure.axes:
         texts = [axis.get_major_formatter().get_offset() for axis in (axes.xaxis, axes.yaxis)]
@@ -137,12 +137,12 @@ def test_axes_of_a_single_epoch():
 
 def test_differences_are_those_of_the_table():
     alone = compare(three("kaiming", [2.5] * 3))
-    assert not [axes for axes in draw_comparison(alone).axes if "difference" in axes.get_xlabel()]
+    assert not [axes for axes in draw_comparison(alone, "dsprites_loc").axes if "difference" in axes.get_xlabel()]
     runs = [*three("kaiming", [2.5] * 3), *three("eva", [2.0, 2.6, 2.3])]
     for run, top1 in zip(runs, (0.50, 0.60, 0.70, 0.53, 0.61, 0.69), strict=True):
         run["test"] = {"top1": top1}
     found = compare(runs)
-    (axes,) = (axes for axes in draw_comparison(found).axes if "difference" in axes.get_xlabel())
+    (axes,) = (axes for axes in draw_comparison(found, "dsprites_loc").axes if "difference" in axes.get_xlabel())
     assert axes.get_xlabel() == "test top-1, 95 % interval:\ndifference to kaiming (points)"
     assert [text.get_text() for text in axes.get_yticklabels()] == ["eva\nlr 0.001"]
     row = next(row for row in found.rows if row.init == "eva")
@@ -164,6 +164,9 @@ def test_files(tmp_path):
     assert [set(row) for row in rows] == [set(row) for row in records(found)] and "top1_gain" in rows[0]
     picture = matplotlib.image.imread(paths[2])
     assert picture.shape[1] == 1020 and picture.std() > 0.05  # 6.8 inches: the width of a page
+    both = compare([record(), changed(record(), task="dtd")])
+    names = [path.name for path in module.write_files(both, tmp_path / "both")]
+    assert names[2:] == ["compare_dsprites_loc.png", "compare_dtd.png"]
 
 
 # Unequal runs

@@ -267,7 +267,7 @@ def test_an_initialisation_looks_the_same_in_every_figure(put, tmp_path):
         result["information_loss"] = None
     drawn = [
         *figures.draw_convergence(report.sections[0]).axes[0].lines,
-        *figures.draw_comparison(compare(results, VIEW)).axes[0].lines,
+        *figures.draw_comparison(compare(results, VIEW), "dtd").axes[0].lines,
         *(draw_training(result, "").axes[0].lines[1] for result in results),
     ]
     names = [*report.sections[0].heads.values(), *(line.get_label() for line in drawn[6:9])]

@@ -270,11 +270,14 @@ def _legend(comparison: Comparison) -> str:
 
 
 def write_files(comparison: Comparison, folder: str | Path) -> list[Path]:
-    """Write `compare.md`, `compare.csv` and `compare.png`; returns their paths."""
+    """Write `compare.md`, `compare.csv` and a figure of every task; returns their paths."""
     from abm_vision.analysis.figures import draw_comparison
     from abm_vision.drawing import save_figure
 
     texts = {"compare.md": to_markdown(comparison), "compare.csv": csv_table(records(comparison))}
-    paths = [*write_texts(folder, texts), Path(folder) / "compare.png"]
-    save_figure(draw_comparison(comparison), paths[-1])
+    tasks = comparison.by_task
+    figures = {task: Path(folder) / (f"compare_{task}.png" if len(tasks) > 1 else "compare.png") for task in tasks}
+    paths = [*write_texts(folder, texts), *figures.values()]
+    for task, path in figures.items():
+        save_figure(draw_comparison(comparison, task), path)
     return paths

@@ -76,40 +76,36 @@ Curve = Callable[[Sequence[Result]], tuple[np.ndarray, np.ndarray]]
 Panel = Callable[[Axes, Sequence[Line], Score], None]
 
 
-def draw_comparison(comparison: Comparison) -> Figure:
-    """Panels of every task: training loss and score against epochs and seconds, the initialisation's counted.
+def draw_comparison(comparison: Comparison, task: str) -> Figure:
+    """Panels of a task: training loss and score against epochs and seconds, the initialisation's counted.
 
     Beside them the differences to the baseline. A score that was not followed is drawn as the final one of every seed.
     A panel with the score at every learning rate stands where several were tried, one of the information loss where it
     was measured. Lines are means over seeds, bands their range.
     """
-    score, tasks = comparison.view.score, comparison.by_task
+    score, rows = comparison.view.score, comparison.by_task[task]
+    lines = [
+        Line(row, comparison.best[task, row.init], comparison.rates[task, row.init], style_of(row.init)) for row in rows
+    ]
     panels: list[Panel] = [partial(_losses_by, seconds=False), partial(_losses_by, seconds=True)]
-    if all(score.followed(run) for runs in comparison.best.values() for run in runs):
+    if all(score.followed(run) for line in lines for run in line.runs):
         panels += [partial(_scores_by, seconds=False), partial(_scores_by, seconds=True)]
     else:
         panels.append(_final_scores)
-    if len(comparison.rows) > len(tasks):
+    if len(lines) > 1:
         panels.append(_differences)
-    if any(len(rates) > 1 for rates in comparison.rates.values()):
+    if any(len(line.rates) > 1 for line in lines):
         panels.append(_scores_by_rate)
-    if any(row.information_loss is not None for row in comparison.rows):
+    if any(row.information_loss is not None for row in rows):
         panels.append(_information_loss)
-    inits = [*dict.fromkeys(row.init for row in comparison.rows)]
-    names, height = -(-len(inits) // 4), max(2.5, 0.9 + 0.34 * len(inits))
-    rows = -(-len(panels) // 2)
-    figure = Figure(figsize=(2 * COLUMN, len(tasks) * (rows * height + 0.3) + 0.25 * names + 0.1), layout="constrained")
-    for part, (task, found) in zip(figure.subfigures(len(tasks), 1, squeeze=False).flat, tasks.items(), strict=True):
-        keys = [(row, (task, row.init)) for row in found]
-        lines = [Line(row, comparison.best[key], comparison.rates[key], style_of(row.init)) for row, key in keys]
-        part.suptitle(task + stand_in(found[0].source), fontweight="bold")
-        for axes, panel in zip(panels_of(part, len(panels)), panels, strict=True):
-            panel(axes, lines, score)
-            tidy(axes)
-    handles = {}
-    for axes in figure.axes:  # a task may lack an initialisation that another has
-        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)), frameon=False)
+    names, height = -(-len(lines) // 4), max(2.5, 0.9 + 0.34 * len(lines))
+    figure = Figure(figsize=(2 * COLUMN, -(-len(panels) // 2) * height + 0.25 * names + 0.4), layout="constrained")
+    figure.suptitle(task + stand_in(rows[0].source), fontweight="bold")
+    for axes, panel in zip(panels_of(figure, len(panels)), panels, strict=True):
+        panel(axes, lines, score)
+        tidy(axes)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     return figure
 
 
@@ -158,9 +154,6 @@ def _differences(axes: Axes, lines: Sequence[Line], score: Score) -> None:
     """Paired by seed, with the interval of the table; the baseline is the line at zero."""
     (baseline,) = (line for line in lines if line.row.init == BASELINE)
     others = [line for line in lines if line is not baseline]
-    if not others:
-        axes.set_axis_off()
-        return
     less = np.array([*map(score.shown, baseline.runs)])
     for place, line in enumerate(others):
         ends = score.scale * line.row.score_low, score.scale * line.row.score_high
