@@ -18,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._pytree import tree_flatten, tree_map
 
 from abm_vision.abm.arguments import STEP_MODES, check_choice
 from abm_vision.abm.batches import BadBatch
+from abm_vision.abm.snapshot import NO_CUDA, Snapshot, why_eager, why_not_copied
 
 CHANGES = 3  # of the model after which it is captured anew
 KINDS = 8  # of batches that are waited for until one comes again
@@ -66,8 +65,9 @@ class TrainingStep:
         self._model, self._loss_fn, self._mode, self._say = model, loss_fn, mode, say
         self._calls: Counter[Hashable] = Counter()  # of every kind of batch, so far eager
         self._captured: dict[Hashable, _Captured] = {}
+        self._refused: set[Hashable] = set()  # kinds of batches that cannot be captured
         self._said, self._changes = False, 0
-        if mode == "graph" and (reason := _why_eager(model)):
+        if mode == "graph" and (reason := why_eager(model, loss_fn)):
             raise ValueError(_REFUSED.format(reason))
 
     def __call__(self, batch: Any) -> Tensor:
@@ -79,21 +79,22 @@ class TrainingStep:
         Raises:
             ValueError: for mode "graph", this batch cannot be captured, or the model is no longer what was captured.
         """
-        if self._mode == "auto" and not self._calls and (reason := _why_eager(self._model)):
+        if self._mode == "auto" and not self._calls and (reason := why_eager(self._model, self._loss_fn)):
             self._mode = "eager"
-            if reason != _NO_CUDA:
+            if reason != NO_CUDA:
                 self._say(_EAGER.format(reason))
         if self._mode == "eager":
             return self._eager(batch)
         leaves, structure = tree_flatten(batch)
         device = next(self._model.parameters()).device
         for leaf in leaves:
-            if not _is_copied(leaf, device):
-                what = f"a tensor on {leaf.device}" if isinstance(leaf, Tensor) else f"a {type(leaf).__name__}"
-                return self._without_graph(batch, f"a batch holds {what}; all must be tensors on {device} or numbers")
+            if reason := why_not_copied(leaf, device):
+                return self._without_graph(batch, reason)
         key = (structure, _autocast(), *map(_kind, leaves))
         if self._captured and (changed := self._snapshot.changed()):
             self._forget(changed)
+            return self._eager(batch)
+        if key in self._refused:
             return self._eager(batch)
         if key not in self._captured:
             if len(self._captured) == GRAPHS or len(self._calls) > KINDS:
@@ -101,12 +102,11 @@ class TrainingStep:
             self._calls[key] += 1
             if self._calls[key] <= EAGER:
                 return self._eager(batch)
-            try:
-                self._capture(key, batch)
-            except (RuntimeError, BadBatch) as error:  # of torch, for whatever a graph cannot hold
-                self._mode = "eager" if self._mode == "auto" else "graph"  # the next attempt would fail as this one did
-                self._captured.clear()
-                return self._without_graph(batch, str(error).partition("\n")[0], error)
+            if reason := self._why_not_captured(key, batch):
+                self._refused.add(key)
+                if not self._captured:  # the next attempt would fail as this one did
+                    self._mode = "eager"
+                return self._without_graph(batch, reason)
         return self._captured[key].replay(leaves)
 
     @property
@@ -114,9 +114,9 @@ class TrainingStep:
         """How many graphs there are, one for every kind of batch."""
         return len(self._captured)
 
-    def _without_graph(self, batch: Any, reason: str, error: Exception | None = None) -> Tensor:
+    def _without_graph(self, batch: Any, reason: str) -> Tensor:
         if self._mode == "graph":
-            raise ValueError(_REFUSED.format(reason)) from error
+            raise ValueError(_REFUSED.format(reason))
         if not self._said:
             self._say(_EAGER.format(reason))
             self._said = True
@@ -129,8 +129,8 @@ class TrainingStep:
                 f"the model is not what was captured: {changed} has changed. Put it back (model.train() after an "
                 "evaluation, unmerge_adapter() after a merge), or make a new TrainingStep"
             )
-        self._captured.clear()
-        self._calls.clear()
+        for known in (self._captured, self._calls, self._refused):
+            known.clear()
         self._changes += 1
         if self._changes > CHANGES:
             self._mode = "eager"
@@ -141,26 +141,37 @@ class TrainingStep:
         loss.mean().backward()
         return loss.detach()
 
+    def _why_not_captured(self, key: Hashable, batch: Any) -> str | None:
+        """Capture a step; the reason if it cannot be. Nothing of the attempt is held in memory afterwards."""
+        try:
+            self._capture(key, batch)
+            return None
+        except (RuntimeError, BadBatch) as error:  # of torch, for whatever a graph cannot hold
+            reason = str(error).partition("\n")[0]
+            if self._mode == "graph":
+                raise ValueError(_REFUSED.format(reason)) from error
+        torch.cuda.empty_cache()  # the memory that the attempt had for itself
+        return reason
+
     def _capture(self, key: Hashable, batch: Any) -> None:
         """Try the step on a stream of its own, and capture it; gradients, buffers and random state are as before."""
-        if reason := _why_eager(self._model):
+        if reason := why_eager(self._model, self._loss_fn):
             raise RuntimeError(reason)
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         device = parameters[0].device
         inputs = tree_map(_own, batch)
-        leaves = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor)]
         aside = _aside(device)
 
         def run(backward: Callable[[Tensor], None]) -> Tensor:
-            for tensor in (*parameters, *leaves):
-                tensor.grad = None
+            for parameter in parameters:
+                parameter.grad = None
             torch.clear_autocast_cache()  # casts made outside the graph would be those of old weights
             loss = self._loss_fn(self._model, inputs)
             backward(loss.mean())
             return loss.detach()
 
         def tried(loss: Tensor) -> None:
-            known = {id(tensor) for tensor in (*parameters, *leaves)}
+            known = set(map(id, parameters))
             if any(id(leaf) not in known for leaf in _leaves(loss)):
                 raise RuntimeError("the loss trains a parameter that is none of the model's")
             loss.backward()
@@ -172,7 +183,7 @@ class TrainingStep:
                     run(tried)
             finally:
                 torch.cuda.current_stream(device).wait_stream(aside)
-            snapshot, drawn = _Snapshot(self._model), _host_random()
+            snapshot, drawn = Snapshot(self._model, self._loss_fn), _host_random()
             graph = torch.cuda.CUDAGraph()
             with _mended(device), torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):
                 loss = run(Tensor.backward)
@@ -270,7 +281,7 @@ class _Captured:
     def replay(self, leaves: list[Any]) -> Tensor:
         for own, given in zip(self.inputs, leaves, strict=True):
             if isinstance(own, Tensor):
-                own.detach().copy_(given.detach(), non_blocking=True)
+                own.copy_(given, non_blocking=True)
         # The graph writes its gradients anew: what is there already, its own of the last step perhaps, is added.
         there = [(own, p.grad.clone()) for p, own in self.gradients if p.grad is not None]
         self.graph.replay()
@@ -281,49 +292,9 @@ class _Captured:
         return self.loss.clone()
 
 
-# ------------------------------------------------------------------------------------------ what can be captured
-
-_NO_CUDA = "the model is not on a CUDA device"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_OF_PARAMETERS = ("_backward_hooks", "_post_accumulate_grad_hooks")
-_SPREAD = (nn.parallel.DistributedDataParallel, nn.DataParallel, FullyShardedDataParallel)
-_PLAIN = (bool, int, float, str, bytes, type(None))
-
-
-def _why_eager(model: nn.Module) -> str | None:
-    """Why a model's step cannot be a graph; None if it can, as far as is known before it is tried."""
-    devices = {p.device for p in model.parameters()}
-    if not devices or any(device.type != "cuda" for device in devices):
-        return _NO_CUDA
-    if len(devices) > 1:
-        return "the model lies on several devices"
-    if not any(p.requires_grad for p in model.parameters()):
-        return "nothing of the model is trained"
-    for name, module in model.named_modules():
-        where = name or type(module).__name__
-        if isinstance(module, _SPREAD):
-            return f"gradients are exchanged between devices ({type(module).__name__})"
-        if getattr(module, "grad_checkpointing", False) or getattr(module, "gradient_checkpointing", False):
-            return "gradient checkpointing is on"
-        if any(getattr(module, hooks) for hooks in _HOOKS) or hasattr(module, "_hf_hook"):
-            return f"there is a hook on {where}, which a graph would not call"
-        if any(p is not None and _has_hooks(p) for p in module._parameters.values()):
-            return f"there is a hook on a parameter of {where}, which a graph would not call"
-    return "there are hooks on all modules, which a graph would not call" if _has_any_global_hook() else None
-
-
-def _has_hooks(parameter: Tensor) -> bool:
-    return any(getattr(parameter, hooks, None) for hooks in _OF_PARAMETERS)
-
-
-def _is_copied(leaf: Any, device: torch.device) -> bool:
-    """Whether a graph has a batch's leaf anew at every step: a tensor is copied, a number decides which graph it is."""
-    return leaf.device == device if isinstance(leaf, Tensor) else isinstance(leaf, _PLAIN)
-
-
 def _own(leaf: Any) -> Any:
     """A copy of a tensor for the graph to read from."""
-    return leaf.detach().clone().requires_grad_(leaf.requires_grad) if isinstance(leaf, Tensor) else leaf
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _kind(leaf: Any) -> Hashable:
@@ -333,57 +304,3 @@ def _kind(leaf: Any) -> Hashable:
 
 def _autocast() -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-
-
-class _Snapshot:
-    """What decides which kernels a step runs, and on what memory: attributes, modules, hooks, parameters and buffers.
-
-    It is asked at every step, so that tables are gone through and no module is looked up.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._attributes: list[tuple[str, dict[str, Any], str, Any]] = []  # module, its table, name, value
-        self._objects: list[tuple[str, dict[str, Any], str, Any]] = []  # the same of what is compared by identity
-        self._tensors: list[tuple[str, dict[str, Any], str, tuple[Any, ...]]] = []
-        self._sizes: list[tuple[str, dict[str, Any], int]] = []  # of the tables: "forward" may be put into one
-        for name, module in model.named_modules():
-            where, table = name or type(module).__name__, vars(module)
-            self._sizes.append((where, table, len(table)))
-            for attribute, value in table.items():
-                if attribute in _WATCHED or (attribute not in _OF_TORCH and _is_plain(value)):
-                    kept = value.copy() if isinstance(value, dict | list) else value
-                    self._attributes.append((where, table, attribute, kept))
-                elif attribute not in _OF_TORCH:
-                    self._objects.append((where, table, attribute, value))
-            for held in (module._parameters, module._buffers):
-                self._tensors += [(where, held, key, _placed(t)) for key, t in held.items() if t is not None]
-
-    def changed(self) -> str | None:
-        """What is no longer as it was, if anything: "training of blocks.0"."""
-        for where, table, name, value in self._attributes:
-            if table.get(name) != value:
-                return f"{name} of {where}"
-        for where, table, name, value in self._objects:
-            if table.get(name) is not value:
-                return f"{name} of {where}"
-        for where, table, key, placed in self._tensors:
-            if table.get(key) is None or _placed(table[key]) != placed:
-                return f"{key} of {where}"
-        for where, table, size in self._sizes:
-            if len(table) != size:
-                return f"an attribute of {where}"
-        return "a hook on all modules" if _has_any_global_hook() else None
-
-
-_OF_TORCH = frozenset(vars(nn.Module()))
-_WATCHED = {"training", "_modules", *_HOOKS}
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        value = list(value.values())
-    return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
-
-
-def _placed(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.requires_grad, _has_hooks(tensor)
