@@ -146,7 +146,7 @@ def _match(adapter: Adapter, calibration: Calibration, config: ABMConfig, show_p
     for k in bar:
         part = parts[k % len(parts)]
         found.append(descent.step(lambda scale, part=part: step((part, scale))))
-        if not bar.disable:
+        if not bar.disable and k % 4 == 3:  # it waits for the device
             bar.set_postfix(loss=f"{found[-1].mean().item():.5f}", refresh=False)
     losses = torch.stack(found).cpu()
     _check_finite(losses, calibration)

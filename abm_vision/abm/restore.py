@@ -115,7 +115,8 @@ def seeded(seed: int) -> Iterator[None]:
     They belong to the process, and loaders and decompositions draw from them: of several threads one is in here at a
     time, and the others wait.
     """
-    with _SEEDING, torch.random.fork_rng():
+    every_gpu = range(torch.cuda.device_count())  # asked for by name: otherwise torch warns where there are several
+    with _SEEDING, torch.random.fork_rng(every_gpu):
         python, legacy_numpy = random.getstate(), np.random.get_state()
         try:
             torch.manual_seed(seed)

@@ -153,10 +153,14 @@ def load_all(data: Split, preprocessing: Preprocessing, workers: int = 0) -> tup
 
 
 class Images:
-    """The training set on the device, as an iterable of calibration batches and a source of training batches."""
+    """The training set in memory: an iterable of calibration batches, and a source of training batches, on the device.
+
+    The images are kept on the device too, unless they take more than a quarter of a GPU's memory.
+    """
 
     def __init__(self, pixels: Tensor, labels: Tensor, preprocessing: Preprocessing, device: torch.device) -> None:
-        self.pixels, self.labels = pixels.to(device), labels.to(device)
+        place = device if _has_room(device, pixels.nbytes) else torch.device("cpu")
+        self.pixels, self.labels = pixels.to(place), labels.to(place)
         self.preprocessing, self.device = preprocessing, device
 
     def __len__(self) -> int:
@@ -164,11 +168,16 @@ class Images:
 
     def batches(self, batch_size: int, seed: int, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(float images (b, 3, size, size), labels (b,)) of one epoch; the last batch may be smaller."""
-        order = torch.cat(shuffled(len(self), batch_size, seed, epoch)).to(self.device)  # at once: a copy waits
+        order = torch.cat(shuffled(len(self), batch_size, seed, epoch)).to(self.labels.device)  # at once: a copy waits
         for indices in order.split(batch_size):
             yield self.select(indices)
 
     def select(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """(float images (b, 3, size, size), labels (b,)) of the given positions."""
-        indices = indices.to(self.device)
-        return self.preprocessing.normalise(self.pixels[indices]), self.labels[indices]
+        indices = indices.to(self.labels.device)
+        pixels, labels = self.pixels[indices].to(self.device), self.labels[indices].to(self.device)
+        return self.preprocessing.normalise(pixels), labels
+
+
+def _has_room(device: torch.device, size: int) -> bool:
+    return device.type != "cuda" or size <= torch.cuda.get_device_properties(device).total_memory / 4

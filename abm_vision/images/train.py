@@ -21,6 +21,7 @@ from abm_vision.runs.folder import Diverged
 from abm_vision.runs.harness import Session
 
 SILENT = Session()  # nothing is said, shown or logged
+AT_ONCE = 64 * 224 * 224  # pixels that are classified together: fewer bytes than training on a handful of images takes
 
 
 def choose_attention(model: nn.Module, device: torch.device, precision: str) -> None:
@@ -130,6 +131,7 @@ def classify(
     """(logits (n, classes), labels (n,)), on CPU, of every chunk of uint8 images."""
     model.eval()
     for pixels, labels in chunks:
+        parts = pixels.split(max(1, AT_ONCE // pixels[0, 0].numel()))
         with autocast(device, precision):
-            logits = model(preprocessing.normalise(pixels.to(device)))
+            logits = torch.cat([model(preprocessing.normalise(part.to(device))) for part in parts])
         yield logits.float().cpu(), labels

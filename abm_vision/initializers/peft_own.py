@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from abm_vision.initializers.record import Ingredients, Initializer, Needs, Properties
@@ -253,8 +253,19 @@ def lora_ga(given: Ingredients) -> None:
     def attach(name: str, gradient: Tensor) -> None:
         layers[name].get_base_layer()._peft_loraga_grad = gradient
 
-    weight_gradients(given.model, given.batches, given.loss_fn, attach, given.adapter_name)
+    with _repeatable_attention(next(given.model.parameters()).device):
+        weight_gradients(given.model, given.batches, given.loss_fn, attach, given.adapter_name)
     _restart(given, "lora_ga", lora_ga_config=LoraGAConfig())
+
+
+def _repeatable_attention(device: torch.device) -> AbstractContextManager[Any]:
+    """On CUDA, attention by plain products: fused kernels add up gradients in no fixed order.
+
+    A run that is resumed repeats the initialisation, since its base weights are no part of a checkpoint.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH) if device.type == "cuda" else nullcontext()
 
 
 register_initializer(

@@ -38,7 +38,7 @@ def has_fast_bf16(device: torch.device) -> bool:
     The device is queried and never timed: a busy machine must not change the result of a seed.
     """
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
     # Public only after torch 2.10, in get_capabilities().
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 

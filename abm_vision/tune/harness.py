@@ -197,7 +197,7 @@ def score(run: TuneRun, progress: Progress) -> dict[str, Any]:
             run.session.log("test/top1", test["top1"], len(progress.losses))
     else:
         few = sample(len(run.validation))
-        chunk = run.validation.pixels[few.to(run.device)], run.validation.labels.cpu()[few]
+        chunk = run.validation.pixels[few.to(run.validation.pixels.device)], run.validation.labels.cpu()[few]
         found = _answer(run, "validation", [chunk], torch.arange(len(few), device="cpu"))
     part = "test" if test else "validation"
     write_answers(found, dataset.classes, f"{dataset.location}, {part} images", run.folder)
