@@ -106,7 +106,8 @@ class Snapshot:
     def changed(self) -> str | None:
         """What is no longer as it was, if anything: "training of blocks.0"."""
         for where, table, name, value in self._attributes:
-            if _differs(table.get(name), value):
+            now = table.get(name)
+            if type(now) is not type(value) or now != value:  # a tensor now, say, is not to be compared
                 return f"{name} of {where}"
         for where, table, name, value in self._objects:
             if table.get(name) is not value:
@@ -120,7 +121,7 @@ class Snapshot:
                 return f"an attribute of {where}"
         outside = _outside(self._loss_fn)
         for name, value in self._values.items():
-            if name not in outside or _differs(outside[name], value):
+            if type(now := outside.get(name, _EMPTY)) is not type(value) or now != value:
                 return f"{name} of the loss function"
         for name, thing in self._things.items():
             if outside.get(name) is not thing:
@@ -136,10 +137,6 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, dict):
         value = list(value.values())
     return all(map(_is_plain, value)) if isinstance(value, list | tuple) else isinstance(value, _PLAIN)
-
-
-def _differs(now: Any, kept: Any) -> bool:
-    return type(now) is not type(kept) or now != kept
 
 
 def _placed(tensor: Tensor) -> tuple[Any, ...]:
