@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import struct
 import zipfile
 from dataclasses import asdict, dataclass
@@ -79,7 +80,7 @@ def create_backbone(
         WeightsNotFound: neither this machine nor the hub has the weights.
     """
     name = _full_name(name)
-    probe, options = _probe(name, num_classes, img_size, drop_path_rate)
+    probe, options = dry_run(name, num_classes, img_size, drop_path_rate)
     if weights == "none":
         model = timm.create_model(name, **options)
         return _noted(model, img_size, WeightSource(name, "none", "random weights", None))
@@ -126,13 +127,18 @@ def _full_name(name: str) -> str:
         cfg = get_pretrained_cfg(current) if known else None
     except RuntimeError:  # the architecture exists, the tag does not
         known = False
+    if not known and re.match(r"hf[-_]hub:|local-dir:", name):
+        raise ValueError(
+            f"{name!r} is no name of timm's own: call timm.create_model({name!r}, ...) and add_lora in a loop of your "
+            "own, or give the model's name in timm, and its weights as a file"
+        )
     if not known:
         raise ValueError(f"timm has no model {name!r}{nearest(name, timm.list_models() + timm.list_pretrained(), 4)}")
     arch = current.partition(".")[0]
     return f"{arch}.{cfg.tag}" if cfg and cfg.tag else arch
 
 
-def _probe(
+def dry_run(
     name: str, num_classes: int, img_size: int | None, drop_path_rate: float
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build and run the model without memory, so that wrong arguments are found before any download."""

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import build_vit, images, randomise
 from huggingface_hub import HfApi, RepoUrl
@@ -62,7 +63,7 @@ def test_it_says_everything(saved, base):
 
 def test_its_card_names_what_a_reader_needs(saved):
     card = (saved[0] / "README.md").read_text()
-    for words in ("apache-2.0", "ant, bee, cat, dog, eel", "Trained on 20 drawings.", "32 px", "middle 95.0%"):
+    for words in ("apache-2.0", "`ant`, `bee`, `cat`, `dog`, `eel`", "Trained on 20 drawings.", "32 px, ", "95.0%"):
         assert words in card
     assert 'base_model: "timm/test_vit.r160_in1k"' in card
 
@@ -206,7 +207,7 @@ def test_a_model_in_transformers_wrapper(tmp_path):
     save_adapter(model, tmp_path, classes=NAMES)
     found = read(tmp_path)
     assert found["num_classes"] == 5 and found["preprocessing"]["image_size"] == 32 and "model" not in found
-    assert "ant, bee, cat, dog, eel" in (tmp_path / "README.md").read_text()
+    assert "`ant`, `bee`, `cat`, `dog`, `eel`" in (tmp_path / "README.md").read_text()
     with pytest.raises(ValueError, match="does not say which timm model.*build the model and pass it"):
         load_adapter(tmp_path)
 
@@ -238,3 +239,49 @@ def test_push_to_hub_uploads_all_that_is_saved(saved, tmp_path, monkeypatch):
     assert asked == [("name", {"private": True, "exist_ok": True})] and place == hub / "me" / "name"
     assert {p.name: p.read_bytes() for p in place.iterdir()} == {p.name: p.read_bytes() for p in saved[0].iterdir()}
     torch.testing.assert_close(load_adapter(place)(images()), saved[1](images()))
+
+
+OTHERWISE = {
+    "pooling": ({"global_pool": "avg"}, r"fc_norm|norm is|global_pool of VisionTransformer is 'avg'"),
+    "activation": ({"act_layer": "relu"}, r"blocks\.0\.mlp\.act is a ReLU, in timm's test_vit.r160_in1k it is a GELU"),
+    "channels": ({"in_chans": 1}, r"in_chans of VisionTransformer is 1, in timm"),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERWISE)
+def test_a_model_that_its_name_does_not_give_is_not_built_from_it(kind, tmp_path):
+    """timm does not record what else a model was made with: another one would be built without a word."""
+    arguments, difference = OTHERWISE[kind]
+    model = add_lora(timm.create_model("test_vit", num_classes=5, img_size=32, **arguments), 2)
+    with pytest.warns(UserWarning, match=f"will not be able to build the model: .*({difference})"):
+        save_adapter(model, tmp_path)
+    assert read(tmp_path)["model"] is None and "create_model" not in (tmp_path / "README.md").read_text()
+    with pytest.raises(ValueError, match="does not say which timm model"):
+        load_adapter(tmp_path)
+
+
+def test_a_model_as_its_name_gives_it_is_not_warned_of(tmp_path, recwarn):
+    model = timm.create_model("test_vit", num_classes=5, img_size=32, drop_rate=0.1, drop_path_rate=0.1)
+    model.set_grad_checkpointing()
+    model = add_lora(model, 2, targets=["attn.qkv", "fc1"])
+    model.compile(backend="eager")
+    save_adapter(model, tmp_path)
+    assert not recwarn and read(tmp_path)["model_args"] == {"img_size": 32}
+
+
+def test_features_alone_are_saved(tmp_path):
+    model = add_lora(timm.create_model("test_vit", img_size=32, features_only=True), 2)
+    save_adapter(model, tmp_path)
+    again = load_adapter(timm.create_model("test_vit", img_size=32, features_only=True), tmp_path)
+    assert again.peft_config["default"].r == 2
+
+
+def test_trained_parameters_that_a_file_does_not_hold_are_named(tmp_path, recwarn):
+    model = add_lora(build_vit(), 2)
+    save_adapter(model, tmp_path)
+    assert not recwarn
+    for name, parameter in model.named_parameters():
+        if ".norm1." in name:
+            parameter.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"does not hold \d+ trained parameters beside it .*norm1\.weight and others"):
+        save_adapter(model, tmp_path)

@@ -74,7 +74,7 @@ REAL = [
     (lambda folder: add_lora(build_vit(), targets=["nope"]), "The targets do not fit the model"),
     (lambda folder: initialize_lora(add_lora(build_vit()), "abm", []), "The loader yields no batches"),
     (lambda folder: load_adapter(folder), "The folder holds no adapter"),
-    (nan_in_the_head, "Nothing can be saved"),
+    (nan_in_the_head, "Something cannot be saved"),
     (lambda folder: tune(own_images(data=str(folder)), folder / "out"), "The folder is not one folder for each class"),
     (lambda folder: read_rows(folder / "no.jsonl"), "A file of text is missing, or in a form that is not read"),
 ]

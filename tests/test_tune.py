@@ -108,7 +108,7 @@ def test_result_and_lines(finished, folder):
     explained = set(re.findall(r"`(\w+)`", (ROOT / "docs" / "results.md").read_text()))
     assert (set(result) | set(result["data"]) | set(result["test"])) - {"folder"} <= explained
     card = (Path(result["folder"]) / "adapter" / "README.md").read_text()
-    assert "grün, red cat, синий" in card and "of 12 test images" in card
+    assert "`grün`, `red cat`, `синий`" in card and "of 12 test images" in card
 
 
 def test_a_finished_run_is_read_and_other_pictures_are_an_error(folder, finished, tmp_path):
@@ -410,3 +410,9 @@ def test_an_adapter_of_vtab_has_numbers_for_classes(vit_run, tmp_path):
     (tmp_path / "x" / "grün").rename(tmp_path / "x" / "3")
     with pytest.raises(ValueError, match="has pictures of red cat, синий, which"):
         evaluate(vit_run[2]["folder"], tmp_path / "x")
+
+
+def test_a_slash_at_the_end_is_not_another_run():
+    """As a shell completes the name of a folder."""
+    with_, without = make_config(data="my/photos/", weights="none/"), make_config(data="my/photos", weights="none")
+    assert with_ == without and with_.run_name() == without.run_name() and make_config(data="/").data == "/"

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from abm_vision.images.data import Preprocessing, load_all
+from abm_vision.images.hub import _content
 from abm_vision.images.photos import Photos, PhotoSplit, read_photo
 from abm_vision.tune.augment import Augmented
 from abm_vision.tune.data import load
@@ -198,6 +199,7 @@ def test_other_files_are_counted_and_hidden_ones_are_not_seen(tmp_path):
     (tmp_path / "a" / "notes.txt").write_text("x")
     (tmp_path / "b" / "old.heic").write_text("x")
     (tmp_path / "a" / ".hidden.png").write_text("x")
+    (tmp_path / "__MACOSX" / "a").mkdir(parents=True)  # of an archive packed on macOS
     (tmp_path / ".git" / "objects").mkdir(parents=True)
     (tmp_path / "readme.md").write_text("x")
     assert load_(tmp_path).notes == ("2 files left out, no pictures by name: 1 .txt, 1 .heic",)
@@ -208,6 +210,7 @@ def test_links_are_followed_once_and_broken_ones_named(tmp_path):
     classes(tmp_path / "elsewhere", "c", seed=50)
     (tmp_path / "photos" / "c").symlink_to(tmp_path / "elsewhere" / "c")
     (tmp_path / "photos" / "a" / "again").symlink_to(tmp_path / "photos" / "a")
+    (tmp_path / "photos" / "a" / "above").symlink_to(tmp_path / "photos")  # pictures of other classes
     assert len(load_(tmp_path / "photos").train.items.paths) == 15
     (tmp_path / "photos" / "b" / "gone.png").symlink_to(tmp_path / "absent.png")
     with pytest.raises(ValueError, match=r"1 of 16 files cannot be read.*\n  no image .*gone\.png"):
@@ -282,7 +285,7 @@ def test_a_csv_of_paths_and_labels(tmp_path, separator):
         ("path,label\nabsent.png,cat", r"t\.csv:2: there is no .*absent\.png: paths are relative"),
         ("path,label\nimg/x/0.png,a\nimg/x/0.png,b", r"t\.csv:3: img/x/0\.png is in line 2 too"),
         ("path,label,split\nimg/x/0.png,a,dev", r"t\.csv:2: split is 'dev'; it must be train, val or test"),
-        (b"path,label\n\xff\xfe,a", "is not a text file in UTF-8"),
+        (b"path,label\n\xff\xfe,a", "is neither a folder nor a table in UTF-8 .*unpack an archive"),
         ("path,label\nimg/x/0.png,a", "has 1 class to train on"),
     ],
 )
@@ -329,9 +332,69 @@ def test_a_data_set_of_hugging_face_is_written_once(tmp_path, cache):
 
 def test_a_data_set_with_two_columns_of_classes(tmp_path, cache):
     place, _ = saved(tmp_path, coarse=[0] * 10)
-    with pytest.raises(ValueError, match=r"columns image, label, coarse; needed are .*one of classes .*label, coarse"):
+    with pytest.raises(
+        ValueError, match=r"columns image, label, coarse; needed are .*one with a class .*label, coarse"
+    ):
         load_(place)
-    assert not [path for path in cache.iterdir() if not path.name.startswith(".")]
+    assert not cache.exists()
+
+
+def dictionary(root, **labels):
+    """Splits of ten pictures with these labels, as `save_to_disk` writes them."""
+    datasets = pytest.importorskip("datasets")
+    classes(root / "img", "x", "y")
+    paths = sorted(map(str, (root / "img").glob("*/*.png")))
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["cat", "dog"])})
+
+    splits = {
+        name: datasets.Dataset.from_dict({"image": paths, "label": found}, features=features)
+        for name, found in labels.items()
+    }
+    datasets.DatasetDict(splits).save_to_disk(root / "saved")
+    return root / "saved"
+
+
+HALF = [0] * 5 + [1] * 5
+
+
+@pytest.mark.parametrize("absent", [[-1] * 10, [None] * 10])
+def test_splits_without_labels_and_of_other_names_are_left_out(absent, tmp_path, cache):
+    """-1 would be the last class by Python's rule."""
+    place = dictionary(tmp_path, train=HALF, test=absent, extra=HALF)
+    with pytest.warns(UserWarning, match=r"left out extra, test \(no labels, or none of train, val.*used: train$"):
+        data = load_(place)
+    assert data.test is None and len(data.train) == 8
+
+
+def test_pictures_without_a_label_or_an_image(tmp_path, cache):
+    with pytest.raises(ValueError, match=r"1 of 10 pictures of train have no label \(the first: number 3\)"):
+        load_(dictionary(tmp_path / "a", train=[0, 0, 0, -1, *HALF[4:]]))
+    with pytest.raises(ValueError, match=r"no split named train with labels \(its splits: testA, test\)"):
+        load_(dictionary(tmp_path / "b", testA=HALF, test=HALF))
+    assert _content(None) == b""  # a broken file, as others are
+
+
+def test_a_saved_data_set_by_its_name_and_after_a_split_is_renamed(tmp_path, cache):
+    datasets = pytest.importorskip("datasets")
+    place = dictionary(tmp_path, train=HALF, test=HALF)
+    assert load_(f"hf:{place}").test is not None
+    found = datasets.load_from_disk(place)
+    datasets.DatasetDict({"train": found["train"], "val": found["test"]}).save_to_disk(tmp_path / "renamed")
+    assert load_(tmp_path / "renamed").test is None and len(list(cache.iterdir())) == 2
+
+
+def test_a_configuration_is_handed_on(monkeypatch):
+    datasets, asked = pytest.importorskip("datasets"), []
+
+    def load_dataset(*arguments):
+        asked.append(arguments)
+        raise ValueError("no such thing")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for place in ("hf:some/set", "hf:some/set:small"):
+        with pytest.raises(ValueError, match="give hf:NAME, or hf:NAME:CONFIGURATION"):
+            load_(place)
+    assert asked == [("some/set", None), ("some/set", "small")]
 
 
 # ---------------------------------------------------------------------------------------------------------- refused

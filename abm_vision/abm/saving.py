@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -19,9 +20,11 @@ from huggingface_hub import CommitInfo, HfApi
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from abm_vision.abm.adapter import Adapter, adapted_layers, check_base, check_some_adapter
+from abm_vision.abm.arguments import count
 from abm_vision.abm.base_change import base_changes, lora_layers
 from abm_vision.abm.files import read_object, write_atomically, write_json, writing
 from abm_vision.abm.host import Backbone, known_backbones
@@ -78,13 +81,14 @@ def save_adapter(
         raise ValueError(f"the settings {', '.join(settings)} cannot be written as JSON: {error}") from None
     bare = model.get_base_model()
     backbone = next((one for one in known_backbones() if one.matches(bare)), None)
-    facts = backbone.describe(bare, settings) if backbone else settings
     embeds = "auto" if hasattr(bare, "get_input_embeddings") else False  # "auto" asks the hub for the base model
     kept = _foreign_card(Path(directory) / CARD)
     with _uncompiled(model), as_plain_lora(model, state_dict) as state:
+        facts = backbone.describe(bare, settings) if backbone else settings
         for name in model.peft_config:
             check_base(model, "an adapter beside it is of no use on the unchanged base", but=name)
             _check_loadable(Adapter(model, name), state)
+        _warn_of_the_rest(model, state)
         with writing(Path(directory)):
             model.save_pretrained(str(directory), state_dict=state, save_embedding_layers=embeds)
         blocks = {
@@ -177,6 +181,29 @@ def _uncompiled(model: PeftModel) -> Iterator[None]:
     finally:
         for parent, name, child in compiled:
             parent._modules[name] = child
+
+
+def _warn_of_the_rest(model: PeftModel, state: dict[str, Tensor]) -> None:
+    """Say which trained parameters belong to no adapter: norms that were thawed beside it, say."""
+    saved = {
+        key
+        for name in model.peft_config
+        for key in get_peft_model_state_dict(model, state, name, save_embedding_layers=False)
+    }
+    rest = [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not _OF_ADAPTERS.search(name) and plain_name(name) not in saved
+    ]
+    if rest:
+        warnings.warn(
+            f"the adapter's file does not hold {count(len(rest), 'trained parameter')} beside it ({rest[0]}"
+            f"{' and others' if len(rest) > 1 else ''}): save them yourself, or train the adapter and the head alone",
+            stacklevel=3,
+        )
+
+
+_OF_ADAPTERS = re.compile(r"\.(?:lora_\w+|modules_to_save|trainable_tokens\w*|token_adapter)\.")
 
 
 def _check_loadable(adapter: Adapter, state: Mapping[str, Tensor]) -> None:

@@ -43,7 +43,8 @@ def _base(facts: Mapping[str, Any]) -> str:
     weights, name = facts.get("weights"), facts.get("model")
     lines = [f"Base model: {code(name)}." if name else "Base model: not recorded."]
     if weights:
-        lines.append(f"Base weights: {weights['origin']}, sha256 {weights['sha256']}.")
+        known = f"{weights['origin']}, sha256 {weights['sha256']}" if weights["sha256"] else "random"
+        lines.append(f"Base weights: {known}.")
     lines.append(f"Licence of the base model: {markdown(facts.get('license') or 'not recorded by timm')}.")
     if facts.get("init"):
         lines.append(f"Initialised by {code(facts['init'])}.")
@@ -52,7 +53,7 @@ def _base(facts: Mapping[str, Any]) -> str:
 
 def _outputs(facts: Mapping[str, Any]) -> str:
     classes, shape = facts.get("classes"), facts.get("preprocessing")
-    named = ", ".join(map(markdown, classes)) if classes else f"{facts['num_classes']}, without recorded names"
+    named = ", ".join(map(code, classes)) if classes else f"{facts['num_classes']}, without recorded names"
     lines = [f"Classes, in the order of the outputs: {named}."]
     if shape:
         way = {"squash": "squashed to a square", "center": f"cropped to the middle {shape['crop_pct']:.1%}"}
@@ -68,7 +69,8 @@ def _loading(facts: Mapping[str, Any], model: nn.Module) -> str:
     separate = any(hasattr(module, "qkv_bias_separate") for module in model.modules())
     weights = facts.get("weights") or {"origin": "hub"}
     file = weights["origin"] in ("file", "none")
-    note = f"  # then load the base weights of sha256 {weights['sha256']}" if file else ""
+    which = f"of sha256 {weights['sha256']}" if weights.get("sha256") else "(they were random)"
+    note = f"  # then load the base weights {which}" if file else ""
     return f"""```python
 import timm
 from peft import PeftModel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -75,7 +76,8 @@ def describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: what was given does not fit the model.
     """
     recorded, made = getattr(model, "pretrained_cfg", None) or {}, getattr(model, "made_from", {})
-    facts: dict[str, Any] = {"num_classes": model.num_classes, "init": (given.get("run") or {}).get("init")}
+    facts: dict[str, Any] = {"num_classes": getattr(model, "num_classes", 0)}  # of features alone there are none
+    facts["init"] = (given.get("run") or {}).get("init")
     size = made.get("image_size") or _built_for(model) or recorded.get("input_size", (None,))[-1]
     if recorded.get("architecture"):
         tag = f".{recorded['tag']}" if recorded.get("tag") else ""
@@ -83,6 +85,13 @@ def describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
         facts["model_args"] = {"img_size": size} if recorded.get("fixed_input_size") and size else {}
         facts["hub"], facts["license"] = recorded.get("hf_hub_id"), recorded.get("license")
         facts["weights"] = made.get("weights")
+        if reason := facts["num_classes"] and _why_not_built_again(model, facts["model"], facts["num_classes"], size):
+            facts["model"], facts["model_args"] = None, {}
+            warnings.warn(
+                f"load_adapter(folder) will not be able to build the model: {reason}. Keep the code that makes it, and "
+                "call load_adapter(model, folder)",
+                stacklevel=5,
+            )
         facts["preprocessing"] = {
             "image_size": size,
             **{name: recorded.get(name) for name in ("interpolation", "crop_pct", "crop_mode")},
@@ -99,6 +108,39 @@ def describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     if names is not None and (not all(isinstance(n, str) for n in names) or len(names) != model.num_classes):
         raise ValueError(f"classes are {names!r}; give the name of each of the model's {model.num_classes} classes")
     return facts
+
+
+_WRAPPERS = re.compile(r"\.(?:base_layer|original_module)\b")  # of peft
+# What a model does not compute with, or this package sets.
+_FREE = {"training", "p", "drop_prob", "inplace", "fused_attn", "grad_checkpointing", "qkv_bias_separate"}
+
+
+def _why_not_built_again(model: nn.Module, name: str, num_classes: int, size: int | None) -> str | None:
+    """What of a model is not as `create_backbone` builds it: another pooling or activation, a layer replaced."""
+    from abm_vision.weights import dry_run
+
+    try:
+        fresh, _ = dry_run(name, num_classes, size, 0.0)
+    except ValueError as error:
+        return str(error)
+    found = {_WRAPPERS.sub("", path): module for path, module in model.named_modules()}  # the inner one comes last
+    for path, module in fresh.named_modules():
+        there, where = found.get(path), path or type(model).__name__
+        if isinstance(module, nn.Identity) or there is module:  # stochastic depth is nothing at rate 0
+            continue
+        if not isinstance(there, type(module)):
+            return f"{where} is a {type(there).__name__}, in timm's {name} it is a {type(module).__name__}"
+        if type(there) is not type(module):  # quantised, say
+            continue
+        for kept in (module._parameters, module._buffers):
+            for key, tensor in kept.items():
+                held = getattr(there, key, None)
+                if (held is None) != (tensor is None) or (tensor is not None and held.shape != tensor.shape):
+                    return f"{key} of {where} has another shape than in timm's {name}"
+        for key, value in vars(module).items():
+            if key not in _FREE and isinstance(value, (bool, int, float, str)) and vars(there).get(key) != value:
+                return f"{key} of {where} is {vars(there).get(key)!r}, in timm's {name} it is {value!r}"
+    return None
 
 
 def of_run(result: Mapping[str, Any], task: str) -> dict[str, Any]:
@@ -133,9 +175,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         settings["model"] = settings["run"].get("model") if isinstance(settings["run"], dict) else None
     if settings.get("model") is None:
         raise ValueError(
-            f"{folder / ABM_FILE} does not say which timm model the adapter is for, it was not written by a run or was "
-            "saved from a model that timm.create_model did not make: build the model and pass it, "
-            "load_adapter(model, folder)"
+            f"{folder / ABM_FILE} does not say which timm model the adapter is for: it was not written by a run, or "
+            "was saved from a model that timm.create_model did not make, or made with other arguments: build the model "
+            "and pass it, load_adapter(model, folder)"
         )
     return checked(settings, Description, str(folder / ABM_FILE), UNFIT)
 

@@ -17,10 +17,9 @@ from typing import Any, NoReturn
 from PIL import Image
 
 from abm_vision.abm.arguments import count
-from abm_vision.images.hub import is_hub, table_of
+from abm_vision.images.hub import PARTS, is_hub, table_of
 from abm_vision.runs.folder import CONFIG
 
-PARTS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 COLUMNS = ("path", "label")
 LAYOUTS = "FOLDER/CLASS/*, FOLDER/train|val|test/CLASS/*, a CSV file with columns path and label, or hf:NAME"
 
@@ -125,22 +124,28 @@ def _add_classes(listing: Listing, place: Path, part: str | None) -> None:
 
 
 def _folders(place: Path) -> list[Path]:
-    return sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return sorted(path for path in place.iterdir() if path.is_dir() and _is_shown(path.name))
+
+
+def _is_shown(name: str) -> bool:
+    """Whether a name is none of those that systems hide; macOS puts a folder of its own into archives."""
+    return not name.startswith(".") and name != "__MACOSX"
 
 
 def _files(folder: Path) -> list[Path]:
-    """All files in a folder and below it, in order, but for hidden ones; links are followed, once."""
+    """All files in a folder and below it, in order, but for hidden ones. Links are followed, once, not upwards."""
 
     def refuse(error: OSError) -> NoReturn:
         raise error
 
     found: list[Path] = []
-    seen = {os.path.realpath(folder)}
+    here = folder.resolve()
+    seen = {str(here), *map(str, here.parents)}
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        visible = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders) if name[0] != "."}
+        visible = {name: os.path.realpath(os.path.join(root, name)) for name in sorted(folders) if _is_shown(name)}
         folders[:] = [name for name, real in visible.items() if real not in seen]
         seen |= set(visible.values())
-        paths = (Path(root, name) for name in sorted(names) if name[0] != ".")
+        paths = (Path(root, name) for name in sorted(names) if _is_shown(name))
         found += [path for path in paths if path.is_file() or not path.exists()]  # a link that leads nowhere, too
     return found
 
@@ -173,7 +178,10 @@ def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not a text file in UTF-8 ({error}): save the table as CSV in UTF-8") from None
+        raise ValueError(
+            f"{file} is neither a folder nor a table in UTF-8 ({error}): unpack an archive, save a table as CSV in "
+            "UTF-8"
+        ) from None
     head = lines[0] if lines else ""
     table = csv.DictReader(lines, delimiter=max(",;\t", key=head.count), skipinitialspace=True)
     table.fieldnames = [name.strip().lower() for name in table.fieldnames or ()]

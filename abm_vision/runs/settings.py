@@ -60,6 +60,9 @@ class AdapterSettings:
 
     def __post_init__(self) -> None:
         self._settle_own()
+        for name in self.__dataclass_fields__:  # a folder is the same with and without a slash at its end
+            if isinstance(value := getattr(self, name), str) and value.endswith("/") and value.strip("/"):
+                object.__setattr__(self, name, value.rstrip("/"))
         self._check_values()
         if self.abm_reference is not None and Needs.REFERENCE not in self.initializer.needs:
             others = " or ".join(name for name, row in INITIALIZERS.items() if Needs.REFERENCE in row.needs)

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from abm_vision.abm.arguments import count
 from abm_vision.images.records import Score, Shape, Weights
 from abm_vision.initializers import BASELINE
 from abm_vision.runs import records
@@ -124,8 +125,8 @@ def model_card(result: dict[str, Any]) -> str:
     return f"""# {markdown(config["model"])}, adapted to one's own images
 
 LoRA of rank {config["rank"]} (targets: {markdown(config["targets"])}, qkv: {config["qkv"]}), initialised by
-{code(config["init"])}. Trained for {config["epochs"]} epochs on {images}, seed {config["seed"]}; the weights are
-those of epoch {result["best_epoch"]}, the best on the validation images.
+{code(config["init"])}. Trained for {count(config["epochs"], "epoch")} on {images}, seed {config["seed"]}; the weights
+are those of epoch {result["best_epoch"]}, the best on the validation images.
 
 Top-1: {100 * held_out["top1"]:.2f} % of {held_out["count"]} {held_out["split"]} images.
 """
