@@ -1,11 +1,13 @@
 """Saved adapters: peft's own files, read by stock peft without this package, and read back by it."""
 
+import copy
 import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 from conftest import build_vit, images, randomise
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -386,3 +388,13 @@ def test_numbers_that_are_none(saved, tmp_path, change):
     (name,) = change
     with pytest.raises(ValueError, match=f"adapter_config.json has .*{name.removeprefix('lora_')}"):
         load_adapter(build_vit(), tmp_path / "adapter")
+
+
+def test_modules_in_two_places_are_not_called_missing(tmp_path, recwarn):
+    """CoaT runs one MLP at several places; its tensors are in the file once."""
+    model = timm.create_model("coat_tiny", num_classes=3, img_size=64)
+    adapted = randomise(add_lora(copy.deepcopy(model), rank=2)).eval()
+    save_adapter(adapted, tmp_path)
+    loaded = load_adapter(model, tmp_path)
+    assert not recwarn
+    torch.testing.assert_close(loaded(images(2, 64)), adapted(images(2, 64)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,9 @@ def load_adapter(
     _check_saved_modules(tensors, bare, config, folder)
     if merged_linear:
         config._register_custom_module({nn.Linear: merged_linear_factory})
-    with taken_off_on_error(model, bare, adapter_name, f"the adapter {folder}"):
+    with taken_off_on_error(model, bare, adapter_name, f"the adapter {folder}"), warnings.catch_warnings():
+        # What is missing is checked below; of a module in two places (CoaT's shared MLPs) peft calls one missing.
+        warnings.filterwarnings("ignore", "Found missing adapter keys")
         if isinstance(model, PeftModel):
             adapted, config.inference_mode = model, not is_trainable
             with restored(model):

@@ -159,8 +159,9 @@ def _fields() -> str:
 
 def _built_for(model: nn.Module) -> int | None:
     """The side of the square images that a model of fixed size was built for, in pixels."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return size[0] if size and size[0] == size[-1] else None
+    sizes = (getattr(module, "img_size", None) for module in model.modules())  # of its (first) patch embedding
+    size = next((size for size in sizes if size), None)
+    return size[0] if isinstance(size, tuple) and size[0] == size[-1] else None
 
 
 def read_description(folder: Path) -> dict[str, Any]:
