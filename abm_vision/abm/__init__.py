@@ -15,6 +15,7 @@
     W0 + s B A as one product                     merged_linear.py; any model's layers made so: swap.py
         its Triton kernels on CUDA                kernels.py      merge, factor_gradients
     both passes of a step as one CUDA graph       step.py         TrainingStep
+        whether it can be one, and still is       snapshot.py     Snapshot
     LoRA on a model; its files                    lora.py  add_lora; saving.py; loading.py
     one adapter, and what may be done with it     adapter.py      Adapter
     the proof that adapters take part             checks.py       check_adapters
