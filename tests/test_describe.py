@@ -1,5 +1,6 @@
 """An adapter says which model it is for, and is loaded and used from its folder alone."""
 
+import copy
 import json
 import shutil
 import subprocess
@@ -11,9 +12,12 @@ import torch
 from conftest import build_vit, images, randomise
 from huggingface_hub import HfApi, RepoUrl
 from PIL import Image
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
 
-from abm_vision import add_lora, create_backbone, load_adapter, push_to_hub, save_adapter
+from abm_vision import add_lora, create_backbone, initialize_lora, load_adapter, push_to_hub, save_adapter
 from abm_vision.images.predict import predict
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
@@ -241,18 +245,61 @@ def test_push_to_hub_uploads_all_that_is_saved(saved, tmp_path, monkeypatch):
     torch.testing.assert_close(load_adapter(place)(images()), saved[1](images()))
 
 
+def made(**arguments):
+    return timm.create_model("test_vit", num_classes=5, img_size=32, **arguments)
+
+
+def changed_to(**modules):
+    model = made()
+    for name, module in modules.items():
+        model.set_submodule(name.replace("__", "."), module)
+    return model
+
+
+class Cosine(nn.Linear):
+    def forward(self, x):
+        return 10 * super().forward(x / x.norm(dim=-1, keepdim=True))
+
+
+def longer():
+    model = made()
+    model.blocks.append(copy.deepcopy(model.blocks[0]))
+    return model
+
+
+def loaded_anew(base, change):
+    model, _ = create_backbone("test_vit", 5, 32, str(base))
+    change(model)
+    return model
+
+
+@torch.no_grad()
+def half_as_large(model):
+    model.blocks[1].mlp.fc1.weight.mul_(0.5)
+
+
 OTHERWISE = {
-    "pooling": ({"global_pool": "avg"}, r"fc_norm|norm is|global_pool of VisionTransformer is 'avg'"),
-    "activation": ({"act_layer": "relu"}, r"blocks\.0\.mlp\.act is a ReLU, in timm's test_vit.r160_in1k it is a GELU"),
-    "channels": ({"in_chans": 1}, r"in_chans of VisionTransformer is 1, in timm"),
+    "pooling": (lambda base: made(global_pool="avg"), r"has global_pool 'avg', and 'token' in timm's test_vit"),
+    "activation": (lambda base: made(act_layer="relu"), r"blocks\.0\.mlp\.act is a .*ReLU, and a .*GELU"),
+    "channels": (lambda base: made(in_chans=1), r"VisionTransformer has in_chans 1, and 3 in timm's test_vit"),
+    "norms of q and k": (
+        lambda base: made(qk_norm=True),
+        r"q_norm is a .*LayerNorm, and a .*Identity",
+    ),
+    "torch's norm": (lambda base: made(norm_layer=nn.LayerNorm), r"is a torch\..*LayerNorm, and a timm\..*LayerNorm"),
+    "a head": (lambda base: changed_to(head=Cosine(64, 5)), r"head is a .*Cosine, and a torch.*Linear"),
+    "a norm": (lambda base: changed_to(fc_norm=nn.LayerNorm(64)), r"has no fc_norm|fc_norm is a .*LayerNorm"),
+    "a block more": (lambda base: longer(), r"has no blocks\.\d"),
+    "a tag": (lambda base: made(pretrained_cfg_overlay={"tag": "mine"}), r"tag .mine."),
+    "other weights": (lambda base: loaded_anew(base, half_as_large), "base weights are no longer those"),
 }
 
 
 @pytest.mark.parametrize("kind", OTHERWISE)
-def test_a_model_that_its_name_does_not_give_is_not_built_from_it(kind, tmp_path):
+def test_a_model_that_its_name_does_not_give_is_not_built_from_it(kind, base, tmp_path):
     """timm does not record what else a model was made with: another one would be built without a word."""
-    arguments, difference = OTHERWISE[kind]
-    model = add_lora(timm.create_model("test_vit", num_classes=5, img_size=32, **arguments), 2)
+    make, difference = OTHERWISE[kind]
+    model = add_lora(make(base), 2)
     with pytest.warns(UserWarning, match=f"will not be able to build the model: .*({difference})"):
         save_adapter(model, tmp_path)
     assert read(tmp_path)["model"] is None and "create_model" not in (tmp_path / "README.md").read_text()
@@ -261,7 +308,7 @@ def test_a_model_that_its_name_does_not_give_is_not_built_from_it(kind, tmp_path
 
 
 def test_a_model_as_its_name_gives_it_is_not_warned_of(tmp_path, recwarn):
-    model = timm.create_model("test_vit", num_classes=5, img_size=32, drop_rate=0.1, drop_path_rate=0.1)
+    model = made(drop_rate=0.1, drop_path_rate=0.1, attn_drop_rate=0.1, pos_drop_rate=0.1)
     model.set_grad_checkpointing()
     model = add_lora(model, 2, targets=["attn.qkv", "fc1"])
     model.compile(backend="eager")
@@ -285,3 +332,38 @@ def test_trained_parameters_that_a_file_does_not_hold_are_named(tmp_path, recwar
             parameter.requires_grad_(True)
     with pytest.warns(UserWarning, match=r"does not hold \d+ trained parameters beside it .*norm1\.weight and others"):
         save_adapter(model, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["lora_ga", "pissa", "kaiming"])
+def test_base_weights_as_they_were_loaded_are_not_warned_of(name, base, tmp_path, recwarn):
+    """Also where an initialisation has taken something out of them, and after merging and unmerging."""
+    model = add_lora(create_backbone("test_vit", 5, 32, str(base))[0], 2)
+    initialize_lora(model, name, [(images(), torch.arange(4) % 5)])
+    model.merge_adapter()
+    model.unmerge_adapter()
+    save_adapter(model, tmp_path / "a")
+    save_adapter(model.to(torch.bfloat16), tmp_path / "b")
+    assert not [str(w.message) for w in recwarn if "will not be able" in str(w.message)]
+    load_adapter(tmp_path / "a")
+
+
+def test_the_size_is_that_of_the_model_now(base, tmp_path):
+    model, _ = create_backbone("test_vit", 5, 32, str(base))
+    model.set_input_size(img_size=48)
+    with pytest.warns(UserWarning, match="base weights are no longer those"):  # position embeddings, resampled again
+        save_adapter(add_lora(model, 2), tmp_path)
+    assert read(tmp_path)["preprocessing"]["image_size"] == 48
+
+
+@pytest.mark.parametrize("kind", ["weight norm", "pruned", "head"])
+def test_parametrised_factors_cannot_be_saved(kind, tmp_path):
+    model = add_lora(build_vit(), 2)
+    layer = model.get_base_model().blocks[0].mlp.fc1
+    if kind == "pruned":
+        prune.l1_unstructured(layer.lora_A["default"], "weight", 0.5)
+    else:
+        head = model.get_base_model().head.modules_to_save["default"]
+        weight_norm(head if kind == "head" else layer.lora_B["default"])
+    with pytest.raises(ValueError, match="parametrised or pruned tensor, which a loader would not find"):
+        save_adapter(model, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()

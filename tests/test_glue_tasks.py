@@ -91,7 +91,9 @@ def test_invalid_predictions_are_wrong_and_counted():
     assert found == {"f1": pytest.approx(2 / (2 + 1 + 1)), "accuracy": 0.5, "invalid": 2}
     assert score(get_task("mnli"), [None, 2], [0, 2]) == {"accuracy": 0.5, "invalid": 1}
     assert score(get_task("stsb"), [None, 4.0, 2.0], [0.0, 4.0, 2.0])["pearson"] == pytest.approx(1.0)
-    assert score(get_task("cola"), [None, None], [1, 0])["matthews"] == -1.0
+    # A class of its own in the general coefficient (Gorodkin 2004): as the other class it would be -1.
+    assert score(get_task("cola"), [None, None], [1, 0])["matthews"] == 0
+    assert 0 < score(get_task("cola"), [1, None, None, 0], [1, 1, 0, 0])["matthews"] < 1
 
 
 def test_without_a_defined_correlation():

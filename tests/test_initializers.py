@@ -349,6 +349,15 @@ def test_reference_that_was_saved_raw_or_damaged(tmp_path):
         load_reference(add_lora(small_vit(), rank=4), tmp_path / "raw")
     with pytest.raises(ValueError, match="saved raw after init 'pissa'.*under the other adapters"):
         load_adapter(add_lora(small_vit(), rank=4), tmp_path / "raw", adapter_name="second")
+    for name in (
+        "lora_ga",
+        "corda",
+        "pissa_niter_16",
+    ):  # as a Trainer's checkpoint is
+        started(name).save_pretrained(tmp_path / name)
+        with pytest.raises(ValueError, match=f"saved raw after init '{name}', by peft or a Trainer.*cannot repeat it"):
+            load_adapter(small_vit(), tmp_path / name)
+    load_adapter(small_vit(), tmp_path / "raw")  # peft repeats it from the weights
     save_adapter(started("gaussian"), tmp_path / "damaged")
     (tmp_path / "damaged" / "adapter_model.safetensors").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors cannot be read"):

@@ -165,6 +165,29 @@ def test_labels_are_the_answers_alone(template):
         assert text.startswith("Be kind.\n\n### Instruction:\nHällo\n\n### Response:\nHi.### Instruction:\nAnd?")
 
 
+def test_columns_beside_the_turns():
+    """As LLaMA-Factory writes them; they were part of what the model is to see."""
+    system = {"role": "system", "content": "Be a pirate."}
+    row = {"instruction": "q", "output": "a", "system": "Be a pirate.", "history": [["q0", "a0"]]}
+    found = data.conversation(row, "row")
+    roles = ["system", "user", "assistant", "user", "assistant"]
+    assert found[0] == system and [turn["role"] for turn in found] == roles
+    assert [turn["content"] for turn in found[1:]] == ["q0", "a0", "q", "a"]
+    turns = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "arr"}]
+    assert data.conversation({"system": "Be a pirate.", "conversations": turns}, "row")[0] == system
+    both = {
+        "system": "x",
+        "messages": [system, {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+    }
+    for bad, message in (
+        (both, "a column system, and the system's turn as well"),
+        ({**row, "history": ["x"]}, "needed is a list of pairs"),
+        ({**row, "tools": '[{"name": "f"}]'}, "has tools; conversations with tools"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            data.conversation(bad, "row")
+
+
 THINKING = (  # as Qwen3's: what was thought is shown with the last answer only, and a turn has an end of its own
     "{% for m in messages %}{{ '<' + m['role'] + '>' }}{% if m['role'] == 'assistant' and loop.last %}{{ '(thought)' }}"
     "{% endif %}{{ m['content'] + '<extra_id_9>\n' }}{% endfor %}"

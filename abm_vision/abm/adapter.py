@@ -246,6 +246,9 @@ def check_some_adapter(model: PeftModel) -> None:
     if not model.peft_config:
         check_base(model)
         raise ValueError("the model has no adapter: take the bare model, model.unload()")
+    for name, config in model.peft_config.items():
+        if not isinstance(config, LoraConfig):
+            raise ValueError(f"adapter {name!r} is {config.peft_type.value}, not LoRA")
 
 
 def check_base(model: PeftModel, remedy: str = "begin with the bare model", *, but: str | None = None) -> None:

@@ -127,7 +127,8 @@ def whole_mask(mask: Tensor, values: Tensor) -> Tensor:
     before = values.shape[1] - mask.shape[1] if mask.ndim == 2 and values.ndim > 2 else -1
     if before < 0 or len(mask) != len(values):
         raise ValueError(
-            f"a token mask {tuple(mask.shape)} does not fit values {tuple(values.shape)}: it must be (batch, tokens)"
+            f"a token mask {tuple(mask.shape)} does not fit values {tuple(values.shape)}: it must be (batch, tokens). "
+            "Where the batch's attention mask is another one, pass token_mask_fn"
         )
     if not mask.any():
         raise ValueError("the token mask leaves no token of a batch: leave the batch out")

@@ -112,7 +112,7 @@ def _scalar(loss: Any) -> Tensor:
     if not loss.requires_grad:
         raise ValueError("the loss does not depend on the adapter: loss_fn must run the model that it is given")
     if not loss.isfinite():
-        raise ValueError(f"the loss is {loss.item()}: check the weights, the batch, and autocast")
+        raise ValueError(f"the loss is {loss.item()}: check weights, batch (labels that are all -100?) and autocast")
     return loss
 
 

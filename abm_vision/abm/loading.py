@@ -74,10 +74,11 @@ def load_adapter(
     folder, config = Path(directory), read_adapter_config(Path(directory))
     bare = check_room(model, adapter_name)
     backbone = backbone or find_backbone(bare)
-    if isinstance(model, PeftModel) and changes_base(config):
+    if changes_base(config) and (isinstance(model, PeftModel) or not _repeats(config)):
+        why = "would change the base weights under the other adapters" if _repeats(config) else "cannot repeat it"
         raise ValueError(
-            f"{directory} was saved raw after init {config.init_lora_weights!r}: loading it would change the base "
-            "weights under the other adapters. Save it with save_adapter"
+            f"{directory} was saved raw after init {config.init_lora_weights!r}, by peft or a Trainer: loading it "
+            f"{why}. Save the trained model with save_adapter"
         )
     if absence(bare):
         raise ValueError("the model is on the meta device and has no values: load its weights first")
@@ -105,6 +106,11 @@ def load_adapter(
         _check_blocks(adapted, adapter_name, blocks, backbone)
         restrict_to_blocks(adapted, adapter_name, blocks)
     return guard(adapted)
+
+
+def _repeats(config: LoraConfig) -> bool:
+    """Whether peft, when it loads the file, takes the same out of the base weights: from the weights alone."""
+    return str(config.init_lora_weights).lower() in ("pissa", "olora", "loftq")
 
 
 def _built(directory: str | os.PathLike[str] | nn.Module, weights: str | None) -> nn.Module:

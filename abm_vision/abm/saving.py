@@ -222,6 +222,12 @@ def _check_loadable(adapter: Adapter, state: Mapping[str, Tensor]) -> None:
                 f"{name} is not among the target modules of adapter {adapter.name!r}: something was wrapped around the "
                 "model's modules after LoRA was added (DataParallel?); take it off before saving"
             )
+    for name in state:
+        if _OF_ADAPTERS.search(name) and re.search(r"\.parametrizations\.|_orig$", name):
+            raise ValueError(
+                f"{name} is a part of a parametrised or pruned tensor, which a loader would not find: call "
+                "torch.nn.utils.parametrize.remove_parametrizations, or prune.remove, before saving"
+            )
     for name, tensor in state.items():
         if ".lora_" not in name or not re.search(rf"\.{re.escape(adapter.name)}(\.|$)", name):
             continue

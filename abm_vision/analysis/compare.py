@@ -262,10 +262,10 @@ def _legend(comparison: Comparison) -> str:
     most = f" ({count(s['max_steps'], 'step')} at most)" if s.get("max_steps") else ""
     difference = "gain" if comparison.view.score.higher else "difference"
     return (
-        f"{comparison.view.model(s)}, rank {s['rank']} on {s['targets']}, {s['epochs']} epochs{most}, {s['device']}. "
-        "Every initialisation at the learning rate with its lowest training loss (mean over all steps). Ratio and "
-        f"{difference} are to {BASELINE}, paired by seed, with a bootstrap interval over the seeds (of three seeds: "
-        "their range); ± is the standard error."
+        f"{comparison.view.model(s)}, rank {s['rank']} on {s['targets']}, {count(s['epochs'], 'epoch')}{most}, "
+        f"{s['device']}. Every initialisation at the learning rate with its lowest training loss (mean over all "
+        f"steps). Ratio and {difference} are to {BASELINE}, paired by seed, with a bootstrap interval over the seeds "
+        "(of three seeds: their range); ± is the standard error."
     )
 
 

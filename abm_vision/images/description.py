@@ -12,7 +12,9 @@ import torch
 from pydantic import ConfigDict, Field, model_validator
 from torch import nn
 
+from abm_vision.abm.base_change import ROUNDING
 from abm_vision.abm.loading import read_settings
+from abm_vision.abm.merged_linear import is_plain
 from abm_vision.abm.saving import ABM_FILE
 from abm_vision.images.records import Shape, Weights
 from abm_vision.runs.records import Count, Positive, Record, checked
@@ -78,7 +80,9 @@ def describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
     recorded, made = getattr(model, "pretrained_cfg", None) or {}, getattr(model, "made_from", {})
     facts: dict[str, Any] = {"num_classes": getattr(model, "num_classes", 0)}  # of features alone there are none
     facts["init"] = (given.get("run") or {}).get("init")
-    size = made.get("image_size") or _built_for(model) or recorded.get("input_size", (None,))[-1]
+    built = _built_for(model)
+    at = built if recorded.get("fixed_input_size") else None  # set_input_size may have changed it since
+    size = at or made.get("image_size") or built or recorded.get("input_size", (None,))[-1]
     if recorded.get("architecture"):
         tag = f".{recorded['tag']}" if recorded.get("tag") else ""
         facts["model"] = recorded["architecture"] + tag
@@ -90,7 +94,7 @@ def describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
             warnings.warn(
                 f"load_adapter(folder) will not be able to build the model: {reason}. Keep the code that makes it, and "
                 "call load_adapter(model, folder)",
-                stacklevel=5,
+                stacklevel=4,
             )
         facts["preprocessing"] = {
             "image_size": size,
@@ -111,36 +115,59 @@ def describe(model: nn.Module, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _WRAPPERS = re.compile(r"\.(?:base_layer|original_module)\b")  # of peft
-# What a model does not compute with, or this package sets.
-_FREE = {"training", "p", "drop_prob", "inplace", "fused_attn", "grad_checkpointing", "qkv_bias_separate"}
+_OF_PEFT = re.compile(r"\.(?:lora_\w+|modules_to_save)\b")
+# What a model does not compute with in evaluation mode, or this package sets.
+_FREE = {
+    *("training", "p", "drop_prob", "drop_rate", "inplace", "fused_attn", "grad_checkpointing"),
+    *("distilled_training", "qkv_bias_separate"),
+}
 
 
 def _why_not_built_again(model: nn.Module, name: str, num_classes: int, size: int | None) -> str | None:
     """What of a model is not as `create_backbone` builds it: another pooling or activation, a layer replaced."""
-    from abm_vision.weights import dry_run
+    from abm_vision.weights import base_sums, dry_run
 
     try:
         fresh, _ = dry_run(name, num_classes, size, 0.0)
-    except ValueError as error:
-        return str(error)
-    found = {_WRAPPERS.sub("", path): module for path, module in model.named_modules()}  # the inner one comes last
-    for path, module in fresh.named_modules():
-        there, where = found.get(path), path or type(model).__name__
-        if isinstance(module, nn.Identity) or there is module:  # stochastic depth is nothing at rate 0
-            continue
-        if not isinstance(there, type(module)):
-            return f"{where} is a {type(there).__name__}, in timm's {name} it is a {type(module).__name__}"
-        if type(there) is not type(module):  # quantised, say
-            continue
-        for kept in (module._parameters, module._buffers):
-            for key, tensor in kept.items():
-                held = getattr(there, key, None)
-                if (held is None) != (tensor is None) or (tensor is not None and held.shape != tensor.shape):
-                    return f"{key} of {where} has another shape than in timm's {name}"
-        for key, value in vars(module).items():
-            if key not in _FREE and isinstance(value, (bool, int, float, str)) and vars(there).get(key) != value:
-                return f"{key} of {where} is {vars(there).get(key)!r}, in timm's {name} it is {value!r}"
+    except (ValueError, RuntimeError) as error:  # timm knows no such tag, say
+        return str(error).rstrip(".")
+    paths = ((_WRAPPERS.sub("", path), module) for path, module in model.named_modules())
+    found = {path: module for path, module in paths if not _OF_PEFT.search(path)}  # what is wrapped comes last
+    expected = dict(fresh.named_modules())
+    for path, there in found.items():
+        if path not in expected and any(True for _ in there.parameters(recurse=False)):
+            return f"timm's {name} has no {path}"
+    for path, module in expected.items():
+        if difference := _difference(found.get(path), module):
+            return f"{path or type(model).__name__} {difference[0]}, and {difference[1]} in timm's {name}"
+    before, now = getattr(model, "made_from", {}).get("sums"), base_sums(model)
+    if before and now and any(abs(a - b) > ROUNDING * now[1] for a, b in zip(before, now, strict=True)):
+        return "its base weights are no longer those that create_backbone loaded"
     return None
+
+
+def _difference(there: nn.Module | None, module: nn.Module) -> tuple[str, str] | None:
+    """What a module is, and what timm's is; None if they are the same."""
+    if isinstance(module, nn.Identity) and "Drop" in type(there).__name__:  # nothing in evaluation mode
+        return None
+    if type(there) is not type(module):
+        weight = getattr(there, "weight", None)
+        quantised = isinstance(there, type(module)) and weight is not None and not is_plain(weight)
+        return None if quantised else (f"is a {_class_of(there)}", f"a {_class_of(module)}")
+    for kept in (module._parameters, module._buffers):
+        for key, tensor in kept.items():
+            shapes = [None if t is None else tuple(t.shape) for t in (getattr(there, key, None), tensor)]
+            if shapes[0] != shapes[1]:
+                return f"has {key} of shape {shapes[0]}", f"of {shapes[1]}"
+    for key, value in vars(module).items():
+        if key not in _FREE and isinstance(value, (bool, int, float, str)) and vars(there).get(key) != value:
+            return f"has {key} {vars(there).get(key)!r}", f"{value!r}"
+    return None
+
+
+def _class_of(module: nn.Module | None) -> str:
+    kind = type(module)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def of_run(result: Mapping[str, Any], task: str) -> dict[str, Any]:

@@ -27,7 +27,9 @@ def diagnosis_batches(count: int, calibration: int, seed: int, seen: bool) -> li
     if free < DIAGNOSIS_SAMPLES:
         raise ValueError(
             f"information loss needs {DIAGNOSIS_SAMPLES} training samples besides those of the calibration, "
-            f"abm_samples {calibration} of {count}: lower it, or take {calibration + DIAGNOSIS_SAMPLES} samples"
+            f"abm_samples {calibration} of {count}: "
+            + (f"lower it to {count - DIAGNOSIS_SAMPLES}, or " if count > DIAGNOSIS_SAMPLES else "")
+            + f"take {calibration + DIAGNOSIS_SAMPLES} samples or more"
         )
     (order,) = shuffled(count, count, seed, 0)
     chosen = order[:calibration] if seen else order[-DIAGNOSIS_SAMPLES:]

@@ -105,7 +105,8 @@ def prepare(run: Run) -> GlueRun:
     with run.stage("data"):
         train, *validation = (encode_split(config, split, found, tokenizer) for split, found in examples.items())
         count = " and ".join(f"{len(split.rows)} of {split.name}" for split in validation)
-        say(f"data      {config.data_source}: {len(train.rows)} training examples, {count}")
+        cut = f"; {train.cut} cut at {config.source_tokens} tokens (--source-tokens)" if train.cut else ""
+        say(f"data      {config.data_source}: {len(train.rows)} training examples{cut}, {count}")
     record = {
         "train": train.record(config.data_source),
         "validation": [split.record(config.data_source) for split in validation],

@@ -16,8 +16,8 @@ Labels = Sequence[int | float]
 def score(task: GlueTask, predictions: Sequence[int | float | None], labels: Labels) -> dict[str, float | int]:
     """Compute the task's metrics over all examples, and `invalid`, the number of predictions that are no label.
 
-    An invalid class counts as a class that is never right: in F1 and Matthews as the other one of two. An invalid
-    score counts as 0, the lowest.
+    An invalid class counts as a class that is never right: in F1 as the other one of two, in Matthews as a class of
+    its own (as the other one it would be the perfect opposite). An invalid score counts as 0, the lowest.
 
     >>> from nlp_ext.glue.tasks import get_task
     >>> score(get_task("mrpc"), [1, 1, INVALID, 0], [1, 0, 0, 0])
@@ -29,11 +29,16 @@ def score(task: GlueTask, predictions: Sequence[int | float | None], labels: Lab
     if not labels or len(predictions) != len(labels):
         raise ValueError(f"{len(predictions)} predictions for {len(labels)} labels; as many are needed, at least one")
     invalid = sum(p is INVALID for p in predictions)
-    filled = [_wrong(task, label) if p is INVALID else p for p, label in zip(predictions, labels, strict=True)]
-    return {**{name: float(_METRICS[name](labels, filled)) for name in task.scores}, "invalid": invalid}
+    found = {
+        name: [_wrong(task, name, label) if p is INVALID else p for p, label in zip(predictions, labels, strict=True)]
+        for name in task.scores
+    }
+    return {**{name: float(_METRICS[name](labels, filled)) for name, filled in found.items()}, "invalid": invalid}
 
 
-def _wrong(task: GlueTask, label: int | float) -> int | float:
+def _wrong(task: GlueTask, metric: str, label: int | float) -> int | float:
+    if metric == "matthews":
+        return -1
     return (int(label) + 1) % len(task.labels) if task.labels else 0.0
 
 

@@ -70,6 +70,8 @@ def _from_hub(name: str) -> Any:
 def conversation(row: Mapping[str, Any], where: str) -> Conversation:
     """Read the turns of a row: optionally the system's, then the user's and the assistant's, alternating.
 
+    Columns `system`, and beside instruction and output `history`, come before them.
+
     Raises:
         ValueError: the row has other columns, a turn of an unknown role or out of order, an empty answer, or no answer
             at its end.
@@ -79,22 +81,39 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
         if not isinstance(row[name], list):
             raise ValueError(f"{where}: {name} is {reprlib.repr(row[name])}; needed is a list of turns")
         found = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(row[name], 1)]
+        first = found[:1]
     elif "instruction" in row and "output" in row:
         asked = checked_text(row["instruction"], f"{where}: instruction")
         if row.get("input"):
             asked = f"{asked}\n\n{checked_text(row['input'], f'{where}: input')}"
         answered = checked_text(row["output"], f"{where}: output")
-        found = [{"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        found = [*_history(row, where), {"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
+        first = []
     else:
         raise ValueError(
             f"{where} has the columns {', '.join(row) or 'of nothing'}; needed are instruction and output (and perhaps "
             "input), or messages with role and content"
         )
+    if row.get("tools"):
+        raise ValueError(f"{where} has tools; conversations with tools cannot be tuned on: leave this example out")
+    if row.get("system"):
+        if first and first[0]["role"] == "system":
+            raise ValueError(f"{where} has a column system, and the system's turn as well: leave one of the two")
+        found = [{"role": "system", "content": checked_text(row["system"], f"{where}: system")}, *found]
     _check_order([turn["role"] for turn in found], where)
     for number, turn in enumerate(found, 1):
         if turn["role"] == "assistant" and not turn["content"].strip():
             raise ValueError(f"{where}: the assistant's answer is empty (turn {number}): leave this example out")
     return found
+
+
+def _history(row: Mapping[str, Any], where: str) -> Conversation:
+    """Earlier turns of a row with instruction and output: pairs of what was asked and answered."""
+    history = row.get("history") or []
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise ValueError(f"{where}: history is {reprlib.repr(history)}; needed is a list of pairs, [asked, answered]")
+    texts = [checked_text(text, f"{where}: history") for pair in history for text in pair]
+    return [{"role": ("user", "assistant")[k % 2], "content": text} for k, text in enumerate(texts)]
 
 
 def _check_order(roles: Sequence[str], where: str) -> None:

@@ -111,7 +111,9 @@ def prepare(run: Run) -> InstructRun:
             data.encode_all(tokenizer, [conversations[k] for k in part], config.length) for part in (kept, tested)
         )
         asked = [conversations[k] for k in tested[: config.samples]]
-        say(f"data      {config.data_source}: {train.conversations} conversations, {held_out.conversations} held out")
+        cut = f"; {train.cut} of {len(train.rows)} cut at {config.length} tokens (--length)" if train.cut else ""
+        held = f"{held_out.conversations} held out"
+        say(f"data      {config.data_source}: {train.conversations} conversations, {held}{cut}")
     record = {
         "train": train.record(config.data_source),
         "held_out": held_out.record(config.data_source),

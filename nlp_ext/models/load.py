@@ -26,7 +26,7 @@ from nlp_ext.models import cached, gguf
 from nlp_ext.models.packages import PACKAGES
 
 # Models that need no hub, for messages.
-EXAMPLES = {AutoModelForCausalLM: "smollm2-135m or tiny-llama", AutoModelForSeq2SeqLM: "tiny-t5"}
+EXAMPLES = {AutoModelForCausalLM: ("smollm2-135m", "tiny-llama"), AutoModelForSeq2SeqLM: ("tiny-t5",)}
 _TOKENIZER_FILES = ("*token*", "*vocab*", "merges.txt", "*.model", "chat_template*")
 
 
@@ -82,7 +82,7 @@ def check_model(name: str, kind: Any, say: Callable[[str], None]) -> None:
         kind: as for `load_model`.
         say: receives a line if the model is a tiny one that is still to be pretrained.
     """
-    if name not in tiny.MODELS:
+    if name not in tiny.MODELS or name not in EXAMPLES[kind]:
         _find(name, kind)
     elif not tiny.is_pretrained(name):
         say(f"weights   {name} is pretrained first, once: minutes on two cores")
@@ -112,14 +112,14 @@ def load_model(
         model, loading = kind.from_pretrained(place, use_safetensors=True, output_loading_info=True, **options)
         sha256 = sha256_of(_weights_files(Path(cached_file(place, "config.json")).parent))
     except OSError as error:
-        raise OSError(_explained(name, error, EXAMPLES[kind])) from error
+        raise OSError(_explained(name, error, " or ".join(EXAMPLES[kind]))) from error
     except (SafetensorError, RuntimeError) as error:  # a truncated file, or other shapes
         raise ValueError(f"the weights of {name} cannot be read ({' '.join(str(error).split())[:200]})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ValueError(
             f"{name} lacks {len(missing)} weights of a {type(model).__name__} ({missing[0]} and others): they would be "
-            f"random. Give a model of that kind, such as {EXAMPLES[kind]}"
+            f"random. Give a model of that kind, such as {' or '.join(EXAMPLES[kind])}"
         )
     check_finite(model, f"the weights of {name}")
     revision = getattr(model.config, "_commit_hash", None)
@@ -130,13 +130,16 @@ def load_model(
 
 def _find(name: str, kind: Any, *, show_progress_bar: bool = False) -> str:
     """What `from_pretrained` takes for a model of this kind."""
+    examples = " or ".join(EXAMPLES[kind])
+    if name in tiny.MODELS and name not in EXAMPLES[kind]:  # which is not to be pretrained to learn this
+        raise ValueError(f"{name} is a model of another type; one like {examples} is needed here")
     place = model_folder(name, show_progress_bar=show_progress_bar)
     try:
         config = AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:  # a ValueError where transformers lacks the model
-        raise OSError(_explained(name, error, EXAMPLES[kind])) from error
+        raise OSError(_explained(name, error, examples)) from error
     if type(config) not in kind._model_mapping:
-        raise ValueError(f"{name} is a model of type {config.model_type}; one like {EXAMPLES[kind]} is needed here")
+        raise ValueError(f"{name} is a model of type {config.model_type}; one like {examples} is needed here")
     return place
 
 
