@@ -132,3 +132,30 @@ def test_the_real_command():
         [sys.executable, "-m", "abm_vision.vtab", "list"], stdout=unread(), stderr=subprocess.PIPE, check=False
     )
     assert done.returncode == 141 and b"abm-vtab" not in done.stderr and b"ipe" not in done.stderr
+
+
+FORKING = """
+import os, signal, sys, time
+from abm_vision.runs.cli import guarded
+
+number = signal.Signals[sys.argv[1]]
+os.register_at_fork(after_in_parent=lambda: os.kill(os.getpid(), number))
+
+
+def command():
+    if os.fork() == 0:
+        os._exit(0)
+    time.sleep(60)
+    return 0
+
+
+sys.exit(guarded("abm-test", command, smaller="model"))
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_while_workers_are_forked_is_heeded(name, code):
+    """Python drops what is raised in the callbacks around a fork."""
+    words = [sys.executable, "-c", FORKING, name]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=50)
+    assert done.returncode == code and "Traceback" not in done.stderr

@@ -187,19 +187,36 @@ def _plain_warnings(program: str) -> Iterator[None]:
 
 @contextmanager
 def _heeding_sigterm() -> Iterator[None]:
-    """Raise `Terminated` at SIGTERM, once: a second one ends the process at once. Only a main thread can."""
+    """Raise `Terminated` at SIGTERM, once: a second one ends the process at once. Only a main thread can.
+
+    Python drops what is raised in some places, such as while workers are forked: then the signal is sent once more.
+    """
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         raise Terminated
 
+    def again(dropped: Any) -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt) or os.getpid() != here:
+            drop(dropped)
+            return
+        number = signal.SIGINT
+        if isinstance(dropped.exc_value, Terminated):
+            number = signal.SIGTERM
+            signal.signal(number, stop)
+        later = threading.Timer(0.1, os.kill, (here, number))
+        later.daemon = True
+        later.start()
+
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, stop)
+    here, before = os.getpid(), signal.signal(signal.SIGTERM, stop)
+    drop, sys.unraisablehook = sys.unraisablehook, again
     try:
         yield
     finally:
+        sys.unraisablehook = drop
         signal.signal(signal.SIGTERM, before)
 
 
