@@ -70,6 +70,11 @@ def save_adapter(
         ValueError: the model has no LoRA adapter, or one that a loader would not find: a module that belongs to it was
             replaced or wrapped, or its values are not there (meta device) or not finite.
         CannotWrite: an `OSError`: the disk is full or read-only.
+
+    Warns:
+        UserWarning: timm's name and size do not give this model (other arguments, a layer replaced, base weights that
+            changed since `create_backbone`), so that `load_adapter(directory)` will ask for it; or parameters are
+            trained that no adapter holds.
     """
     model = getattr(model, "_orig_mod", model)
     if not isinstance(model, PeftModel):
