@@ -182,7 +182,8 @@ def dry_run(
         raise ValueError(f"{name} does not run at {size} with {options}: {error}") from error
     if not hasattr(model, "reset_classifier"):
         raise ValueError(f"{name} is an encoder without a classifier: there is no place for a fresh head")
-    patch = model.feature_info[0]["reduction"] if "img_size" in options else 1
+    stages = getattr(model, "feature_info", None)  # CoaT of older timm has none
+    patch = stages[0]["reduction"] if stages and "img_size" in options else 1
     if img_size is not None and img_size % patch:
         below = img_size - img_size % patch
         near = " or ".join(str(size) for size in (below, below + patch) if size)

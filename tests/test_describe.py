@@ -281,7 +281,7 @@ def half_as_large(model):
 OTHERWISE = {
     "pooling": (lambda base: made(global_pool="avg"), r"has global_pool 'avg', and 'token' in timm's test_vit"),
     "activation": (lambda base: made(act_layer="relu"), r"blocks\.0\.mlp\.act is a .*ReLU, and a .*GELU"),
-    "channels": (lambda base: made(in_chans=1), r"VisionTransformer has in_chans 1, and 3 in timm's test_vit"),
+    "channels": (lambda base: made(in_chans=1), r"has (in_chans|in_channels|weight) .*in timm's test_vit"),
     "norms of q and k": (
         lambda base: made(qk_norm=True),
         r"q_norm is a .*LayerNorm, and a .*Identity",
