@@ -81,14 +81,12 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
         if not isinstance(row[name], list):
             raise ValueError(f"{where}: {name} is {reprlib.repr(row[name])}; needed is a list of turns")
         found = [_turn(turn, f"{where}, turn {number}") for number, turn in enumerate(row[name], 1)]
-        first = found[:1]
     elif "instruction" in row and "output" in row:
         asked = checked_text(row["instruction"], f"{where}: instruction")
         if row.get("input"):
             asked = f"{asked}\n\n{checked_text(row['input'], f'{where}: input')}"
         answered = checked_text(row["output"], f"{where}: output")
         found = [*_history(row, where), {"role": "user", "content": asked}, {"role": "assistant", "content": answered}]
-        first = []
     else:
         raise ValueError(
             f"{where} has the columns {', '.join(row) or 'of nothing'}; needed are instruction and output (and perhaps "
@@ -97,7 +95,7 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
     if row.get("tools"):
         raise ValueError(f"{where} has tools; conversations with tools cannot be tuned on: leave this example out")
     if row.get("system"):
-        if first and first[0]["role"] == "system":
+        if found and found[0]["role"] == "system":
             raise ValueError(f"{where} has a column system, and the system's turn as well: leave one of the two")
         found = [{"role": "system", "content": checked_text(row["system"], f"{where}: system")}, *found]
     _check_order([turn["role"] for turn in found], where)

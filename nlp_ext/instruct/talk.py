@@ -101,7 +101,7 @@ def _adapted(adapter: str | Path, model: str | None, device: torch.device) -> tu
     folder = adapter_folder(adapter)
     if not folder.is_dir():
         raise FileNotFoundError(f"no folder {adapter}: give that of a finished run, or of an adapter")
-    read_adapter_config(folder)  # a folder without an adapter is told before a model is asked for
+    read_adapter_config(folder)  # before a model is asked for
     settings = read_settings(folder) if (folder / ABM_FILE).is_file() else {}
     remedy = "it is damaged, or was not written by a run: give the model with --model, or another adapter"
     checked(settings, Trained, str(folder / ABM_FILE), remedy)
